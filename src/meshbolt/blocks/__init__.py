@@ -1,0 +1,11 @@
+"""The repeated blocks of a model, and what is done to each of them before it is sharded.
+
+May import: `errors`. `find.py` finds the blocks of any module; `recompute.py` frees their activations; `compile.py` compiles
+them. To add a treatment of blocks, write a file with a function that takes the blocks. Read `find.py` first.
+"""
+
+from meshbolt.blocks.compile import compile_blocks
+from meshbolt.blocks.find import find_blocks, modules_by_name_or_class
+from meshbolt.blocks.recompute import Recompute, recompute_blocks
+
+__all__ = ["Recompute", "compile_blocks", "find_blocks", "modules_by_name_or_class", "recompute_blocks"]

@@ -1,0 +1,151 @@
+"""Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one file.
+
+The tests of this file run on every supported version of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor
+
+__all__ = [
+    "AllGather",
+    "ReduceScatter",
+    "accumulated_gradients",
+    "drop_pending_gather",
+    "gradients_land_in_place",
+    "has_pending_gather",
+    "has_unreduced_part",
+    "is_gathered",
+    "local_tensor",
+    "managed_parameters",
+    "queue_after_backward",
+    "replicate",
+    "reset_after_error",
+    "reshard",
+    "set_async_gather",
+    "sync_requires_grad",
+]
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor: a DTensor's shard (sharing its storage, outside autograd), else the tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def managed_parameters(unit: FSDPModule) -> list[nn.Parameter]:
+    """Return the sharded parameters that the unit gathers, whether they are gathered now or not."""
+    return [fsdp_param.sharded_param for group in _groups(unit) for fsdp_param in group.fsdp_params]
+
+
+def is_gathered(unit: FSDPModule) -> bool:
+    """Return whether the unit's whole parameters are in memory."""
+    return any(group.is_unsharded for group in _groups(unit))
+
+
+def has_pending_gather(unit: FSDPModule) -> bool:
+    """Return whether an all-gather was launched whose result no forward has taken yet."""
+    return any(group._all_gather_result is not None for group in _groups(unit))
+
+
+def drop_pending_gather(unit: FSDPModule) -> None:
+    """Wait for an all-gather that was launched early and throw its result away; without one, do nothing."""
+    for group in _groups(unit):
+        result, group._all_gather_result = group._all_gather_result, None
+        if result is None:
+            continue
+        if result.all_gather_event is not None:
+            group.device_handle.current_stream().wait_event(result.all_gather_event)
+        if isinstance(result.all_gather_work, dist.Work):
+            result.all_gather_work.wait()
+
+
+def reset_after_error(root: FSDPModule) -> None:
+    """Bring every unit back to its resting state after a forward or backward was cut short by an exception."""
+    if hasattr(root, "reset_iter_state"):
+        root.reset_iter_state()
+        return
+    root._get_fsdp_state()._state_ctx.iter_forward_root = None  # torch < 2.13
+
+
+def set_async_gather(unit: FSDPModule) -> None:
+    """Let prefetched all-gathers of the unit run behind the computation on devices without streams."""
+    unit._set_unshard_async_op(True)
+
+
+def sync_requires_grad(unit: FSDPModule) -> None:
+    """Carry `requires_grad` over from the sharded parameters to the gathered ones, which torch does at gathering only."""
+    for group in _groups(unit):
+        for fsdp_param in group.fsdp_params if group.is_unsharded else ():
+            gathered, wanted = fsdp_param._unsharded_param, fsdp_param.sharded_param.requires_grad
+            if gathered.requires_grad != wanted:
+                gathered.requires_grad_(wanted)
+
+
+def accumulated_gradients(unit: FSDPModule) -> Iterator[torch.Tensor]:
+    """Yield the whole gradients that the unit keeps on this rank inside a window, not yet communicated."""
+    for group in _groups(unit):
+        for fsdp_param in group.fsdp_params:
+            if fsdp_param.unsharded_accumulated_grad is not None:
+                yield fsdp_param.unsharded_accumulated_grad_data
+            elif hasattr(fsdp_param, "_unsharded_param") and fsdp_param.unsharded_param.grad is not None:
+                yield fsdp_param.unsharded_grad_data
+
+
+def gradients_land_in_place(unit: FSDPModule) -> bool:
+    """Return whether the unit's gradients are mere views of what the reduce-scatter writes.
+
+    Only then may the reduce-scatter finish later: when torch adds to older gradients, casts, divides, all-reduces or calls
+    hooks right after the reduce-scatter call returns, it would read a buffer that nobody has filled yet.
+    """
+    return all(_lands_in_place(group) for group in _groups(unit))
+
+
+def _lands_in_place(group: Any) -> bool:
+    plain = group._orig_dtype == group._reduce_dtype and group._reduce_dtype in (torch.float32, torch.bfloat16)
+    reduces_once = not group._is_hsdp and group.gradient_divide_factor is None and group._all_reduce_hook is None
+    return (
+        plain
+        and reduces_once
+        and not group.force_sum_reduction_for_comms
+        and all(
+            p.sharded_param.grad is None
+            and not getattr(p.sharded_param, "_post_accumulate_grad_hooks", None)
+            and not p.offload_to_cpu
+            for p in group.fsdp_params
+        )
+    )
+
+
+def queue_after_backward(callback: Any) -> None:
+    """Run a callback at the end of the backward that is running now, after torch's own callbacks queued before it."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def _groups(unit: FSDPModule) -> list[Any]:
+    state = unit._get_fsdp_state()
+    many = getattr(state, "_fsdp_param_groups", None)
+    if many is not None:
+        return list(many)
+    one = state._fsdp_param_group  # torch < 2.13 keeps a single group
+    return [one] if one is not None else []
+
+
+def reshard(unit: FSDPModule) -> None:
+    """Free the unit's gathered parameters whatever state torch thinks the unit is in (its own `reshard` may decline)."""
+    for group in _groups(unit):
+        group._to_sharded()
+
+
+def has_unreduced_part(unit: FSDPModule) -> bool:
+    """Return whether gradients were summed inside the replica only, and no all-reduce over the replicas followed."""
+    return any(group._partial_reduce_output is not None for group in _groups(unit))

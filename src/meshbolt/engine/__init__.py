@@ -1,0 +1,11 @@
+"""The engine: one module under one plan, for any loop.
+
+May import: `config` and everything below it; never Lightning. `compose.py` is the order in which a module is transformed;
+`engine.py` is what a loop calls; `optimizer.py` decides which optimizers run on shards; `state.py` names what a checkpoint
+holds. To add a transformation, add a step to `compose`. Read `compose.py` first.
+"""
+
+from meshbolt.engine.engine import Engine
+from meshbolt.engine.gathered import gathered
+
+__all__ = ["Engine", "gathered"]

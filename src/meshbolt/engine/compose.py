@@ -1,0 +1,137 @@
+"""Turn a user's module into what the engine runs; the order of the steps, and why it is this one.
+
+1. check: every rank has the same module, and it can be sharded; nothing has been changed yet when an error is raised.
+2. recompute, then compile: both replace a block's forward, and compile is to see the recomputation.
+3. fill and shard: units are sharded as soon as they are full, innermost first, so that no rank holds the whole model.
+4. root: it owns what is left, and must be sharded last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from meshbolt.blocks import compile_blocks, recompute_blocks
+from meshbolt.collectives import agree_on_error, same_on_all_ranks
+from meshbolt.config import Plan
+from meshbolt.engine.materialize import fill_and_shard
+from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
+from meshbolt.zero import Root, UnitPlan, plan_units, shard_unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """A module, sharded.
+
+    Attributes:
+        root: the outermost unit; a module around the user's.
+        units: the inner units by their name in the user's module.
+        whole: parameters that stay whole on every rank.
+    """
+
+    root: FSDPModule
+    units: Mapping[str, FSDPModule]
+    whole: frozenset[nn.Parameter]
+
+
+def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> Composition:
+    """Apply a plan to a module, in place.
+
+    Args:
+        module: the user's whole module, on any device or on meta, equal in structure on every rank.
+        plan: what to do.
+        mesh: the mesh of the plan's shape.
+        device: this rank's device.
+
+    Raises:
+        ConfigError: the module does not fit the plan, or cannot be filled.
+        TopologyError: the ranks have different modules.
+        UnsupportedError: the module has what cannot be sharded.
+    """
+    agree_on_error(lambda: _check_module(module))
+    _check_same_on_all_ranks(module)
+    low_precision = plan.precision.param_dtype in (torch.bfloat16, torch.float16)
+    divided: list[UnitPlan] = []
+    agree_on_error(lambda: divided.append(plan_units(module, plan.settings.zero, low_precision=low_precision)))
+    units = divided[0]
+    blocks = list(units.blocks.values())
+    recompute_blocks(blocks, plan.settings.recompute)
+    compile_blocks(blocks, enabled=plan.settings.compile)
+    return _shard(module, units, plan=plan, mesh=mesh, device=device)
+
+
+def _shard(module: nn.Module, units: UnitPlan, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> Composition:
+    names = {unit: name for name, unit in units.units.items()}
+    sharded: dict[str, FSDPModule] = {}
+    hooks = {name: _accumulate_hooks(p) for name, p in module.named_parameters()}
+    whole_names = {name for name, p in module.named_parameters() if p in units.whole}
+
+    def whole_now() -> frozenset[nn.Parameter]:
+        # Filling a module that was on the meta device makes new parameters; names outlive them.
+        return frozenset(p for name, p in module.named_parameters() if name in whole_names)
+
+    def shard(unit: nn.Module) -> None:
+        policy = plan.precision.unit_policy(stored=_stored_dtype(unit, whole_now()))
+        sharded[names[unit]] = shard_unit(unit, mesh=mesh, stage=plan.stage, precision=policy, whole=whole_now())
+
+    fill_and_shard(module, units.units, shard, device=device)
+    policy = plan.precision.root_policy(stored=_stored_dtype(module, whole_now()))
+    root = shard_unit(Root(module), mesh=mesh, stage=plan.stage, precision=policy, whole=whole_now(), is_root=True)
+    for name, parameter in module.named_parameters():
+        for hook in hooks.get(name, ()):
+            parameter.register_post_accumulate_grad_hook(hook)
+    in_order = {name: sharded[name] for name, _ in module.named_modules() if name in sharded}
+    return Composition(root=root, units=in_order, whole=whole_now())
+
+
+def _stored_dtype(unit: nn.Module, whole: frozenset[nn.Parameter]) -> torch.dtype:
+    return next((p.dtype for p in unit.parameters() if p not in whole), torch.float32)
+
+
+def _accumulate_hooks(parameter: nn.Parameter) -> list:  # type: ignore[type-arg]
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+def _check_module(module: nn.Module) -> None:
+    parameters = dict(module.named_parameters())
+    kind = type(module).__name__
+    if not parameters:
+        raise ConfigError(
+            f"{kind} has no parameters, so there is nothing to shard or train. Create its layers in __init__ or "
+            "configure_model."
+        )
+    sharded = next((name for name, p in parameters.items() if isinstance(p, DTensor)), None)
+    if sharded is not None:
+        raise ConfigError(
+            f"Parameter {sharded!r} of {kind} is a DTensor already. Hand over the plain module: meshbolt shards it itself, "
+            "and one module cannot be given to two Trainers; build a new one."
+        )
+    hooked = next((name for name, p in parameters.items() if p._backward_hooks), None)
+    if hooked is not None:
+        raise UnsupportedError(
+            f"Parameter {hooked!r} of {kind} has a hook from register_hook(), which would never run on a sharded parameter. "
+            "Use register_post_accumulate_grad_hook(), which sees the reduced gradient, or on_before_optimizer_step."
+        )
+
+
+def _check_same_on_all_ranks(module: nn.Module) -> None:
+    described = [f"{n} {tuple(p.shape)} {p.dtype} grad={p.requires_grad}" for n, p in module.named_parameters()]
+    equal, _ = same_on_all_ranks(hashlib.sha256("\n".join(described).encode()).hexdigest())
+    if equal:
+        return
+    _, lists = same_on_all_ranks(described)
+    rank = next(rank for rank, other in enumerate(lists) if other != lists[0])
+    longest = max(len(lists[0]), len(lists[rank]))
+    first, other = ([*lines, *["(none)"] * (longest - len(lines))] for lines in (lists[0], lists[rank]))
+    at = next(index for index in range(longest) if first[index] != other[index])
+    raise TopologyError(
+        f"Ranks have different modules: parameter {at} is {first[at]!r} on rank 0 and {other[at]!r} on rank {rank}. "
+        "Build the same module on every rank; do not let its structure depend on the rank or on unseeded randomness."
+    )

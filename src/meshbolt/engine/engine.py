@@ -1,0 +1,268 @@
+"""The engine: runs a plan on a module, for whichever loop drives it.
+
+It knows nothing of Lightning. A loop calls, in this order: `compose`, then for each batch `call` and `backward` (inside
+`accumulate` where the batch is not the window's last), then `clip_norm` or `clip_value` where asked, and `step`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from meshbolt import compat
+from meshbolt.collectives import DeferredReductions, Prefetch, usable_fast_path
+from meshbolt.config import Plan
+from meshbolt.engine import optimizer as optimizers
+from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
+from meshbolt.engine.compose import compose
+from meshbolt.engine.debug import BranchWatch
+from meshbolt.errors import UnsupportedError
+from meshbolt.zero import ReplicatedParameters
+
+
+class Engine:
+    """One module under one plan.
+
+    Attributes:
+        plan: what is run.
+        mesh: the ranks.
+        module: the user's module, sharded in place.
+        parameters_by_name: sharded parameters by their name in the user's module.
+    """
+
+    def __init__(self, module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
+        """Shard the module in place; see `compose` for what can go wrong.
+
+        Args:
+            module: the user's whole module.
+            plan: what to do with it.
+            mesh: built once for the run, of the plan's shape.
+            device: this rank's device.
+        """
+        self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
+        composed = compose(module, plan=plan, mesh=mesh, device=device)
+        self._root, self._units = composed.root, composed.units
+        self._replicated = ReplicatedParameters(composed.whole, group=_world())
+        self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
+        self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
+        self._watch = BranchWatch(self._modules(composed.units)) if plan.environment.debug else None
+        self._reductions, self._prefetch = self._fast_path()
+        self._is_last_batch = True
+        self._inside = False
+        self._primed = False
+
+    @property
+    def inside(self) -> bool:
+        """Whether a call is running, so that the root's parameters are gathered."""
+        return self._inside
+
+    # Forward and backward ---------------------------------------------------------------------------------------------
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a function that uses the module, with the root's parameters gathered.
+
+        Every entry into the module comes through here (Lightning calls `training_step`, never the module itself); calls
+        within a call are plain.
+
+        Args:
+            function: takes `args` and `kwargs`.
+
+        Returns:
+            What the function returns.
+        """
+        if self._inside:
+            return function(*args, **kwargs)
+        training = torch.is_grad_enabled()
+        self._prime()
+        if training and self._prefetch is not None:
+            self._prefetch.enter_step()
+        self._inside = True
+        try:
+            return self._root(functools.partial(function, *args, **kwargs))  # type: ignore[operator]
+        except Exception:
+            self._recover()
+            raise
+        finally:
+            self._inside = False
+            if not training:
+                # What stays gathered after a forward that no backward follows would miss the next update.
+                self.settle()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Treat the batches inside as ones that the window goes on after: stage 0 and 1 do not communicate gradients."""
+        before, self._is_last_batch = self._is_last_batch, False
+        self._apply_window()
+        try:
+            yield
+        finally:
+            self._is_last_batch = before
+            self._apply_window()
+
+    def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Prepare a backward; return the loss to call it on.
+
+        Args:
+            loss: scalar, with a graph through the module.
+        """
+        if self._watch is not None:
+            self._watch.announce("backward")
+        if self._inside:
+            # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
+            loss = self._root(lambda: loss)  # type: ignore[operator]
+        for unit in self._all_units:
+            compat.sync_requires_grad(unit)
+        if self._reductions is not None:
+            self._reductions.before_backward()
+        return loss
+
+    def after_backward(self) -> None:
+        """Finish a backward: afterwards the gradients of this window are where its policy says."""
+        if self._reductions is not None:
+            self._reductions.after_backward()
+        if self._is_last_batch:
+            self._replicated.average_gradients()
+            self._check_all_reduced()
+        self._reenter()
+
+    @contextmanager
+    def backward(self, loss: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Surround a backward: `with engine.backward(loss) as loss: loss.backward()`.
+
+        Args:
+            loss: scalar, with a graph through the module.
+        """
+        loss = self.before_backward(loss)
+        try:
+            yield loss
+        except Exception:
+            self._recover()
+            raise
+        self.after_backward()
+
+    # Gradients and steps ----------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Free everything that is gathered, so that parameters are shards: before a step, a clip, a save, an edit."""
+        if self._prefetch is not None:
+            self._prefetch.drop()
+        for unit in self._all_units:
+            compat.drop_pending_gather(unit)
+            compat.reshard(unit)
+
+    def sync_requires_grad(self) -> None:
+        """Make gathered parameters follow `requires_grad` of the sharded ones, after somebody changed it."""
+        for unit in self._all_units:
+            compat.sync_requires_grad(unit)
+
+    def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, **options: Any) -> torch.Tensor:
+        """Clip gradients by their norm over all ranks; see `clip_norm_`."""
+        self.settle()
+        norm = clip_norm_(parameters, max_norm, **options)
+        self._reenter()
+        return norm
+
+    def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
+        """Clip every gradient to [-value, value]."""
+        self.settle()
+        clip_value_(parameters, value)
+        self._reenter()
+
+    def grad_norm(self, parameters: Iterable[nn.Parameter] | None = None, *, norm_type: float = 2.0) -> torch.Tensor:
+        """Return the norm of the gradients over all ranks.
+
+        Args:
+            parameters: sharded parameters; None for all of the module.
+            norm_type: p of the p-norm, or infinity.
+        """
+        self.settle()
+        chosen = self.parameters_by_name.values() if parameters is None else parameters
+        norm = global_norm(chosen, norm_type=norm_type)
+        self._reenter()
+        return norm
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that cannot train this module; see `optimizers.check_optimizer`."""
+        optimizers.check_optimizer(optimizer, sharded=self.parameters_by_name.values())
+
+    def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Take an optimizer step on the shards.
+
+        Args:
+            optimizer: made on the sharded parameters.
+            kwargs: further arguments of its `step`.
+        """
+        self.settle()
+        result = optimizers.step(optimizer, **kwargs)
+        self._reenter()
+        return result
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _fast_path(self) -> tuple[DeferredReductions | None, Prefetch | None]:
+        plan = self.plan
+        backend = str(dist.get_backend())
+        proved = usable_fast_path(device_type=plan.device_type, backend=backend, shards=plan.mesh.dp_shard > 1)
+        if not (proved and plan.environment.fast_path):
+            return None, None
+        keeps_gathered = not plan.stage.reshards_after_forward
+        return DeferredReductions(self._all_units), Prefetch(self._units, keeps_gathered=keeps_gathered)
+
+    def _apply_window(self) -> None:
+        stage, last = self.plan.stage, self._is_last_batch
+        for unit in self._all_units:
+            if not stage.reduces_every_batch:
+                unit.set_requires_gradient_sync(last, recurse=False)
+            elif self.plan.mesh.dp_replicate > 1:
+                unit.set_requires_all_reduce(last, recurse=False)
+            if not stage.reshards_after_forward:
+                unit.set_reshard_after_backward(last, recurse=False)
+
+    def _check_all_reduced(self) -> None:
+        for name, unit in self._units.items():
+            if compat.has_unreduced_part(unit):
+                raise UnsupportedError(
+                    f"{name!r} was used in a batch of the window but not in its last one, where the replicas of the sharded "
+                    f"state exchange gradients (replicate={self.plan.mesh.dp_replicate}). Use every layer in every batch, "
+                    "set accumulate_grad_batches=1, or train without replicate."
+                )
+
+    def _reenter(self) -> None:
+        """Gather the root again where user code goes on inside a call, after what freed it."""
+        if self._inside:
+            self._root.unshard()
+
+    def _prime(self) -> None:
+        """Allocate gathered parameters as ordinary tensors once, before inference mode would make them inference tensors."""
+        if self._primed or not torch.is_inference_mode_enabled():
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            for unit in self._all_units:
+                unit.unshard()
+                unit.reshard()
+        self._primed = True
+
+    def _recover(self) -> None:
+        if self._reductions is not None:
+            self._reductions.reset()
+        compat.reset_after_error(self._root)
+
+    @staticmethod
+    def _modules(units: Any) -> dict[str, nn.Module]:
+        return dict(units)
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    if group is None:
+        raise AssertionError("The engine needs an initialised process group.")
+    return group

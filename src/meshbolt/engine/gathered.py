@@ -1,0 +1,127 @@
+"""Whole parameters for a while, to read or to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from meshbolt.compat import local_tensor
+
+
+@dataclass
+class _Gathered:
+    """A tensor that stands in for a shard: the shard, and its whole copy."""
+
+    shard: DTensor
+    whole: torch.Tensor
+
+
+@contextmanager
+def gathered(
+    module: nn.Module, *, names: dict[nn.Parameter, str], optimizers: list[Optimizer]
+) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
+    """Replace the sharded parameters of a module by whole ones; changes made in place are kept.
+
+    Every rank enters and leaves together. A change counts where rank 0 makes it too; ranks that differ take rank 0's values.
+
+    Args:
+        module: a module, or one inside it; its units must not be gathered otherwise.
+        names: names of all parameters, by sharded parameter.
+        optimizers: also gather the state that these keep for the module's parameters.
+
+    Yields:
+        Optimizer state by parameter name and key, whole; empty without optimizers.
+    """
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    tensors: list[_Gathered] = []
+    whole_of: dict[nn.Parameter, nn.Parameter] = {}
+    state = _gather_state(module, names, optimizers, tensors)
+    for child in module.modules():
+        for key, parameter in list(child._parameters.items()):
+            if not isinstance(parameter, DTensor):
+                continue
+            if parameter not in whole_of:
+                with torch.no_grad():
+                    whole = parameter.full_tensor().clone()
+                whole_of[parameter] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                tensors.append(_Gathered(parameter, whole_of[parameter]))
+            held.append((child, key, parameter))
+            child._parameters[key] = whole_of[parameter]
+    try:
+        yield state
+    finally:
+        for child, key, parameter in held:
+            child._parameters[key] = parameter
+    _write_back(tensors)
+
+
+def _gather_state(
+    module: nn.Module, names: dict[nn.Parameter, str], optimizers: list[Optimizer], tensors: list[_Gathered]
+) -> dict[str, dict[str, torch.Tensor]]:
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for optimizer in optimizers:
+        for parameter in module.parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                state.setdefault(names[parameter], {})[key] = _whole_state(parameter, value, tensors)
+    return state
+
+
+def _whole_state(parameter: nn.Parameter, value: Any, tensors: list[_Gathered]) -> Any:
+    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor):
+        return value
+    shard = as_sharded(value, like=parameter)
+    if not isinstance(shard, DTensor):
+        return value
+    whole = shard.full_tensor().clone()
+    tensors.append(_Gathered(shard, whole))
+    return whole
+
+
+def as_sharded(value: torch.Tensor, *, like: DTensor) -> torch.Tensor:
+    """Return optimizer state as a DTensor of the parameter's layout, where it has the shape of the parameter's shard.
+
+    Args:
+        value: state of one parameter: this rank's part in plain form, a DTensor, or a step count.
+        like: the parameter.
+    """
+    if isinstance(value, DTensor) or value.shape != local_tensor(like).shape or (value.dim() == 0 and like.dim() > 0):
+        return value
+    return DTensor.from_local(
+        value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+@torch.no_grad()
+def _write_back(tensors: list[_Gathered]) -> None:
+    """Write the whole tensors that any rank changed into the shards, with rank 0's values."""
+    if not tensors:
+        return
+    changed = torch.tensor([float(_differs(held)) for held in tensors], device=local_tensor(tensors[0].shard).device)
+    dist.all_reduce(changed, op=dist.ReduceOp.MAX)
+    for held, flag in zip(tensors, changed.tolist(), strict=True):
+        if flag:
+            mine = distribute_tensor(held.whole.detach(), held.shard.device_mesh, held.shard.placements)
+            local_tensor(held.shard).copy_(local_tensor(mine))
+
+
+def _differs(held: _Gathered) -> bool:
+    mine = _local_part(held)
+    return not torch.equal(mine, local_tensor(held.shard))
+
+
+def _local_part(held: _Gathered) -> torch.Tensor:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(
+        held.shard.shape, held.shard.device_mesh, held.shard.placements
+    )
+    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+    return held.whole.detach()[index].reshape(local_tensor(held.shard).shape)

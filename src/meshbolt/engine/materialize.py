@@ -1,0 +1,158 @@
+"""Give every parameter its first value, equal on every layout, without ever holding the whole model on one rank.
+
+A module that was built with real weights is broadcast from rank 0. A module built on the meta device is filled module by
+module in the order of registration, from rank 0's random state, and each unit is sharded as soon as it is full: weights do not
+depend on the number of ranks, and for modules that draw in their layers' constructors they are those of a plain build.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meshbolt.errors import ConfigError
+
+Shard = Callable[[nn.Module], None]
+
+
+def fill_and_shard(module: nn.Module, units: Mapping[str, nn.Module], shard: Shard, *, device: torch.device) -> None:
+    """Walk the module in the order of registration, fill it, and shard every unit when its last module is full.
+
+    Args:
+        module: the user's whole module; each tensor is real or on the meta device.
+        units: modules to hand to `shard`, by name.
+        shard: called once for each unit, inner units first.
+        device: where tensors are to live.
+
+    Raises:
+        ConfigError: a module on the meta device cannot fill its own tensors.
+    """
+    filler = _Filler(module, device)
+    unfinished: list[tuple[str, nn.Module]] = []
+    with _random_state_of_rank_zero(device):
+        for name, child in module.named_modules():
+            while unfinished and not name.startswith(unfinished[-1][0] + "."):
+                shard(unfinished.pop()[1])
+            if name in units:
+                unfinished.append((name, child))
+            filler.fill(name, child)
+        while unfinished:
+            shard(unfinished.pop()[1])
+
+
+class _Filler:
+    """Fills one module's own tensors at a time, keeping tied parameters tied."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._root = module
+        self._device = device
+        self._real: dict[nn.Parameter, nn.Parameter] = {}
+
+    def fill(self, name: str, child: nn.Module) -> None:
+        own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+        if any(tensor.is_meta for _, tensor in own):
+            self._initialise(name, child)
+            return
+        for _, tensor in own:
+            self._broadcast(tensor)
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        if tensor in self._real:
+            return
+        if isinstance(tensor, nn.Parameter):
+            self._real[tensor] = tensor
+        tensor.data = tensor.data.to(self._device)
+        if dist.get_world_size() > 1:
+            whole = tensor.data.contiguous()
+            dist.broadcast(whole, src=0)
+            tensor.data.copy_(whole)
+
+    def _initialise(self, name: str, child: nn.Module) -> None:
+        tied = self._make_real(child)
+        before = {parameter: parameter.detach().clone() for parameter in tied}
+        self._call_initialiser(name, child)
+        with torch.no_grad():
+            for parameter, value in before.items():
+                parameter.copy_(value)
+        _check_filled(name, child)
+
+    def _make_real(self, child: nn.Module) -> list[nn.Parameter]:
+        """Replace meta tensors by real ones full of NaN; return those that another module has filled already."""
+        tied = []
+        for key, parameter in list(child.named_parameters(recurse=False)):
+            if parameter in self._real:
+                tied.append(self._real[parameter])
+                setattr(child, key, self._real[parameter])
+            elif parameter.is_meta:
+                real = nn.Parameter(_unfilled(parameter, self._device), requires_grad=parameter.requires_grad)
+                self._real[parameter] = self._real[real] = real
+                setattr(child, key, real)
+        for key, buffer in list(child.named_buffers(recurse=False)):
+            child._buffers[key] = _unfilled(buffer, self._device) if buffer.is_meta else buffer.to(self._device)
+        return tied
+
+    def _call_initialiser(self, name: str, child: nn.Module) -> None:
+        own = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
+        by_ancestor = self._ancestor_initialiser(name)
+        if own is None and by_ancestor is None:
+            raise ConfigError(
+                f"Module {name or type(self._root).__name__!r} ({type(child).__name__}) was built on the meta device, and has "
+                "no reset_parameters() to fill its tensors. Define reset_parameters() in its class (or _init_weights(module) "
+                "in a parent's), or build the model in __init__ instead of configure_model."
+            )
+        if own is not None:
+            own()
+        if by_ancestor is not None:
+            by_ancestor(child)
+
+    def _ancestor_initialiser(self, name: str) -> Callable[[nn.Module], None] | None:
+        parts = name.split(".") if name else []
+        for depth in range(len(parts), -1, -1):
+            ancestor = self._root.get_submodule(".".join(parts[:depth]))
+            if callable(initialise := getattr(ancestor, "_init_weights", None)):
+                return initialise
+        return None
+
+
+def _unfilled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    real = torch.empty_like(tensor, device=device)
+    return real.fill_(float("nan")) if real.is_floating_point() else real.zero_()
+
+
+def _check_filled(name: str, child: nn.Module) -> None:
+    own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+    for key, tensor in own:
+        if tensor.is_floating_point() and tensor.numel() and bool(tensor.detach().isnan().any()):
+            raise ConfigError(
+                f"{name + '.' if name else ''}{key} of {type(child).__name__} was built on the meta device, and "
+                "reset_parameters() left it without values. Fill it there, create it with device='cpu', or build the model "
+                "in __init__ instead of configure_model."
+            )
+
+
+@contextmanager
+def _random_state_of_rank_zero(device: torch.device) -> Iterator[None]:
+    """Draw as rank 0 does; ranks that were in another state return to it."""
+    own = _random_state(device)
+    shared = [own]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(shared, src=0)
+    differs = any(not torch.equal(mine, theirs) for mine, theirs in zip(own, shared[0], strict=True))
+    _set_random_state(shared[0], device)
+    yield
+    if differs:
+        _set_random_state(own, device)
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,43 @@
+"""Every environment variable that meshbolt reads, and what its values mean."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from meshbolt.errors import ConfigError
+
+DEBUG = "MESHBOLT_DEBUG"
+FAST_PATH = "MESHBOLT_FAST_PATH"
+_FLAGS = {"0": False, "1": True, "": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """The settings that come from environment variables.
+
+    Attributes:
+        debug: `MESHBOLT_DEBUG=1` checks, before every unit is gathered, that all ranks gather the same one.
+        fast_path: `MESHBOLT_FAST_PATH=0` switches the faster collectives for gloo off; by default they are used where
+            they are proved equal.
+    """
+
+    debug: bool = False
+    fast_path: bool = True
+
+
+def read_environment() -> Environment:
+    """Read and check the variables.
+
+    Raises:
+        ConfigError: a variable has a value other than 0 or 1.
+    """
+    return Environment(debug=_flag(DEBUG, default=False), fast_path=_flag(FAST_PATH, default=True))
+
+
+def _flag(name: str, *, default: bool) -> bool:
+    text = os.environ.get(name, "")
+    if text not in _FLAGS:
+        raise ConfigError(f"{name}={text!r} is not a switch. Set it to 0 or 1, or unset it.")
+    value = _FLAGS[text]
+    return default if value is None else value

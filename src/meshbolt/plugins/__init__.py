@@ -1,0 +1,23 @@
+"""Lightning's plugin classes, with no logic of their own: they hand Lightning's calls to the engine.
+
+May import: `engine` and below, and Lightning. `precision.py` has one class per kind of precision flag, for the Trainer and for
+Fabric, and the table that converts Lightning's own plugins to them. Read `precision.py` first.
+"""
+
+from meshbolt.plugins.precision import (
+    DoublePrecision,
+    FullPrecision,
+    HalfPrecision,
+    MeshPrecision,
+    MixedPrecision,
+    convert_precision,
+)
+
+__all__ = [
+    "DoublePrecision",
+    "FullPrecision",
+    "HalfPrecision",
+    "MeshPrecision",
+    "MixedPrecision",
+    "convert_precision",
+]

@@ -1,0 +1,96 @@
+"""Which modules share one all-gather (a unit), and which parameters stay whole on every rank.
+
+A unit is what is gathered, used and freed together. Whatever no unit holds belongs to the root, which is gathered for the
+whole step. Three kinds of parameters stay whole on every rank, outside of all units, and only their gradients travel:
+0-dim ones, which cannot be sharded; ones that are not floating-point; and the odd ones out of a unit with several dtypes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from meshbolt.blocks import find_blocks, modules_by_name_or_class
+from meshbolt.zero.policy import Zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """How a module's parameters are divided.
+
+    Attributes:
+        units: modules that become units, by name, innermost first.
+        whole: parameters that stay whole on every rank.
+        blocks: the repeated blocks that were found or named, in the order of the model.
+    """
+
+    units: Mapping[str, nn.Module]
+    whole: frozenset[nn.Parameter]
+    blocks: Mapping[str, nn.Module]
+
+
+def plan_units(module: nn.Module, setting: Zero, *, low_precision: bool) -> UnitPlan:
+    """Divide a module into units.
+
+    Args:
+        module: the user's whole module, not sharded yet.
+        setting: the user's `zero`.
+        low_precision: parameters are gathered in 16 bits. Normalisation layers that keep running statistics then keep
+            their few parameters whole and in full precision, as their buffers are.
+
+    Raises:
+        ConfigError: the user's `unit` names what the module does not have.
+    """
+    names = setting.unit_names
+    blocks = find_blocks(module) if names is None else modules_by_name_or_class(module, names, setting="Zero.unit")
+    tied = _shared_between(module, blocks)
+    units = {name: block for name, block in blocks.items() if not any(p in tied for p in block.parameters())}
+    whole = _whole_parameters(module, units.values(), low_precision=low_precision)
+    innermost_first = dict(sorted(units.items(), key=lambda item: -item[0].count(".")))
+    kept = {name: unit for name, unit in innermost_first.items() if any(p not in whole for p in unit.parameters())}
+    return UnitPlan(units=kept, whole=whole, blocks=blocks)
+
+
+def _shared_between(module: nn.Module, blocks: Mapping[str, nn.Module]) -> set[nn.Parameter]:
+    """Return parameters used in more than one unit; a gathered parameter has one owner, so their units merge into the root."""
+    users: defaultdict[nn.Parameter, set[str]] = defaultdict(set)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        users[parameter].add(_innermost(name, blocks))
+    # One block under two names (a shared block) is one module with one unit, not two owners.
+    owners = {name: id(block) for name, block in blocks.items()}
+    return {p for p, names in users.items() if len({owners.get(name, name) for name in names}) > 1}
+
+
+def _innermost(parameter_name: str, blocks: Mapping[str, nn.Module]) -> str:
+    parts = parameter_name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        if (prefix := ".".join(parts[:depth])) in blocks:
+            return prefix
+    return ""
+
+
+def _whole_parameters(module: nn.Module, units: Iterable[nn.Module], *, low_precision: bool) -> frozenset[nn.Parameter]:
+    whole = {p for p in module.parameters() if p.dim() == 0 or not p.is_floating_point()}
+    for child in module.modules() if low_precision else ():
+        if isinstance(child, _NormBase) and child.track_running_stats:
+            whole.update(child.parameters(recurse=False))
+    taken: set[nn.Parameter] = set()
+    for unit in [*sorted(units, key=lambda u: sum(1 for _ in u.modules())), module]:
+        own = [p for p in unit.parameters() if p not in taken and p not in whole]
+        taken.update(own)
+        whole.update(_odd_dtypes(own))
+    return frozenset(whole)
+
+
+def _odd_dtypes(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+    """Return the parameters that are not of the dtype most numbers of the unit have: a unit moves one dtype."""
+    numel: Counter[torch.dtype] = Counter()
+    own = list(parameters)
+    for parameter in own:
+        numel[parameter.dtype] += parameter.numel()
+    return {p for p in own if p.dtype != numel.most_common(1)[0][0]}
