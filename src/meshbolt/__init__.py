@@ -1,1 +1,43 @@
-"""meshbolt."""
+"""meshbolt: train a model that one GPU cannot hold, by changing one line of a Lightning script.
+
+Importing it registers the strategy names `zero0` ... `zero3` with Lightning's Trainer and with Fabric.
+
+Example:
+    >>> import meshbolt
+    >>> from lightning.pytorch import Trainer
+    >>> trainer = Trainer(strategy="zero2", accelerator="cpu", devices=2)
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from meshbolt.blocks import Recompute
+from meshbolt.checkpoint import Checkpoint
+from meshbolt.errors import (
+    CheckpointError,
+    ConfigError,
+    MeshboltError,
+    MissingPackageError,
+    TopologyError,
+    UnsupportedError,
+)
+from meshbolt.strategies import FabricMeshStrategy, MeshStrategy, register_presets
+from meshbolt.zero import Zero
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "MeshStrategy",
+    "MeshboltError",
+    "MissingPackageError",
+    "Recompute",
+    "TopologyError",
+    "UnsupportedError",
+    "Zero",
+]
+
+__version__ = version("meshbolt")
+
+register_presets(MeshStrategy, FabricMeshStrategy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -18,21 +19,19 @@ NUMPY = """
 import numpy
 numpy.ones((512, 512)) @ numpy.ones((512, 512))
 from meshbolt.testing import run_ranks
-print(len(open("/proc/self/status").read().split("Threads:")[1].split()[0]), run_ranks(int, 2))
+print(run_ranks(int, 2))
 """
 
 
 def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error::DeprecationWarning:meshbolt", "-c", script]
+    command = [sys.executable, "-W", "error", "-c", script]
     kept = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    return subprocess.run(
-        command, env=kept | variables, capture_output=True, text=True, check=False, timeout=120, close_fds=True
-    )
+    return subprocess.run(command, env=kept | variables, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_threads_left_by_torch_are_refused_with_the_remedy():
     ran = run(BUSY)
-    assert "UnsupportedError: run_ranks forks this process, but 3 native threads run in it" in ran.stderr
+    assert re.search(r"UnsupportedError: run_ranks forks this process, but \d+ native threads run in it", ran.stderr)
     assert "OMP_NUM_THREADS=1" in ran.stderr
     assert "meshbolt.testing.warm()" in ran.stderr
 

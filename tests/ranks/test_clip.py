@@ -66,7 +66,7 @@ def replicated(world: int) -> list[tuple[DeviceMesh, list[Placement]] | None]:
 
 
 def everything_at_once(world: int) -> list[tuple[DeviceMesh, list[Placement]] | None]:
-    """Two meshes and plain tensors: sharded over both axes, either, none; over all ranks; the other dimension; whole."""
+    """Two meshes and plain tensors: sharded over both axes, over either, over none, over all ranks, not a DTensor."""
     both = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("rows", "columns"))
     line = init_device_mesh("cpu", (world,))
     return [
@@ -148,7 +148,8 @@ def trained_like_torch(axes: tuple[int, ...]) -> None:
     model(data).square().sum().backward()
     expected_norm = nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
     norm = clip_norm_([param for module in model.modules() for param in module.parameters()], 0.1)
-    torch.testing.assert_close(norm, expected_norm, rtol=1e-13, atol=0)  # backward itself differs by the mean over ranks
+    # Here backward differs as well, by the mean over ranks.
+    torch.testing.assert_close(norm, expected_norm, rtol=1e-13, atol=0)
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None), name
         if theirs.grad is not None:

@@ -97,7 +97,7 @@ def test_a_bad_number_in_one_shard_skips_the_step_on_every_rank(
 
 
 def clean_gradients_scaled_and_not(axes: tuple[int, ...]) -> None:
-    """Compare gradients of a scaled loss, divided, with those of a loss that was not scaled; float32, so no rounding."""
+    """Compare divided gradients of a scaled loss with those of a loss that was not scaled; in float32."""
     results = []
     for scale in (1.0, 2.0**15):
         torch.manual_seed(0)

@@ -1,8 +1,11 @@
-"""How checkpoints are written and read."""
+"""How checkpoints are written and read, as the user sets it."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from meshbolt.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -10,11 +13,19 @@ class Checkpoint:
     """How checkpoints are written and read.
 
     Attributes:
-        asynchronous: write in the background.
-        verify: check the sizes of files against the manifest when a checkpoint is read.
-        keep_partial: keep what a failed save has written, for inspection.
+        asynchronous: write in the background while training goes on, instead of waiting until the files are on the disk.
+        verify: compare the files of a checkpoint with what its manifest says before anything is loaded. False saves one
+            look at each file, and a damaged checkpoint is then found only where its files cannot be read at all.
+        keep_partial: keep the files of a save that failed, in a hidden directory beside the checkpoint, to look at them.
+            The next save under the same name removes those of earlier failures unless it has this setting, too.
     """
 
     asynchronous: bool = False
     verify: bool = True
     keep_partial: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"Checkpoint({field.name}={value!r}) is a switch. Use True or False.")

@@ -23,7 +23,7 @@ from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
-from meshbolt.zero import Root, UnitPlan, plan_units, shard_unit
+from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
     """
     agree_on_error(lambda: _check_module(module))
     _check_same_on_all_ranks(module)
-    low_precision = plan.precision.param_dtype in (torch.bfloat16, torch.float16)
+    keep_norms = _norms_to_keep(plan)
     divided: list[UnitPlan] = []
-    agree_on_error(lambda: divided.append(plan_units(module, plan.settings.zero, low_precision=low_precision)))
+    agree_on_error(lambda: divided.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms)))
     units = divided[0]
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute)
@@ -89,6 +89,12 @@ def _shard(module: nn.Module, units: UnitPlan, *, plan: Plan, mesh: DeviceMesh, 
             parameter.register_post_accumulate_grad_hook(hook)
     in_order = {name: sharded[name] for name, _ in module.named_modules() if name in sharded}
     return Composition(root=root, units=in_order, whole=whole_now())
+
+
+def _norms_to_keep(plan: Plan) -> KeepNorms:
+    if plan.precision.param_dtype is None:
+        return KeepNorms.NONE
+    return KeepNorms.RUNNING_STATISTICS if plan.precision.autocast_dtype is None else KeepNorms.ALL
 
 
 def _stored_dtype(unit: nn.Module, whole: frozenset[nn.Parameter]) -> torch.dtype:

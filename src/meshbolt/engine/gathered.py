@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from meshbolt.compat import local_tensor
@@ -113,15 +114,16 @@ def _write_back(tensors: list[_Gathered]) -> None:
 
 
 def _differs(held: _Gathered) -> bool:
-    mine = _local_part(held)
-    return not torch.equal(mine, local_tensor(held.shard))
+    return not torch.equal(local_part(held.whole.detach(), like=held.shard), local_tensor(held.shard))
 
 
-def _local_part(held: _Gathered) -> torch.Tensor:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+def local_part(whole: torch.Tensor, *, like: DTensor) -> torch.Tensor:
+    """Return the part of a whole tensor that this rank would hold, without communication.
 
-    shape, offset = compute_local_shape_and_global_offset(
-        held.shard.shape, held.shard.device_mesh, held.shard.placements
-    )
+    Args:
+        whole: of the shape of `like`.
+        like: a sharded tensor; its layout.
+    """
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    return held.whole.detach()[index].reshape(local_tensor(held.shard).shape)
+    return whole[index].reshape(local_tensor(like).shape)

@@ -75,7 +75,7 @@ class MeshPrecision(trainer_plugins.Precision):
             return result  # training_step skipped this batch: there are no gradients to unscale
         self.unscale(optimizer)
         self._after_closure(model, optimizer)
-        stepped = self.step(optimizer, **kwargs)
+        stepped = self.step(optimizer, self.engine, **kwargs)
         return stepped if result is None else result
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -85,14 +85,24 @@ class MeshPrecision(trainer_plugins.Precision):
             return
         scaler.unscale_([p.grad for p in _parameters(optimizer) if p.grad is not None], owner=id(optimizer))
 
-    def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
-        """Step, unless the gradients of any rank overflowed under the loss scale."""
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Unscale, as Fabric asks for before it clips."""
+        self.unscale(optimizer)
+
+    def step(self, optimizer: Optimizer, engine: Engine, **kwargs: Any) -> Any:
+        """Step, unless the gradients of any rank overflowed under the loss scale.
+
+        Args:
+            optimizer: made on the shards of the engine.
+            engine: takes the step.
+            kwargs: further arguments of the optimizer's `step`.
+        """
         if self.loss_scaler is None:
-            return self.engine.step(optimizer, **kwargs)
-        self.engine.settle()
+            return engine.step(optimizer, **kwargs)
+        engine.settle()
         self.unscale(optimizer)
         may_step = self.loss_scaler.decide(owner=id(optimizer))
-        result = self.engine.step(optimizer, **kwargs) if may_step else None
+        result = engine.step(optimizer, **kwargs) if may_step else None
         self.skipped_last_step = not may_step
         self.loss_scaler.update()
         return result

@@ -1,1 +1,12 @@
-""""""
+"""The strategies for Lightning's Trainer and for Fabric: which hook calls what of the engine, and nothing more.
+
+May import: `plugins` and below, and Lightning. `trainer.py` and `fabric.py` are the two adapters; `core.py` is what they share;
+`checks.py` refuses what cannot be honoured; `registry.py` has the preset names. To add a preset, add a row to `PRESETS`. Read
+`trainer.py` first.
+"""
+
+from meshbolt.strategies.fabric import MeshStrategy as FabricMeshStrategy
+from meshbolt.strategies.registry import PRESETS, register_presets
+from meshbolt.strategies.trainer import MeshStrategy
+
+__all__ = ["PRESETS", "FabricMeshStrategy", "MeshStrategy", "register_presets"]

@@ -21,6 +21,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from meshbolt.errors import UnsupportedError
 
@@ -44,9 +46,14 @@ def _step_once() -> None:
     # torch registers the backend named "fake" when this module is imported.
     fake = importlib.import_module("torch.testing._internal.distributed.fake_pg")
     state = torch.get_rng_state()
+    # At its first backward, autograd starts a thread per GPU and refuses to be forked from then on.
+    backward = torch.cuda.device_count() == 0
+    if backward:
+        # Before anything else: FSDP2 uses fake tensors, after which a CUDA build without a GPU counts eight of them.
+        torch.ones(1, requires_grad=True).sum().backward()
     dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
     try:
-        _sharded_step()
+        _sharded_step(backward=backward)
     finally:
         dist.destroy_process_group()
         torch.set_rng_state(state)
@@ -54,20 +61,16 @@ def _step_once() -> None:
     gc.collect()
 
 
-def _sharded_step() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
+def _sharded_step(*, backward: bool) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     for module in (*model, model):
         fully_shard(module, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters())
     loss = model(torch.ones(2, 4)).sum()
-    # With an accelerator in sight, backward would start a thread per device, and autograd then refuses to be forked.
-    if torch.cuda.device_count() == 0:
+    if backward:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 

@@ -8,6 +8,16 @@ Read `policy.py` first.
 from meshbolt.zero.policy import POLICIES, StagePolicy, Zero
 from meshbolt.zero.replicated import ReplicatedParameters
 from meshbolt.zero.shard import Root, shard_unit
-from meshbolt.zero.units import UnitPlan, plan_units
+from meshbolt.zero.units import KeepNorms, UnitPlan, plan_units
 
-__all__ = ["POLICIES", "ReplicatedParameters", "Root", "StagePolicy", "UnitPlan", "Zero", "plan_units", "shard_unit"]
+__all__ = [
+    "POLICIES",
+    "KeepNorms",
+    "ReplicatedParameters",
+    "Root",
+    "StagePolicy",
+    "UnitPlan",
+    "Zero",
+    "plan_units",
+    "shard_unit",
+]

@@ -3,10 +3,12 @@
 A unit is what is gathered, used and freed together. Whatever no unit holds belongs to the root, which is gathered for the
 whole step. Three kinds of parameters stay whole on every rank, outside of all units, and only their gradients travel:
 0-dim ones, which cannot be sharded; ones that are not floating-point; and the odd ones out of a unit with several dtypes.
+Under mixed precision so do the parameters of normalisation layers (see `KeepNorms`).
 """
 
 from __future__ import annotations
 
+import enum
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from meshbolt.blocks import find_blocks, modules_by_name_or_class
 from meshbolt.zero.policy import Zero
+
+
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +39,23 @@ class UnitPlan:
     blocks: Mapping[str, nn.Module]
 
 
-def plan_units(module: nn.Module, setting: Zero, *, low_precision: bool) -> UnitPlan:
+class KeepNorms(enum.Enum):
+    """Which normalisation layers keep their few parameters whole and as stored, where others are gathered in 16 bits."""
+
+    NONE = enum.auto()
+    RUNNING_STATISTICS = enum.auto()
+    """Those whose buffers stay in full precision: torch wants parameters and statistics in one dtype."""
+    ALL = enum.auto()
+    """All of them: autocast runs them in float32, and on CPUs torch refuses float32 inputs with 16-bit parameters."""
+
+
+def plan_units(module: nn.Module, setting: Zero, *, keep_norms: KeepNorms = KeepNorms.NONE) -> UnitPlan:
     """Divide a module into units.
 
     Args:
         module: the user's whole module, not sharded yet.
         setting: the user's `zero`.
-        low_precision: parameters are gathered in 16 bits. Normalisation layers that keep running statistics then keep
-            their few parameters whole and in full precision, as their buffers are.
+        keep_norms: which normalisation layers stay whole.
 
     Raises:
         ConfigError: the user's `unit` names what the module does not have.
@@ -50,7 +64,7 @@ def plan_units(module: nn.Module, setting: Zero, *, low_precision: bool) -> Unit
     blocks = find_blocks(module) if names is None else modules_by_name_or_class(module, names, setting="Zero.unit")
     tied = _shared_between(module, blocks)
     units = {name: block for name, block in blocks.items() if not any(p in tied for p in block.parameters())}
-    whole = _whole_parameters(module, units.values(), low_precision=low_precision)
+    whole = _whole_parameters(module, units.values(), keep_norms=keep_norms)
     innermost_first = dict(sorted(units.items(), key=lambda item: -item[0].count(".")))
     kept = {name: unit for name, unit in innermost_first.items() if any(p not in whole for p in unit.parameters())}
     return UnitPlan(units=kept, whole=whole, blocks=blocks)
@@ -74,10 +88,10 @@ def _innermost(parameter_name: str, blocks: Mapping[str, nn.Module]) -> str:
     return ""
 
 
-def _whole_parameters(module: nn.Module, units: Iterable[nn.Module], *, low_precision: bool) -> frozenset[nn.Parameter]:
+def _whole_parameters(module: nn.Module, units: Iterable[nn.Module], *, keep_norms: KeepNorms) -> frozenset[nn.Parameter]:
     whole = {p for p in module.parameters() if p.dim() == 0 or not p.is_floating_point()}
-    for child in module.modules() if low_precision else ():
-        if isinstance(child, _NormBase) and child.track_running_stats:
+    for child in module.modules():
+        if _stays_whole(child, keep_norms):
             whole.update(child.parameters(recurse=False))
     taken: set[nn.Parameter] = set()
     for unit in [*sorted(units, key=lambda u: sum(1 for _ in u.modules())), module]:
@@ -85,6 +99,12 @@ def _whole_parameters(module: nn.Module, units: Iterable[nn.Module], *, low_prec
         taken.update(own)
         whole.update(_odd_dtypes(own))
     return frozenset(whole)
+
+
+def _stays_whole(child: nn.Module, keep: KeepNorms) -> bool:
+    if keep is KeepNorms.ALL:
+        return isinstance(child, _NORMS)
+    return keep is KeepNorms.RUNNING_STATISTICS and isinstance(child, _NormBase) and child.track_running_stats
 
 
 def _odd_dtypes(parameters: Iterable[nn.Parameter]) -> set[nn.Parameter]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshbolt.errors import CheckpointError, ConfigError, MeshboltError
@@ -66,6 +66,7 @@ def test_without_consecutive_hysteresis_the_same_overflows_add_up() -> None:
     assert scales_after(scaler, [OVERFLOW, OK, OVERFLOW, OK]) == [256, 256, 128, 128]
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(
     overflows=st.lists(st.booleans(), max_size=40),
     interval=st.integers(1, 5),

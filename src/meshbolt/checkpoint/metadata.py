@@ -1,0 +1,106 @@
+"""DCP's metadata file, read without running code from it: which tensors there are, and where each part of them lies.
+
+torch writes it as a pickle and reads it with `pickle.load`, which runs whatever a crafted file says. Here only the classes
+that such a file is made of can be built.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from meshbolt.checkpoint.directory import find, local_path
+from meshbolt.errors import CheckpointError
+
+FILE_NAME = ".metadata"
+
+_ALLOWED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},  # turns the name of a layout into the layout
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        shape: of the whole tensor, whatever part of it a rank holds.
+        dtype: of its elements.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """An unpickler that builds nothing but checkpoint metadata."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class that metadata is made of, or a dtype."""
+        if name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise CheckpointError(f"its {FILE_NAME} asks for {module}.{name}, which no checkpoint needs: do not trust this file")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read the metadata of a checkpoint's directory.
+
+    Raises:
+        CheckpointError: it is damaged, or holds what does not belong there.
+    """
+    try:
+        with (directory / FILE_NAME).open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle raises errors of almost every class
+        raise CheckpointError(f"its {FILE_NAME} is damaged ({type(error).__name__}: {error})") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"its {FILE_NAME} is damaged: it holds a {type(metadata).__name__}")
+    return metadata
+
+
+def tensors_in(metadata: Metadata) -> dict[str, TensorInfo]:
+    """Return the tensors that metadata tells of, by key."""
+    return {
+        key: TensorInfo(shape=tuple(entry.size), dtype=entry.properties.dtype)
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def saved_tensors(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+    """Return shape and dtype of every tensor in a checkpoint, by key, without reading one; it asks no other rank.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or its metadata is damaged.
+    """
+    target = local_path(path)
+    try:
+        return tensors_in(read_metadata(find(target)))
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"Checkpoint {str(target)!r} cannot be read: {error}.") from error

@@ -1,0 +1,45 @@
+"""The state of a rank's random generators as tensors, so that a checkpoint can hold that of every rank."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def collect_random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of Python's, NumPy's and torch's generators on this rank.
+
+    Args:
+        device: also the generator of this GPU, if it is one.
+    """
+    version, internal, gauss = random.getstate()
+    legacy = np.random.get_state()
+    state = {
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(np.asarray(legacy[1]).astype(np.int64)),
+        "numpy_rest": torch.tensor([float(x) for x in legacy[2:]], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Set this rank's generators to what `collect_random_state` returned.
+
+    Args:
+        state: from a rank in the same place; a state of a GPU is used on a GPU only.
+        device: this rank's.
+    """
+    version, *internal = state["python"].tolist()
+    gauss = float(state["python_gauss"])
+    random.setstate((version, tuple(internal), None if np.isnan(gauss) else gauss))
+    pos, has_gauss, cached = state["numpy_rest"].tolist()
+    np.random.set_state(("MT19937", state["numpy_keys"].numpy().astype(np.uint32), int(pos), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,87 @@
+"""What a Trainer can be told that this strategy cannot do: refused by name, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from meshbolt.errors import UnsupportedError
+from meshbolt.strategies.compat import is_compiled, time_between_validations
+
+REFUSED_CALLBACKS: Mapping[str, str] = MappingProxyType(
+    {
+        "StochasticWeightAveraging": (
+            "it copies the whole module on every rank. Use meshbolt.callbacks.ExponentialMovingAverage, which keeps the "
+            "average sharded"
+        ),
+        "WeightAveraging": (
+            "it copies the whole module on every rank. Use meshbolt.callbacks.ExponentialMovingAverage, which keeps the "
+            "average sharded"
+        ),
+        "ModelPruning": "it masks whole parameters in place. Prune in one process after training",
+    }
+)
+
+
+def check_trainer(trainer: pl.Trainer, *, world_size: int) -> None:
+    """Refuse callbacks and flags that would corrupt or hang a sharded run.
+
+    Args:
+        trainer: with its callbacks and flags.
+        world_size: number of ranks.
+
+    Raises:
+        UnsupportedError: a callback or a flag cannot be honoured.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        _check_callback(callback)
+    if world_size > 1 and (seconds := time_between_validations(trainer)) is not None:
+        raise UnsupportedError(
+            f"val_check_interval of {seconds:g} s compares the clock of each rank by itself, so ranks could start validation "
+            "at different batches and hang. Give val_check_interval a number of batches or a share of an epoch."
+        )
+    if trainer.strategy._layer_sync is not None and trainer.strategy.root_device.type == "cpu":  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            "sync_batchnorm=True needs GPUs: torch's SyncBatchNorm does not run on a CPU. Set sync_batchnorm=False; each "
+            "rank then normalises by its own batch."
+        )
+
+
+def refuse_compiled(module: pl.LightningModule | None) -> None:
+    """Refuse a LightningModule that was compiled as a whole.
+
+    Raises:
+        UnsupportedError: it was.
+    """
+    if is_compiled(module):
+        raise UnsupportedError(
+            f"{type(module).__name__} was compiled as a whole with torch.compile, which would compile the gathering of its "
+            "parameters too. Hand over the plain module and set MeshStrategy(compile=True): each repeated block is compiled."
+        )
+
+
+def refuse_checkpoint_io(io: Any) -> None:
+    """Refuse a CheckpointIO plugin.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    if io is not None:
+        raise UnsupportedError(
+            f"The CheckpointIO plugin {type(io).__name__} is not available with meshbolt: checkpoints are directories that "
+            "all ranks write together. Leave the plugin out."
+        )
+
+
+def _check_callback(callback: Callback) -> None:
+    for kind in type(callback).__mro__:
+        if kind.__name__ in REFUSED_CALLBACKS and kind.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            raise UnsupportedError(
+                f"The callback {type(callback).__name__} cannot be used on a sharded module: "
+                f"{REFUSED_CALLBACKS[kind.__name__]}."
+            )
+

@@ -1,0 +1,81 @@
+"""Every touch of what Lightning keeps private, in one place; the tests of this file run on every supported version."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher as FabricForkLauncher
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as FabricScriptLauncher
+from lightning.fabric.strategies.strategy import _BackwardSyncControl as BackwardSyncControl
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+__all__ = [
+    "BackwardSyncControl",
+    "FabricForkLauncher",
+    "FabricScriptLauncher",
+    "TrainerForkLauncher",
+    "TrainerScriptLauncher",
+    "connect_ranks",
+    "default_backend",
+    "is_compiled",
+    "ranks_are_connected",
+    "reduce_over_ranks",
+    "time_between_validations",
+]
+
+
+def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: timedelta, device: torch.device) -> None:
+    """Initialise the default process group, once; ranks start from the seed that `seed_everything` was given.
+
+    Args:
+        environment: knows this process's rank and where rank 0 listens.
+        backend: "gloo", "nccl" or a combination.
+        timeout: how long a collective waits for its peers.
+        device: this rank's.
+    """
+    reset_seed()
+    device_id = device if device.type != "cpu" else None
+    _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
+
+
+def set_rank_zero_only(rank: int) -> None:
+    """Tell Lightning's helpers which rank this process is."""
+    rank_zero_only.rank = rank
+
+
+def default_backend(device: torch.device) -> str:
+    """Return the backend that Lightning would use on a device."""
+    return str(_get_default_process_group_backend_for_device(device))
+
+
+def ranks_are_connected() -> bool:
+    """Return whether the default process group is there."""
+    return bool(_distributed_is_initialized())
+
+
+def reduce_over_ranks(tensor: Any, group: Any, reduce_op: Any) -> Any:
+    """Reduce a tensor as `self.log(sync_dist=True)` expects; anything else is returned as it is."""
+    return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def is_compiled(module: pl.LightningModule | None) -> bool:
+    """Return whether a LightningModule was given to `torch.compile` as a whole."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def time_between_validations(trainer: pl.Trainer) -> float | None:
+    """Return the seconds of a time-based `val_check_interval`, if it is one."""
+    return getattr(trainer, "_val_check_time_interval", None)

@@ -1,0 +1,73 @@
+"""What is put on a LightningModule for the time of a run, because Lightning has no hook for it."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from meshbolt.engine import Engine
+from meshbolt.plugins import MeshPrecision
+
+_NO_OP_COPY = ".*copying from a non-meta parameter in the checkpoint to a meta parameter.*"
+
+
+@contextmanager
+def meta_tensors() -> Iterator[None]:
+    """Create tensors on the meta device; loading weights into them is an error, since they would be lost silently."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("error", message=_NO_OP_COPY, category=UserWarning)
+        yield
+
+
+def report_norm(module: pl.LightningModule) -> Callable[[torch.Tensor], None]:
+    """Return a function that logs the norm of the gradients as `grad_norm` whenever they are clipped."""
+
+    def report(norm: torch.Tensor) -> None:
+        module.log("grad_norm", norm.detach().float(), on_step=True, on_epoch=False)
+
+    return report
+
+
+def follow_requires_grad(module: pl.LightningModule, engine: Engine) -> None:
+    """Let `toggle_optimizer` and `untoggle_optimizer` reach parameters that are gathered at that moment.
+
+    Args:
+        module: in manual optimisation.
+        engine: holds its shards.
+    """
+    for name in ("toggle_optimizer", "untoggle_optimizer"):
+        if name in vars(module):
+            continue
+        method = getattr(module, name)
+
+        @functools.wraps(method)
+        def followed(*args: Any, _method: Callable[..., Any] = method, **kwargs: Any) -> Any:
+            result = _method(*args, **kwargs)
+            engine.sync_requires_grad()
+            return result
+
+        module.__dict__[name] = followed
+
+
+def hold_schedulers_on_skips(module: pl.LightningModule, precision: MeshPrecision) -> None:
+    """Leave schedulers where they are after a step that was skipped because gradients overflowed.
+
+    Args:
+        module: its `lr_scheduler_step` is called for every scheduler.
+        precision: knows whether the last step was skipped.
+    """
+    if "lr_scheduler_step" in vars(module):
+        return
+    method = module.lr_scheduler_step
+
+    @functools.wraps(method)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        return None if precision.skipped_last_step else method(*args, **kwargs)
+
+    module.__dict__["lr_scheduler_step"] = held

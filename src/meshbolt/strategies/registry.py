@@ -1,0 +1,32 @@
+"""The names that `strategy="..."` understands, and the calls they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from lightning.fabric.strategies import STRATEGY_REGISTRY as FABRIC_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry as TRAINER_REGISTRY
+
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "zero0": {"zero": 0},
+        "zero1": {"zero": 1},
+        "zero2": {"zero": 2},
+        "zero3": {"zero": 3},
+    }
+)
+
+
+def register_presets(trainer_strategy: type, fabric_strategy: type) -> None:
+    """Register every preset in the registries of the Trainer and of Fabric; again is nothing.
+
+    Args:
+        trainer_strategy: the class for the Trainer.
+        fabric_strategy: the class for Fabric.
+    """
+    for name, arguments in PRESETS.items():
+        written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        for registry, strategy in ((TRAINER_REGISTRY, trainer_strategy), (FABRIC_REGISTRY, fabric_strategy)):
+            registry.register(name, strategy, description=f"MeshStrategy({written})", override=True, **arguments)
