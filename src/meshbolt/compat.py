@@ -22,6 +22,7 @@ __all__ = [
     "ReduceScatter",
     "accumulated_gradients",
     "drop_pending_gather",
+    "gathered_bytes",
     "gradients_land_in_place",
     "has_pending_gather",
     "has_unreduced_part",
@@ -45,6 +46,11 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def managed_parameters(unit: FSDPModule) -> list[nn.Parameter]:
     """Return the sharded parameters that the unit gathers, whether they are gathered now or not."""
     return [fsdp_param.sharded_param for group in _groups(unit) for fsdp_param in group.fsdp_params]
+
+
+def gathered_bytes(unit: FSDPModule) -> int:
+    """Return the bytes of the unit's whole parameters, in the dtype in which they are stored."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in managed_parameters(unit))
 
 
 def is_gathered(unit: FSDPModule) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from meshbolt.errors import ConfigError, did_you_mean
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+_WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict)
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
@@ -72,7 +73,7 @@ def _children_of_containers(module: nn.Module) -> dict[str, nn.Module]:
 def _is_composite(module: nn.Module) -> bool:
     has_parameters = next(module.parameters(), None) is not None
     single_layer = type(module).__module__.startswith("torch.nn.modules") and not any(True for _ in module.children())
-    return has_parameters and not single_layer and not isinstance(module, _CONTAINERS)
+    return has_parameters and not single_layer and not isinstance(module, _WITHOUT_FORWARD)
 
 
 def _inside(name: str, found: dict[str, nn.Module]) -> bool:

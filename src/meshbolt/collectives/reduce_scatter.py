@@ -6,7 +6,8 @@ wait moves there too, behind the computation of the units that follow.
 
 Deferring is right only while torch merely takes views of the output (see `compat.gradients_land_in_place`). Where a unit's
 gradients already exist, inside a window, they are set aside before the backward and added after it, so that this still holds.
-What is in flight is bounded in bytes: beyond the bound the oldest transfer is finished first.
+What is in flight is bounded in bytes: beyond the bound the oldest transfer is finished first, and a unit larger than the bound
+is never deferred, so that memory stays that of torch's own path where it matters.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class DeferredReductions:
         """Set gradients of earlier batches of the window aside, so that this batch's can be deferred as well."""
         for unit in self._units:
             parameters = compat.managed_parameters(unit)
-            if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
+            has_hooks = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+            if has_hooks or compat.gathered_bytes(unit) > IN_FLIGHT_BYTES:
                 continue
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -101,7 +103,7 @@ class DeferredReductions:
 
     def launch(self, transfer: _Transfer, *, defer: bool) -> None:
         """Take over a transfer that was started; finish it now unless it may be deferred."""
-        if not defer:
+        if not defer or transfer.num_bytes > IN_FLIGHT_BYTES:
             transfer.finish()
             return
         if not self._in_flight:

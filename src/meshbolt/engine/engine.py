@@ -51,7 +51,8 @@ class Engine:
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
         composed = compose(module, plan=plan, mesh=mesh, device=device)
         self._root, self._units = composed.root, composed.units
-        self._replicated = ReplicatedParameters(composed.whole, group=_world())
+        # In the order of the module, which is the same on every rank; the order of a set is not.
+        self._replicated = ReplicatedParameters((p for p in module.parameters() if p in composed.whole), group=_world())
         self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
         self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._watch = BranchWatch(self._modules(composed.units)) if plan.environment.debug else None
@@ -121,6 +122,8 @@ class Engine:
             loss = self._root(lambda: loss)  # type: ignore[operator]
         for unit in self._all_units:
             compat.sync_requires_grad(unit)
+        if self._prefetch is not None:
+            self._prefetch.end_forward()
         if self._reductions is not None:
             self._reductions.before_backward()
         return loss

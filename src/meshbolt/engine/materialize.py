@@ -7,8 +7,10 @@ depend on the number of ranks, and for modules that draw in their layers' constr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -50,6 +52,9 @@ class _Filler:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._root = module
         self._device = device
+        names = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
+        # Only tied parameters are remembered: to hold on to all would keep the whole model in memory.
+        self._tied = {parameter for parameter, count in names.items() if count > 1}
         self._real: dict[nn.Parameter, nn.Parameter] = {}
 
     def fill(self, name: str, child: nn.Module) -> None:
@@ -63,8 +68,8 @@ class _Filler:
     def _broadcast(self, tensor: torch.Tensor) -> None:
         if tensor in self._real:
             return
-        if isinstance(tensor, nn.Parameter):
-            self._real[tensor] = tensor
+        if tensor in self._tied:
+            self._real[cast("nn.Parameter", tensor)] = cast("nn.Parameter", tensor)
         tensor.data = tensor.data.to(self._device)
         if dist.get_world_size() > 1:
             whole = tensor.data.contiguous()
@@ -89,7 +94,8 @@ class _Filler:
                 setattr(child, key, self._real[parameter])
             elif parameter.is_meta:
                 real = nn.Parameter(_unfilled(parameter, self._device), requires_grad=parameter.requires_grad)
-                self._real[parameter] = self._real[real] = real
+                if parameter in self._tied:
+                    self._real[parameter] = real
                 setattr(child, key, real)
         for key, buffer in list(child.named_buffers(recurse=False)):
             child._buffers[key] = _unfilled(buffer, self._device) if buffer.is_meta else buffer.to(self._device)

@@ -1,0 +1,230 @@
+"""The ways to train one model on several ranks that `run_step_time.py` compares; each in a fresh process."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import gpt
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every contender is given.
+
+    Attributes:
+        steps: optimizer steps that are timed; `warmup` more come first.
+        window: batches of one optimizer step.
+        samples: of one batch of one rank.
+        sizes: of the model.
+    """
+
+    steps: int = 10
+    warmup: int = 3
+    window: int = 1
+    samples: int = 4
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of each timed step on one rank, and the last loss."""
+
+    seconds: list[float]
+    loss: float
+
+
+def _adamw(module: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True)
+
+
+def _timed(step: Callable[[int], torch.Tensor], job: Job) -> Timing:
+    seconds, loss = [], torch.zeros(())
+    for index in range(job.warmup + job.steps):
+        dist.barrier()
+        start = time.perf_counter()
+        loss = step(index)
+        seconds.append(time.perf_counter() - start)
+    return Timing(seconds=seconds[job.warmup :], loss=float(loss))
+
+
+def _loop(net: torch.nn.Module, job: Job, between: Callable[[bool], Any]) -> Timing:
+    optimizer, rank = _adamw(net), dist.get_rank()
+
+    def step(index: int) -> torch.Tensor:
+        loss = torch.zeros(())
+        for k in range(job.window):
+            with between(k == job.window - 1):
+                loss = gpt.loss_of(net, *gpt.batch(index * job.window + k, rank, samples=job.samples))
+                (loss / job.window).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return _timed(step, job)
+
+
+def local(job: Job) -> Timing:
+    """No communication at all: the floor."""
+    return _loop(gpt.build(**job.sizes), job, lambda _last: contextlib.nullcontext())
+
+
+def ddp(job: Job) -> Timing:
+    """torch's DistributedDataParallel."""
+    net = torch.nn.parallel.DistributedDataParallel(gpt.build(**job.sizes))
+    return _loop(net, job, lambda last: contextlib.nullcontext() if last else net.no_sync())
+
+
+def fsdp2(job: Job, *, reshard: bool = True) -> Timing:
+    """A hand-written loop on torch's fully_shard: the reference."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, net = init_device_mesh("cpu", (dist.get_world_size(),)), gpt.build(**job.sizes)
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
+    root = fully_shard(net, mesh=mesh, reshard_after_forward=reshard)
+
+    @contextlib.contextmanager
+    def between(last: bool) -> Iterator[None]:
+        if not reshard:
+            root.set_reshard_after_backward(last)
+        yield
+
+    return _loop(net, job, between)
+
+
+def fsdp2_keep(job: Job) -> Timing:
+    """The same, with parameters kept whole between forward and backward."""
+    return fsdp2(job, reshard=False)
+
+
+def deepspeed(job: Job, *, stage: int) -> Timing:
+    """DeepSpeed's engine."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(dist.get_world_size()))
+    import deepspeed as peer
+
+    peer.init_distributed(dist_backend="gloo")
+    net, rank = gpt.build(**job.sizes), dist.get_rank()
+    config = {
+        "train_micro_batch_size_per_gpu": job.samples,
+        "gradient_accumulation_steps": job.window,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = peer.initialize(model=net, optimizer=_adamw(net), config=config)
+
+    def step(index: int) -> torch.Tensor:
+        loss = torch.zeros(())
+        for k in range(job.window):
+            loss = gpt.loss_of(engine, *gpt.batch(index * job.window + k, rank, samples=job.samples))
+            engine.backward(loss)
+            engine.step()
+        return loss.detach()
+
+    return _timed(step, job)
+
+
+def trainer(job: Job, strategy: Any, *, shards_itself: bool = False) -> Timing:
+    """Lightning's Trainer with a strategy.
+
+    Args:
+        job: what to train.
+        strategy: for the Trainer.
+        shards_itself: the module applies fully_shard in configure_model, as Lightning's own strategy wants it.
+    """
+    import lightning.pytorch as pl
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    rank, seconds = int(os.environ["RANK"]), []
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = gpt.build(**job.sizes)
+            self.last = torch.zeros(())
+
+        def configure_model(self) -> None:
+            if not shards_itself or isinstance(self.net, torch.distributed.fsdp.FSDPModule):
+                return
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.net.blocks:
+                torch.distributed.fsdp.fully_shard(block, mesh=mesh)
+            torch.distributed.fsdp.fully_shard(self.net, mesh=mesh)
+
+        def training_step(self, batch: Any, _index: int) -> torch.Tensor:
+            self.last = gpt.loss_of(self.net, *batch)
+            return self.last
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return _adamw(self)
+
+    class Clock(pl.Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            dist.barrier()
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            seconds.append(time.perf_counter() - self.start)
+
+    class Batches(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            for index in range((job.warmup + job.steps) * job.window):
+                yield gpt.batch(index, rank, samples=job.samples)
+
+    loop = pl.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ["WORLD_SIZE"]),
+        strategy=strategy,
+        max_steps=job.warmup + job.steps,
+        accumulate_grad_batches=job.window,
+        callbacks=[Clock()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = Module()
+    loop.fit(module, torch.utils.data.DataLoader(Batches(), batch_size=None))
+    steps = [sum(seconds[at : at + job.window]) for at in range(0, len(seconds), job.window)]
+    return Timing(seconds=steps[job.warmup :], loss=float(module.last.detach()))
+
+
+def lightning_fsdp2(job: Job) -> Timing:
+    """Lightning's own strategy on fully_shard."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=int(os.environ["WORLD_SIZE"]), tensor_parallel_size=1)
+    return trainer(job, strategy, shards_itself=True)
+
+
+def meshbolt(job: Job, *, stage: int) -> Timing:
+    """meshbolt, through the Trainer."""
+    from meshbolt import MeshStrategy
+
+    return trainer(job, MeshStrategy(zero=stage))
+
+
+CONTENDERS: dict[str, Callable[[Job], Timing]] = {
+    "fsdp2": fsdp2,
+    "local": local,
+    "ddp": ddp,
+    "fsdp2_keep": fsdp2_keep,
+    "lightning_fsdp2": lightning_fsdp2,
+    **{f"deepspeed{stage}": (lambda job, stage=stage: deepspeed(job, stage=stage)) for stage in (1, 2, 3)},
+    **{f"zero{stage}": (lambda job, stage=stage: meshbolt(job, stage=stage)) for stage in (0, 1, 2, 3)},
+}
+OWN_PROCESS_GROUP = ("lightning_fsdp2", "zero0", "zero1", "zero2", "zero3", "deepspeed1", "deepspeed2", "deepspeed3")
