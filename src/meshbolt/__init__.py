@@ -14,6 +14,7 @@ from importlib.metadata import version
 
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint import Checkpoint
+from meshbolt.engine import load_pretrained
 from meshbolt.errors import (
     CheckpointError,
     ConfigError,
@@ -36,6 +37,7 @@ __all__ = [
     "TopologyError",
     "UnsupportedError",
     "Zero",
+    "load_pretrained",
 ]
 
 __version__ = version("meshbolt")

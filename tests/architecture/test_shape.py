@@ -24,8 +24,8 @@ BOUNDS = [
     ("lazycyc", 0, 0),
 ]
 MAX_PARAMETERS = 10
-# The public contract: one keyword for each setting, which a settings object would only move one call away.
-MANY_PARAMETERS_ALLOWED = ("MeshStrategy.__init__",)
+# The public contract, one keyword for each setting, and the constructor that both strategies hand them on to.
+MANY_PARAMETERS_ALLOWED = (" MeshStrategy.__init__", " MeshCore.__init__")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,22 @@ def test_a_rank_that_dies_is_reported_with_its_exit_code(deed: Callable[[], None
     assert "my last words" in dead.output
     assert waiting.raised(RuntimeError)
     assert seconds < 10
+
+
+def test_a_death_is_noticed_although_a_child_of_the_rank_lives_on_and_holds_its_pipe(tmp_path: Path):
+    def fork_and_die() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            time.sleep(60)
+        (tmp_path / "pid").write_text(str(child))
+        os._exit(7)
+
+    (dead,), seconds = outcomes_of(fork_and_die, 1)
+    assert (dead.kind, dead.exit_code) == ("died", 7)
+    assert seconds < 10
+    assert ends_within(int((tmp_path / "pid").read_text()), seconds=5)
 
 
 def test_a_message_of_the_wrong_size_ends_in_outcomes_although_gloo_aborts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -174,6 +175,16 @@ def test_what_ranks_print_is_shown_rank_by_rank(capsys: pytest.CaptureFixture[st
     assert "[rank 1] from a child" in written
 
 
+def test_an_error_in_a_thread_of_a_rank_is_shown(capsys: pytest.CaptureFixture[str]):
+    def fail_in_a_thread() -> None:
+        thread = threading.Thread(target=int, args=("no number",))
+        thread.start()
+        thread.join()
+
+    run_ranks(fail_in_a_thread, 1)
+    assert "[rank 0] ValueError: invalid literal for int()" in capsys.readouterr().out
+
+
 def test_a_warning_is_an_error_in_the_ranks_as_it_is_in_the_test():
     def warn() -> None:
         warnings.warn("beware", UserWarning, stacklevel=1)
@@ -201,17 +212,34 @@ def test_a_rank_may_end_its_group_and_meet_the_others_by_torchruns_variables():
     assert run_ranks(meet_again, 2) == [1.0, 1.0]
 
 
-def test_a_value_sent_last_arrives_although_the_sender_has_returned():
-    def pass_on() -> float:
-        value = torch.full((2**20,), float(dist.get_rank()))
-        if dist.get_rank() == 0:
-            dist.send(value + 5, dst=1)
-        else:
-            time.sleep(0.5)
-            dist.recv(value, src=0)
-        return value[-1].item()
+def test_a_rank_that_hosts_the_store_waits_for_those_that_use_it():
+    def read_late() -> bytes:
+        rank, port = dist.get_rank(), int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore("127.0.0.1", port, world_size=2, is_master=rank == 0)
+        # Held by more than this call: the server ends with the object, and in real life the group holds it.
+        read_late.store = store
+        store.set(str(rank), "here")
+        time.sleep(0.5 * rank)
+        return store.get("0")
 
-    assert run_ranks(pass_on, 2) == [0.0, 5.0]
+    assert run_ranks(read_late, 2) == [b"here", b"here"]
+
+
+def test_garbage_of_the_test_is_not_finalised_by_its_ranks(capsys: pytest.CaptureFixture[str]):
+    class Noisy:
+        def __del__(self) -> None:
+            print("finalised")
+
+    gc.disable()
+    try:
+        noisy = Noisy()
+        noisy.itself = noisy
+        del noisy
+        run_ranks(gc.collect, 2)
+        assert "finalised" not in capsys.readouterr().out
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def trained() -> tuple[int, int, float]:

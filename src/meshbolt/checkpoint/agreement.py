@@ -58,15 +58,26 @@ class Ranks:
             value = action()
         except BaseException as error:  # an interrupt as well: the other ranks wait for this one
             own = error
-        outcomes = self._gather((own and in_words(own), value), failing=failing)
+        outcomes = self.gather((own and in_words(own), value), failing=failing)
         if own is not None and not isinstance(own, Exception):
             raise own
         texts = [text for text, _ in outcomes]
-        if any(texts):
+        if any(text is not None for text in texts):
             raise CheckpointError(f"{failing}: {summary(texts)}") from own
         return [returned for _, returned in outcomes]
 
-    def _gather(self, value: Any, *, failing: str) -> list[Any]:
+    def agree(self, action: Callable[[], T], *, failing: str) -> T:
+        """Run an action as `each` does, and return what it returned on this rank, which may be large."""
+        own: list[T] = []
+        self.each(lambda: own.append(action()), failing=failing)
+        return own[0]
+
+    def gather(self, value: Any, *, failing: str) -> list[Any]:
+        """Return the value of every rank, by rank.
+
+        Raises:
+            CheckpointError: another rank is gone.
+        """
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
@@ -90,7 +101,7 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, CheckpointError):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {(lines or ['no message'])[0][:_SHOWN_CHARACTERS]}"
+    return ": ".join([type(error).__name__, *(line[:_SHOWN_CHARACTERS] for line in lines[:1])])
 
 
 def summary(texts: list[str | None]) -> str:
@@ -101,9 +112,9 @@ def summary(texts: list[str | None]) -> str:
     """
     by_text: defaultdict[str, list[int]] = defaultdict(list)
     for rank, text in enumerate(texts):
-        if text:
+        if text is not None:
             by_text[text].append(rank)
-    if len(by_text) == 1 and all(texts):
+    if len(by_text) == 1 and None not in texts:
         return next(iter(by_text))
     shown = [f"rank {', '.join(map(str, ranks))}: {text}" for text, ranks in by_text.items()]
     more = len(shown) - _SHOWN_FAILURES

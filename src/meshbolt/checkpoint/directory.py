@@ -1,8 +1,9 @@
 """Where a checkpoint is: its path, the hidden paths beside it, and the step from one to the other.
 
-A save writes to `.name.ckpt.partial-<id>` and becomes a checkpoint by being renamed. Where a checkpoint of that name exists
-already, the two change places in one step of the kernel, if it can; else the old one is first renamed to
-`.name.ckpt.previous`, which every reader takes as long as there is none of the name itself. At no moment is there neither.
+A save writes to `.name.ckpt.partial-<id>` and becomes a checkpoint by being renamed. Where a checkpoint of that name
+exists already, the two change places in one step of the kernel, if it can; else the old one is first renamed to
+`.name.ckpt.previous`, which every reader takes as long as there is none of the name itself. At no moment is there
+neither.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def find(target: Path) -> Path:
     if not found.exists():
         raise CheckpointError("there is nothing at this path")
     if not found.is_dir():
-        raise CheckpointError("it is a file; give the directory that meshbolt saved, not a file in it or of another kind")
+        raise CheckpointError(
+            "it is a file; give the directory that meshbolt saved, not a file in it or of another kind"
+        )
     if not (found / manifest.FILE_NAME).exists():
         raise CheckpointError(
             f"it has no {manifest.FILE_NAME}: either meshbolt did not write it, or the save never finished. "
@@ -92,8 +95,8 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def remove_directory(path: str | os.PathLike[str]) -> None:
     """Remove a checkpoint and what saves of its name left behind; where there is nothing, do nothing.
 
-    It vanishes in one step: another process that reads it meanwhile gets an error, never a part. A link or a single file is
-    removed as such. Call it on one rank.
+    It vanishes in one step: another process that reads it meanwhile gets an error, never a part. A link or a single
+    file is removed as such. Call it on one rank.
 
     Raises:
         CheckpointError: there is another directory, or the system refuses.
@@ -186,6 +189,14 @@ def discard(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     if place.exists():
         _log.warning("%s is not needed any more but cannot be deleted whole; delete the rest yourself.", place)
+
+
+def write_synced(file: Path, content: bytes | memoryview) -> None:
+    """Write a small file and have its content on the disk."""
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def sync_directory(directory: Path) -> None:

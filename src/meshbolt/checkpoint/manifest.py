@@ -12,8 +12,8 @@ It is written last, when every other file is safely on the disk. Its layout:
       "files": {"__0_0.distcp": {"bytes": 1024}}           every other file of the directory
     }
 
-A reader ignores keys it does not know, so that more can be said about a file, or beside the files, under the same format
-version; what an older reader must not misread raises the version.
+A reader ignores keys it does not know, so that more can be said about a file, or beside the files, under the same
+format version; what an older reader must not misread raises the version.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class Manifest:
         try:
             return json.dumps(content, indent=2) + "\n"
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"the plan cannot be written to {FILE_NAME} ({error}); use plain values in it") from error
+            raise CheckpointError(
+                f"the plan cannot be written to {FILE_NAME} ({error}); use plain values in it"
+            ) from error
 
     def check_files(self, directory: Path, *, names: Iterable[str]) -> None:
         """Compare files on the disk with what the manifest says of them.
@@ -115,8 +117,8 @@ def read_manifest(file: Path) -> Manifest:
     version = content.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
-            f"its format version is {version!r}, written by meshbolt {_author(content)}, and this version reads formats up "
-            f"to {FORMAT_VERSION}. Upgrade meshbolt to read it"
+            f"its format version is {version!r}, written by meshbolt {_author(content)}, and this version of meshbolt "
+            f"reads formats up to {FORMAT_VERSION}. Upgrade meshbolt to read it"
         )
     try:
         return Manifest(

@@ -1,7 +1,7 @@
 """DCP's metadata file, read without running code from it: which tensors there are, and where each part of them lies.
 
-torch writes it as a pickle and reads it with `pickle.load`, which runs whatever a crafted file says. Here only the classes
-that such a file is made of can be built.
+torch writes it as a pickle and reads it with `pickle.load`, which runs whatever a crafted file says. Here only the
+classes that such a file is made of can be built.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class _MetadataUnpickler(pickle.Unpickler):
         dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
         if isinstance(dtype, torch.dtype):
             return dtype
-        raise CheckpointError(f"its {FILE_NAME} asks for {module}.{name}, which no checkpoint needs: do not trust this file")
+        raise CheckpointError(
+            f"its {FILE_NAME} asks for {module}.{name}, which no checkpoint needs: do not trust this file"
+        )
 
 
 def read_metadata(directory: Path) -> Metadata:

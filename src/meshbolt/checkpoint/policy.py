@@ -13,11 +13,12 @@ class Checkpoint:
     """How checkpoints are written and read.
 
     Attributes:
-        asynchronous: write in the background while training goes on, instead of waiting until the files are on the disk.
-        verify: compare the files of a checkpoint with what its manifest says before anything is loaded. False saves one
+        asynchronous: write in the background while training goes on, instead of waiting until the files are on the
+            disk.
+        verify: compare the sizes of a checkpoint's files with its manifest before anything is loaded. False saves one
             look at each file, and a damaged checkpoint is then found only where its files cannot be read at all.
-        keep_partial: keep the files of a save that failed, in a hidden directory beside the checkpoint, to look at them.
-            The next save under the same name removes those of earlier failures unless it has this setting, too.
+        keep_partial: keep the files of a save that failed, in a hidden directory beside the checkpoint, to look at
+            them. The next save under the same name removes those of earlier failures unless it has this setting, too.
     """
 
     asynchronous: bool = False

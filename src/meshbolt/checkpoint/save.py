@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import io
-import json
+import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint import directory, manifest, shards
-from meshbolt.checkpoint.agreement import Ranks, in_words
-from meshbolt.errors import CheckpointError
-
-OBJECTS_FILE = "meta.pt"
+from meshbolt.checkpoint import directory, manifest
+from meshbolt.checkpoint.agreement import Ranks
+from meshbolt.checkpoint.manifest import Manifest
+from meshbolt.checkpoint.objects import write_objects
+from meshbolt.checkpoint.shards import files_of_rank, info_of, write_shards
 
 
 def save_directory(
@@ -32,17 +30,17 @@ def save_directory(
 ) -> None:
     """Save a checkpoint; a collective of all ranks, which returns when the checkpoint is whole and on the disk.
 
-    A checkpoint that is there already is replaced in one step, when the new one is whole; whatever goes wrong before, it
-    stays. A single file of the same name is replaced as well.
+    A checkpoint of that name is replaced in one step once the new one is whole; whatever goes wrong before, it stays. A
+    single file of that name is replaced as well.
 
     Args:
         path: the directory to make, the same on every rank, on a file system that all ranks share.
-        tensors: by key. Of a DTensor each rank saves its own part. A plain tensor under a key of several ranks is the same
-            on each and saved once; a key may exist on one rank only.
-        objects: everything else, as `torch.save` takes it; the first rank's are saved.
+        tensors: by key. Of a DTensor each rank saves its own part. A plain tensor under a key of several ranks is the
+            same on each and saved once; a key may exist on one rank only.
+        objects: everything else, as `torch.save` takes it; those of the first rank are saved.
         plan: what the run was told to do, as plain data, for the manifest.
         versions: of packages beyond torch and meshbolt, for the manifest.
-        keep_partial: where the save fails, keep what was written.
+        keep_partial: where the save fails, keep what was written of it, and of earlier ones that failed.
         group: the ranks that save, with a CPU backend; None for all, or for a single process.
 
     Raises:
@@ -51,22 +49,72 @@ def save_directory(
     """
     ranks = Ranks(group)
     target = directory.local_path(path)
-    failing = f"Checkpoint {str(target)!r} cannot be saved"
+    failing = f"Checkpoint {str(target)!r} was not saved, and what had this name before is untouched"
+    # The first rank's; every rank draws one, so that one exchange is enough.
     save_id = ranks.each(directory.new_save_id, failing=failing)[0]
+    description = Manifest(
+        save_id=save_id,
+        world_size=ranks.size,
+        versions={**manifest.own_versions(), **(versions or {})},
+        plan=plan or {},
+        files={},
+    )
     partial = directory.partial_of(target, save_id=save_id)
+    save = _Save(target=target, partial=partial, ranks=ranks, description=description, keep_partial=keep_partial)
     try:
-        ranks.each(lambda: _prepare(target, partial, tensors, objects, plan, ranks, keep_partial), failing=failing)
-        shards.write_shards(partial, tensors=tensors, ranks=ranks, failing=failing)
-        parts = ranks.each(lambda: _finish_part(partial, ranks), failing=failing)
-        whole = manifest.Manifest(
-            save_id=save_id,
-            world_size=ranks.size,
-            versions={**manifest.own_versions(), **(versions or {})},
-            plan=plan or {},
-            files={name: num_bytes for part in parts for name, num_bytes in part.items()},
-        )
-        ranks.each(lambda: _commit(target, partial, whole, ranks), failing=failing)
-    finally:
-        # After a commit, what has this name now is the checkpoint that was replaced.
-        if ranks.first and not (keep_partial and ...):
-            directory.discard(partial)
+        ranks.each(lambda: save.prepare(tensors, objects=objects), failing=failing)
+        write_shards(partial, tensors=tensors, ranks=ranks, failing=failing)
+        files = ranks.each(save.own_files, failing=failing)
+        ranks.each(lambda: save.commit(files), failing=failing)
+    except BaseException:
+        save.clean_up(failed=True)
+        raise
+    save.clean_up(failed=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Save:
+    """The steps of one save around the writing of the shards; what is done once, the first rank does."""
+
+    target: Path
+    partial: Path
+    ranks: Ranks
+    description: Manifest
+    keep_partial: bool
+
+    def prepare(self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object]) -> None:
+        """Find what would fail, and write what is small, before anything large is written."""
+        for key, tensor in tensors.items():
+            info_of(key, tensor)
+        if not self.ranks.first:
+            return
+        self.description.to_json()
+        directory.refuse_foreign(self.target)
+        if not self.keep_partial:
+            directory.remove_partials(self.target)
+        self.partial.mkdir(parents=True)
+        write_objects(self.partial, objects)
+
+    def own_files(self) -> dict[str, int]:
+        """Bring the names of the files to the disk, and return the bytes of those that this rank wrote."""
+        directory.sync_directory(self.partial)
+        return files_of_rank(self.partial, self.ranks)
+
+    def commit(self, files: Sequence[Mapping[str, int]]) -> None:
+        """Make the directory a checkpoint, and give it its name."""
+        if not self.ranks.first:
+            return
+        sizes = {name: num_bytes for part in files for name, num_bytes in part.items()}
+        whole = dataclasses.replace(self.description, files=sizes)
+        whole.check_files(self.partial, names=sizes)
+        directory.write_synced(self.partial / manifest.FILE_NAME, whole.to_json().encode())
+        directory.sync_directory(self.partial)
+        directory.commit(self.partial, target=self.target)
+
+    def clean_up(self, *, failed: bool) -> None:
+        """Delete what nobody needs: the partial directory, or what the checkpoint has replaced."""
+        if not self.ranks.first or (failed and self.keep_partial):
+            return
+        directory.discard(self.partial)
+        if not failed:
+            directory.discard(directory.previous_of(self.target))

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint, written and read by torch's distributed checkpoint (DCP).
 
-Each rank writes its own parts of sharded tensors; what several ranks have whole is written by one of them. DCP plans that
-over the ranks' group, and reads any layout into any other. Here stands what it needs around it: typed errors that name
-the file, metadata that is no code, and silence.
+Each rank writes its own parts of sharded tensors; what several ranks have whole is written by one of them. DCP plans
+that over the ranks' group, and reads any layout into any other. Here stands what it needs around it: typed errors that
+name the file, metadata that is no code, and silence.
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
 from meshbolt.checkpoint.agreement import Ranks, in_words, lost_contact, summary
@@ -33,11 +37,15 @@ class CheckpointFiles(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         """Open a file for as long as the context lasts."""
+        handled = sys.exc_info()[1]
         try:
             with super().create_stream(path, mode) as stream:
                 yield stream
         except Exception as error:  # torch reports a short read or write by errors of many classes
-            raise CheckpointError(f"file {Path(path).name}: {in_words(error)}") from error
+            first = _first(error, besides=handled)
+            if not isinstance(first, Exception):
+                raise first from None  # an interrupt, which torch has buried under an error of its own
+            raise CheckpointError(f"file {Path(path).name}: {in_words(first)}") from error
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
         """Check that the directory, which the first rank has made, is there for this rank as well."""
@@ -48,13 +56,20 @@ class CheckpointFiles(FileSystem):
             )
 
 
+def _first(error: BaseException, *, besides: BaseException | None) -> BaseException:
+    """Return the error that came first, where torch met others on its way out and would tell of the last one."""
+    while not error.__suppress_context__ and error.__context__ not in (None, besides):
+        error = error.__context__
+    return error
+
+
 class _Writer(FileSystemWriter):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory, overwrite=False, sync_files=True)
         self.fs = CheckpointFiles()
 
     def storage_meta(self) -> StorageMeta:
-        """Return metadata without a path: it would be the partial directory's, in a form that other Pythons cannot read."""
+        """Return metadata without a path: it would be the partial directory's, and not every Python could read it."""
         return StorageMeta(save_id=self.save_id)
 
 
@@ -97,7 +112,7 @@ def write_shards(directory: Path, *, tensors: Mapping[str, torch.Tensor], ranks:
         CheckpointError: some rank could not write; the same on every rank that lives.
     """
     with _errors_of_dcp(ranks, failing=failing):
-        dcp.save(dict(tensors), storage_writer=_Writer(directory), process_group=ranks.group)
+        dcp_save(dict(tensors), storage_writer=_Writer(directory), process_group=ranks.group)
 
 
 def read_shards(
@@ -115,11 +130,20 @@ def read_shards(
     Raises:
         CheckpointError: some rank could not read; the same on every rank that lives. Tensors may be filled in part.
     """
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
     with _errors_of_dcp(ranks, failing=failing):
-        dcp.load(
-            dict(into), storage_reader=_Reader(directory, metadata), planner=planner, process_group=ranks.group
-        )
+        dcp_load(dict(into), storage_reader=_Reader(directory, metadata), planner=planner, process_group=ranks.group)
+
+
+def files_of_rank(directory: Path, ranks: Ranks) -> dict[str, int]:
+    """Return the bytes of the files that this rank wrote, by name; the first rank's include those that exist once."""
+    sizes = {file.name: file.stat().st_size for file in directory.iterdir() if _writer_of(file) == ranks.rank}
+    return dict(sorted(sizes.items()))
+
+
+def _writer_of(file: Path) -> int:
+    shard = re.fullmatch(r"__(\d+)_\d+\.distcp", file.name)  # DCP's names
+    return int(shard[1]) if shard else 0
 
 
 @contextlib.contextmanager
@@ -127,13 +151,13 @@ def _errors_of_dcp(ranks: Ranks, *, failing: str) -> Iterator[None]:
     try:
         with _alone_on_purpose() if ranks.alone else contextlib.nullcontext():
             yield
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         raise _converted(error, ranks=ranks, failing=failing) from error
     except Exception as error:  # every failure of a rank's own part comes as the above: what is left is the exchange
         raise lost_contact(error, failing=failing) from error
 
 
-def _converted(error: dcp.CheckpointException, *, ranks: Ranks, failing: str) -> BaseException:
+def _converted(error: CheckpointException, *, ranks: Ranks, failing: str) -> BaseException:
     failures = {rank: failure for rank, (failure, _) in error.failures.items()}
     own = failures.get(ranks.rank)
     if own is not None and not isinstance(own, Exception):

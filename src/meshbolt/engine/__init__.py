@@ -7,5 +7,6 @@ holds. To add a transformation, add a step to `compose`. Read `compose.py` first
 
 from meshbolt.engine.engine import Engine
 from meshbolt.engine.gathered import gathered
+from meshbolt.engine.pretrained import load_pretrained
 
-__all__ = ["Engine", "gathered"]
+__all__ = ["Engine", "gathered", "load_pretrained"]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from meshbolt.engine.pretrained import PretrainedWeights, pretrained_weights
 from meshbolt.errors import ConfigError
 
 Shard = Callable[[nn.Module], None]
@@ -56,8 +57,12 @@ class _Filler:
         # Only tied parameters are remembered: to hold on to all would keep the whole model in memory.
         self._tied = {parameter for parameter, count in names.items() if count > 1}
         self._real: dict[nn.Parameter, nn.Parameter] = {}
+        self._pretrained: dict[str, PretrainedWeights] = {}
 
     def fill(self, name: str, child: nn.Module) -> None:
+        """Give the module's own tensors, not those of its children, their values."""
+        if (weights := pretrained_weights(child)) is not None:
+            self._pretrained[name] = weights
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         if any(tensor.is_meta for _, tensor in own):
             self._initialise(name, child)
@@ -79,7 +84,9 @@ class _Filler:
     def _initialise(self, name: str, child: nn.Module) -> None:
         tied = self._make_real(child)
         before = {parameter: parameter.detach().clone() for parameter in tied}
-        self._call_initialiser(name, child)
+        if not self._read_pretrained(name, child):
+            self._call_initialiser(name, child)
+            self._read_pretrained(name, child)  # some of its tensors may have weights
         with torch.no_grad():
             for parameter, value in before.items():
                 parameter.copy_(value)
@@ -100,6 +107,20 @@ class _Filler:
         for key, buffer in list(child.named_buffers(recurse=False)):
             child._buffers[key] = _unfilled(buffer, self._device) if buffer.is_meta else buffer.to(self._device)
         return tied
+
+    def _read_pretrained(self, name: str, child: nn.Module) -> bool:
+        """Fill what pretrained weights there are; return whether that was everything."""
+        own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+        return all([self._read_tensor(f"{name}.{key}" if name else key, tensor) for key, tensor in own])
+
+    @torch.no_grad()
+    def _read_tensor(self, name: str, tensor: torch.Tensor) -> bool:
+        for owner, weights in self._pretrained.items():
+            inside = name.removeprefix(f"{owner}.") if owner else name
+            if (not owner or name.startswith(f"{owner}.")) and inside in weights.files:
+                tensor.copy_(weights.read(inside))
+                return True
+        return False
 
     def _call_initialiser(self, name: str, child: nn.Module) -> None:
         own = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher as FabricForkLauncher
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as FabricScriptLauncher
 from lightning.fabric.strategies.strategy import _BackwardSyncControl as BackwardSyncControl
@@ -18,6 +18,7 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -27,12 +28,15 @@ __all__ = [
     "FabricForkLauncher",
     "FabricScriptLauncher",
     "TrainerForkLauncher",
+    "TrainerLauncher",
     "TrainerScriptLauncher",
     "connect_ranks",
     "default_backend",
     "is_compiled",
+    "plain_optimizer",
     "ranks_are_connected",
     "reduce_over_ranks",
+    "set_rank_zero_only",
     "time_between_validations",
 ]
 
@@ -69,6 +73,11 @@ def ranks_are_connected() -> bool:
 def reduce_over_ranks(tensor: Any, group: Any, reduce_op: Any) -> Any:
     """Reduce a tensor as `self.log(sync_dist=True)` expects; anything else is returned as it is."""
     return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, torch.Tensor) else tensor
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer inside the wrapper that Lightning hands to users, or the optimizer itself."""
+    return getattr(optimizer, "_optimizer", optimizer)
 
 
 def is_compiled(module: pl.LightningModule | None) -> bool:

@@ -1,47 +1,111 @@
-"""What the Trainer's and Fabric's strategies share: ranks, the mesh, the plan, and checkpoints of an engine."""
+"""What the Trainer's and Fabric's strategies share: their constructor, ranks, the mesh, the plan and the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment
+from lightning.fabric.accelerators.accelerator import Accelerator
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.precision.precision import Precision
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from meshbolt.checkpoint import load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.blocks import Recompute
+from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.engine import Engine, gathered
-from meshbolt.engine.random_state import collect_random_state, restore_random_state
-from meshbolt.engine.state import empty_like_saved, join_tensors, markers, split_tensors
+from meshbolt.engine.random_state import restore_random_state
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
-from meshbolt.plugins import MeshPrecision
-from meshbolt.strategies.compat import connect_ranks, default_backend, ranks_are_connected, set_rank_zero_only
+from meshbolt.plugins import MeshPrecision, convert_precision
+from meshbolt.strategies.checks import refuse_checkpoint_io
+from meshbolt.strategies.compat import (
+    connect_ranks,
+    default_backend,
+    plain_optimizer,
+    ranks_are_connected,
+    reduce_over_ranks,
+    set_rank_zero_only,
+)
+from meshbolt.strategies.directories import LoadInto, load_tree, save_tree
+from meshbolt.strategies.loaders import checked_loader
+from meshbolt.zero import Zero
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-Owners = Mapping[str, Mapping[str, nn.Parameter]]
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class MeshCore:
-    """The part of a strategy that does not depend on whose loop runs it."""
+    """The part of a strategy that does not depend on whose loop runs it; stands before Lightning's class in the bases."""
 
     is_distributed = True
-    settings: Settings
+    call: ClassVar[str]
+    is_for: ClassVar[str]
     parallel_devices: list[torch.device] | None
     cluster_environment: ClusterEnvironment | None
 
-    def _init_core(
-        self, settings: Settings, *, backend: str | None, timeout: timedelta, start_method: StartMethod
+    def __init__(
+        self,
+        *,
+        zero: int | Zero = 3,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        offload: str | None = None,
+        recompute: str | Recompute = "none",
+        compile: bool = False,
+        checkpoint: Checkpoint | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        start_method: StartMethod = "popen",
     ) -> None:
-        self.settings = settings
-        self._backend = backend
+        """Take the settings; nothing is started.
+
+        Args:
+            zero: ZeRO stage, or `Zero` with more: stage, replicate, unit, reduce_dtype.
+            tensor_parallel: not in this version; 1.
+            pipeline_parallel: not in this version; 1.
+            offload: not in this version; None.
+            recompute: "none", "full" or "selective", or `Recompute`.
+            compile: compile each repeated block with torch's default mode.
+            checkpoint: how checkpoints are written and read.
+            accelerator: as Lightning's strategies have it.
+            parallel_devices: as Lightning's strategies have it.
+            cluster_environment: as Lightning's strategies have it.
+            checkpoint_io: not in this version; None.
+            precision_plugin: one of `meshbolt.plugins`, or a stock one, which is converted.
+            process_group_backend: "gloo" or "nccl"; None: the device's own.
+            timeout: how long a collective waits for its peers.
+            start_method: how ranks are started on this machine where no launcher has done it: "popen" runs the script
+                again for each; "fork", "spawn" and "forkserver" start functions (notebooks need "fork").
+
+        Raises:
+            ConfigError: a value is wrong by itself.
+            UnsupportedError: a value asks for what this version does not have.
+        """
+        self.settings = Settings.from_arguments(
+            zero=zero,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            offload=offload,
+            recompute=recompute,
+            compile=compile,
+            checkpoint=checkpoint,
+        )
+        refuse_checkpoint_io(checkpoint_io)
+        self._backend = process_group_backend
         self._timeout = timeout
         self._start_method = start_method
         self._nodes = 1
@@ -49,7 +113,62 @@ class MeshCore:
         self._plan: Plan | None = None
         self._mesh: DeviceMesh | None = None
         self._control_group: dist.ProcessGroup | None = None
-        self._engine: Engine | None = None
+        self._engines: dict[nn.Module, Engine] = {}
+        self._chosen_accelerator: Accelerator | None = None
+        self._mesh_precision: MeshPrecision | None = None
+        # Lightning's two classes take the same arguments in this order, the last under different names.
+        super().__init__(accelerator, parallel_devices, cluster_environment, None, precision_plugin)  # type: ignore[call-arg]
+
+    def __repr__(self) -> str:
+        """Return the call that makes this strategy, and what it is for."""
+        return f"{self.call}(zero={self.settings.zero}) (for {self.is_for})"
+
+    # What a Trainer or Fabric sets before ranks exist -----------------------------------------------------------------
+
+    @property
+    def accelerator(self) -> Any:
+        """The accelerator that was chosen, or the one given."""
+        # Apart from `_accelerator`, lest a second Trainer takes the first one's choice for an argument of the user.
+        return self._chosen_accelerator or self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._chosen_accelerator = accelerator
+
+    _accelerator: Accelerator | None
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Lightning's own, used only for the single file that carries results out of forked ranks."""
+        io: CheckpointIO = super().checkpoint_io  # type: ignore[misc]
+        return io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        refuse_checkpoint_io(io)
+
+    def _get_precision(self) -> MeshPrecision:
+        if self._mesh_precision is None:
+            self._mesh_precision = convert_precision(None)
+        return self._mesh_precision
+
+    def _set_precision(self, precision: Precision | None) -> MeshPrecision | None:
+        self._mesh_precision = None if precision is None else convert_precision(precision)
+        return self._mesh_precision
+
+    def _configure_launcher(self) -> None:
+        """Choose how ranks are started; the last thing that a Trainer or Fabric does with its strategy."""
+        if self._was_configured:
+            raise ConfigError(
+                f"This {self!r} was given to a Trainer or Fabric before. Make a new one for each: its ranks, mesh and sharded "
+                "module belong to one run."
+            )
+        self._was_configured = True
+        if self.cluster_environment is not None:
+            self._launcher = self._choose_launcher(self.cluster_environment)
+
+    def _choose_launcher(self, environment: ClusterEnvironment) -> Any:
+        raise NotImplementedError
 
     # Ranks ------------------------------------------------------------------------------------------------------------
 
@@ -100,13 +219,6 @@ class MeshCore:
             raise ConfigError("The mesh is built when the ranks are known: read it in `setup` or later.")
         return self._mesh
 
-    @property
-    def engine(self) -> Engine:
-        """The engine that holds the sharded module."""
-        if self._engine is None:
-            raise ConfigError("The module is not set up yet, so there is nothing sharded to work on.")
-        return self._engine
-
     def _set_ranks(self) -> None:
         environment = self.cluster_environment
         if environment is None:
@@ -115,28 +227,17 @@ class MeshCore:
         environment.set_world_size(self.num_nodes * self.num_processes)
         set_rank_zero_only(environment.global_rank())
 
-    def _refuse_second_use(self) -> None:
-        """One strategy object belongs to one Trainer or Fabric: its mesh and engine are those of one run."""
-        if self._was_configured:
-            raise ConfigError(
-                f"This {self!r} was given to a Trainer or Fabric before. Make a new one for each: its ranks, mesh and sharded "
-                "module belong to one run."
-            )
-        self._was_configured = True
-
-    def _connect(self, precision: MeshPrecision) -> None:
+    def _connect(self) -> None:
         """Initialise the process group, resolve the plan and build the mesh; again is nothing."""
         if self._mesh is not None:
             return
         self._set_ranks()
         if self.cluster_environment is None:
             raise ConfigError("The strategy has no cluster environment; give it to a Trainer or Fabric before using it.")
-        world_size = self.cluster_environment.world_size()
-        reduce_dtype = self.settings.zero.reduce_dtype
         self._plan = resolve(
             self.settings,
-            world_size=world_size,
-            precision=precision.policy(reduce_dtype=reduce_dtype),
+            world_size=self.cluster_environment.world_size(),
+            precision=self._get_precision().policy(reduce_dtype=self.settings.zero.reduce_dtype),
             device_type=self.root_device.type,
         )
         self._backend = self._backend or default_backend(self.root_device)
@@ -145,12 +246,15 @@ class MeshCore:
         gloo = dist.get_backend() == "gloo"
         self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
 
+    def _reachable(self) -> dist.ProcessGroup | None:
+        """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to."""
+        return dist.group.WORLD if ranks_are_connected() else None
+
     def barrier(self, *_args: Any, **_kwargs: Any) -> None:
         """Wait for all ranks."""
-        if not ranks_are_connected():
+        if (group := self._reachable()) is None:
             return
-        ids = [self.root_device.index] if dist.get_backend() == "nccl" else None
-        dist.barrier(device_ids=ids)
+        dist.barrier(group, device_ids=[self.root_device.index] if dist.get_backend(group) == "nccl" else None)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Return one rank's object on all ranks.
@@ -159,22 +263,50 @@ class MeshCore:
             obj: anything that can be pickled.
             src: the rank whose object counts.
         """
-        if not ranks_are_connected():
+        if (group := self._reachable()) is None:
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src)
+        dist.broadcast_object_list(box, src, group=group)
         return box[0]
+
+    def _reduce(self, value: Any, group: Any, reduce_op: Any) -> Any:
+        """Reduce a value over the ranks that see different samples; what is not a tensor stays as it is."""
+        if not isinstance(value, torch.Tensor) or (everybody := self._reachable()) is None:
+            return value
+        return reduce_over_ranks(value, group or everybody, reduce_op)
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Check that the loaders of all ranks agree."""
+        return checked_loader(dataloader, group=self._control_group)
 
     # The sharded module -----------------------------------------------------------------------------------------------
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that holds the sharded module; in Fabric, of the module that was set up last."""
+        if not self._engines:
+            raise ConfigError("The module is not set up yet, so there is nothing sharded to work on.")
+        return next(reversed(self._engines.values()))
+
     def _compose(self, module: nn.Module) -> Engine:
-        """Shard a module, unless it is the one that is sharded already."""
-        if self._engine is None or self._engine.module is not module:
-            self._engine = Engine(module, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
-        return self._engine
+        """Shard a module, unless that was done already."""
+        if module not in self._engines:
+            self._engines[module] = Engine(module, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
+        return self._engines[module]
+
+    def _settle(self) -> dict[nn.Parameter, str]:
+        """Leave nothing gathered, and return the names of all sharded parameters."""
+        for engine in self._engines.values():
+            engine.settle()
+        return {p: name for engine in self._engines.values() for name, p in engine.parameters_by_name.items()}
+
+    def module_to_device(self, *_: Any) -> None:
+        """Do nothing: parameters reach their device when they are sharded."""
 
     @contextmanager
-    def gathered(self, module: nn.Module, *, optimizer: Optimizer | None = None) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
+    def gathered(
+        self, module: nn.Module, *, optimizer: Optimizer | None = None
+    ) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
         """Hold whole parameters instead of shards for a while, to read or to change them on every rank.
 
         All ranks must enter and leave together. Changes made in place are kept; where ranks differ, rank 0's count.
@@ -190,88 +322,39 @@ class MeshCore:
             >>> with trainer.strategy.gathered(model.head):
             ...     model.head.weight.norm()
         """
-        self.engine.settle()
-        names = {parameter: name for name, parameter in self.engine.parameters_by_name.items()}
-        with gathered(module, names=names, optimizers=[] if optimizer is None else [optimizer]) as state:
+        optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
+        with gathered(module, names=self._settle(), optimizers=optimizers) as state:
             yield state
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """In manual optimisation: backwards inside are of batches that the window goes on after."""
-        with self.engine.accumulate():
+        with ExitStack() as stack:
+            for engine in self._engines.values():
+                stack.enter_context(engine.accumulate())
             yield
 
     def grad_norm(self, module: nn.Module | None = None, *, norm_type: float = 2.0) -> torch.Tensor:
         """Return the norm of the gradients over all ranks.
 
         Args:
-            module: whose parameters; None for the whole module.
+            module: whose parameters; None for all that are sharded.
             norm_type: p of the p-norm, or infinity.
         """
-        self.engine.settle()
-        return self.engine.grad_norm(None if module is None else list(module.parameters()), norm_type=norm_type)
+        parameters = self._settle() if module is None else module.parameters()
+        return self.engine.grad_norm(list(parameters), norm_type=norm_type)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def _save(self, path: Any, tree: Mapping[str, Any], *, storage_options: Any) -> None:
-        """Write a checkpoint directory; the tree's tensors go to shards, the rest to one file."""
+    def _save(self, path: str | Path, tree: Mapping[str, Any], *, storage_options: Any) -> None:
         if storage_options is not None:
             raise UnsupportedError("storage_options are not available for checkpoint directories. Leave them out.")
-        tensors: dict[str, torch.Tensor] = {}
-        objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
-        held = {key: value for key, value in tensors.items() if _is_sharded(value) or dist.get_rank() == 0}
-        random_state = collect_random_state(self.root_device)
-        held.update({f"random.{dist.get_rank()}.{key}": value for key, value in random_state.items()})
-        save_directory(
-            self.broadcast(str(path)),
-            tensors=held,
-            objects=objects,
-            plan=dict(self.plan.rows()),
-            policy=self.settings.checkpoint,
-            group=self._control_group,
-        )
+        group = self._control_group
+        save_tree(self.broadcast(str(path)), tree, plan=self.plan, device=self.root_device, group=group)
 
-    def _load(
-        self, path: str, live: Mapping[str, torch.Tensor], owners: Owners, *, weights_only: bool | None
-    ) -> dict[str, Any]:
-        """Read a checkpoint directory.
-
-        Args:
-            path: equal on every rank.
-            live: tensors to read into, by key; the checkpoint's other tensors are read into new ones.
-            owners: by the prefix of optimizer state's keys, the parameters that the state belongs to, by name.
-            weights_only: as `torch.load` has it, for the objects.
-
-        Returns:
-            The tree that was saved, with tensors in their places.
-        """
-        objects = load_objects(path, weights_only=weights_only, policy=self.settings.checkpoint, group=self._control_group)
-        infos = saved_tensors(path)
-        into = {}
-        for key in markers(objects):
-            info = infos[key]
-            into[key] = live[key] if key in live else empty_like_saved(info.shape, info.dtype, _owner(key, owners))
-        own = f"random.{dist.get_rank()}."
-        random_state = {key: torch.empty(infos[key].shape, dtype=infos[key].dtype) for key in infos if key.startswith(own)}
-        load_tensors(path, {**into, **random_state}, group=self._control_group)
-        self._loaded_random_state = {key.removeprefix(own): value for key, value in random_state.items()}
-        return {key: join_tensors(value, into) for key, value in objects.items()}
-
-    _loaded_random_state: dict[str, torch.Tensor]
-
-    def _restore_random_state(self) -> None:
-        if self._loaded_random_state:
-            restore_random_state(self._loaded_random_state, self.root_device)
-
-
-def _owner(key: str, owners: Owners) -> nn.Parameter | None:
-    """Return the parameter whose state a key names: `<prefix>...state.<name>.<what>`."""
-    for prefix, parameters in owners.items():
-        if key.startswith(prefix + ".") and ".state." in key:
-            name = key.split(".state.", 1)[1].rpartition(".")[0]
-            return parameters.get(name)
-    return None
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.distributed.tensor.DTensor)
+    def _load(self, path: str, into: LoadInto, *, weights_only: bool | None, with_random_state: bool) -> dict[str, Any]:
+        policy, group = self.settings.checkpoint, self._control_group
+        tree, random_state = load_tree(path, into, weights_only=weights_only, policy=policy, group=group)
+        if with_random_state and random_state:
+            restore_random_state(random_state, self.root_device)
+        return tree

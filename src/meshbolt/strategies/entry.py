@@ -33,3 +33,25 @@ def _redirected(method: Callable[..., Any], engine: Engine) -> Callable[..., Any
         return engine.call(method, *args, **kwargs)
 
     return entered
+
+
+class Entry(nn.Module):
+    """What Fabric calls in place of a sharded module.
+
+    Fabric redirects `training_step`, and methods marked with `mark_forward_method`, through the forward of the module that a
+    strategy returns, but only where that is not the user's module itself.
+    """
+
+    def __init__(self, module: nn.Module, engine: Engine) -> None:
+        super().__init__()
+        self.module = module
+        self._engine = engine
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with the root's parameters gathered."""
+        return self._engine.call(self.module, *args, **kwargs)
+
+
+def behind_entry(module: nn.Module) -> nn.Module:
+    """Return the user's module, of an entry or as it is."""
+    return module.module if isinstance(module, Entry) else module

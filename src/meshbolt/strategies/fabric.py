@@ -4,36 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.accelerators import Accelerator
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.plugins.precision import Precision
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from meshbolt.blocks import Recompute
-from meshbolt.checkpoint import is_checkpoint
-from meshbolt.checkpoint.policy import Checkpoint
-from meshbolt.config import Settings
 from meshbolt.engine import Engine
 from meshbolt.engine.load import load_model
 from meshbolt.engine.rewire import names_by_parameter, rewire_optimizer
 from meshbolt.engine.state import load_optimizer_state, optimizer_state
 from meshbolt.errors import CheckpointError, ConfigError
-from meshbolt.plugins import MeshPrecision, convert_precision
-from meshbolt.strategies.checks import refuse_checkpoint_io
-from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher, reduce_over_ranks
-from meshbolt.strategies.core import DEFAULT_TIMEOUT, MeshCore, StartMethod
-from meshbolt.strategies.entry import redirect_entries
+from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
+from meshbolt.strategies.core import MeshCore
+from meshbolt.strategies.directories import LoadInto
+from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
 from meshbolt.strategies.hooks import meta_tensors
-from meshbolt.strategies.loaders import checked_loader
-from meshbolt.zero import Zero
 
 
 class MeshStrategy(MeshCore, ParallelStrategy):
@@ -45,94 +37,37 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         >>> fabric = Fabric(strategy=MeshStrategy(zero=2), accelerator="cpu", devices=2)
     """
 
-    def __init__(
-        self,
-        *,
-        zero: int | Zero = 3,
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        offload: str | None = None,
-        recompute: str | Recompute = "none",
-        compile: bool = False,
-        checkpoint: Checkpoint | None = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
-        start_method: StartMethod = "popen",
-    ) -> None:
-        """Take the settings, which are those of `meshbolt.MeshStrategy`; nothing is started.
-
-        Raises:
-            ConfigError: a value is wrong by itself.
-            UnsupportedError: a value asks for what this version does not have.
-        """
-        settings = Settings.from_arguments(
-            zero=zero,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
-            offload=offload,
-            recompute=recompute,
-            compile=compile,
-            checkpoint=checkpoint,
-        )
-        refuse_checkpoint_io(checkpoint_io)
-        self._init_core(settings, backend=process_group_backend, timeout=timeout, start_method=start_method)
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            precision=precision_plugin,
-        )
-        self._engines: dict[nn.Module, Engine] = {}
-        self._backward_sync_control = _WindowControl(self)
-
-    def __repr__(self) -> str:
-        """Return the call that makes this strategy."""
-        return f"meshbolt.fabric.MeshStrategy(zero={self.settings.zero})"
+    call = "meshbolt.fabric.MeshStrategy"
+    is_for = "lightning.fabric.Fabric"
 
     @property
     @override
     def precision(self) -> MeshPrecision:
         """meshbolt's plugin for Fabric's precision flag."""
-        if self._mesh_precision is None:
-            self._mesh_precision = convert_precision(None)
-        return self._mesh_precision
+        return self._get_precision()
 
     @precision.setter
     @override
     def precision(self, precision: Precision | None) -> None:
-        self._mesh_precision = None if precision is None else convert_precision(precision)
-        self._precision = self._mesh_precision
-
-    _mesh_precision: MeshPrecision | None = None
+        self._precision = self._set_precision(precision)
 
     @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """Lightning's own; checkpoints are directories and do not use it."""
-        return super().checkpoint_io
+    def _backward_sync_control(self) -> _WindowControl:
+        return _WindowControl(self)
 
-    @checkpoint_io.setter
-    @override
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        refuse_checkpoint_io(io)
+    @_backward_sync_control.setter
+    def _backward_sync_control(self, control: object) -> None:
+        """Ignore the one that Lightning's constructor sets."""
 
     # Set-up -----------------------------------------------------------------------------------------------------------
 
     @override
-    def _configure_launcher(self) -> None:
-        self._refuse_second_use()
-        environment = self.cluster_environment
-        if environment is None or environment.creates_processes_externally:
-            return
+    def _choose_launcher(self, environment: ClusterEnvironment) -> Any:
+        if environment.creates_processes_externally:
+            return None
         if self._start_method == "popen":
-            self._launcher = FabricScriptLauncher(environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = FabricForkLauncher(self, start_method=self._start_method)
+            return FabricScriptLauncher(environment, self.num_processes, self.num_nodes)
+        return FabricForkLauncher(self, start_method=self._start_method)
 
     def _set_world_ranks(self) -> None:
         self._set_ranks()
@@ -141,7 +76,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks and build the mesh."""
         super().setup_environment()
-        self._connect(self.precision)
+        self._connect()
 
     @override
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
@@ -153,11 +88,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Shard a module, in place."""
-        engine = self._engines[module] = self._compose(module)
+        """Shard a module, in place, and return what Fabric is to call in its place."""
+        engine = self._compose(module)
         self.precision.attach(engine)
         redirect_entries(module, engine)
-        return module
+        return Entry(module, engine)
 
     @override
     def setup_module_and_optimizers(
@@ -165,11 +100,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     ) -> tuple[nn.Module, list[Optimizer], Any]:
         """Shard a module, and point optimizers that were made on its whole parameters at the shards."""
         names = names_by_parameter(module)
-        module = self.setup_module(module)
-        engine = self._engines[module]
+        entry = self.setup_module(module)
         for optimizer in optimizers:
-            rewire_optimizer(optimizer, names, engine.parameters_by_name)
-        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+            rewire_optimizer(optimizer, names, self._engines[module].parameters_by_name)
+        return entry, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -178,15 +112,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         engine.check_optimizer(optimizer)
         optimizer.register_step_pre_hook(lambda *_: engine.settle())
         return optimizer
-
-    @override
-    def module_to_device(self, module: nn.Module) -> None:
-        """Do nothing: parameters reach their device when they are sharded."""
-
-    @override
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Check that the loaders of all ranks agree."""
-        return checked_loader(dataloader, group=self._control_group)
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -231,13 +156,14 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce a value over the ranks that see different samples."""
-        return reduce_over_ranks(tensor, group, reduce_op)
+        return self._reduce(tensor, group, reduce_op)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     @override
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """Return a module's state, sharded parameters as DTensors."""
+        module = behind_entry(module)
         self._engines[module].settle()
         return module.state_dict()
 
@@ -281,17 +207,17 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         Returns:
             What the checkpoint holds under keys that `state` has not.
         """
-        path = self.broadcast(str(path))
-        if not is_checkpoint(path) and isinstance(state, nn.Module) and Path(path).is_file():
-            saved = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        place: str = self.broadcast(str(path))
+        if Path(place).is_file() and isinstance(state, nn.Module):
+            saved = torch.load(place, map_location="cpu", weights_only=weights_only, mmap=True)
             self._load_module(state, saved, strict=strict)
             return {}
-        if not is_checkpoint(path) or not isinstance(state, Mapping):
-            raise CheckpointError(
-                f"{path} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
-                "of the objects to read into, or the file of one module's state dict and that module."
-            )
-        return self._load_directory(path, dict(state), strict=strict, weights_only=weights_only)
+        if isinstance(state, Mapping):
+            return self._load_directory(place, dict(state), strict=strict, weights_only=weights_only)
+        raise CheckpointError(
+            f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
+            "of the objects to read into, or the file of one module's state dict and that module."
+        )
 
     def _load_directory(
         self, path: str, state: dict[str, Any], *, strict: bool, weights_only: bool | None
@@ -300,12 +226,12 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         owners: dict[str, Mapping[str, nn.Parameter]] = {}
         for key, target in state.items():
             if isinstance(target, nn.Module):
-                own = self.get_module_state_dict(target) if target in self._engines else target.state_dict()
+                own = self._state_of(target)
                 live.update({f"{key}.{name}": value for name, value in own.items() if isinstance(value, torch.Tensor)})
             elif isinstance(target, Optimizer):
                 owners[key] = self._engine_of(target).parameters_by_name
-        tree = self._load(path, live, owners, weights_only=weights_only)
-        self._restore_random_state()
+        into = LoadInto(live=live, parameters=owners)
+        tree = self._load(path, into, weights_only=weights_only, with_random_state=True)
         missing = sorted(set(state) - set(tree))
         if strict and missing:
             raise CheckpointError(f"{path} does not hold {missing}; it holds {sorted(tree)}. Leave them out, or use strict=False.")
@@ -327,6 +253,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         return target
 
     def _load_module(self, module: nn.Module, saved: Mapping[str, Any], *, strict: bool) -> None:
+        module = behind_entry(module)
         if module not in self._engines:
             module.load_state_dict(saved, strict=strict)
             return
@@ -335,7 +262,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     def _state_of(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
-            return self.get_module_state_dict(value) if value in self._engines else value.state_dict()
+            sharded = behind_entry(value) in self._engines
+            return self.get_module_state_dict(value) if sharded else value.state_dict()
         if isinstance(value, Optimizer):
             names = {parameter: name for name, parameter in self._engine_of(value).parameters_by_name.items()}
             return optimizer_state(value, names)
@@ -361,5 +289,5 @@ class _WindowControl(BackwardSyncControl):
 
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-        return self._strategy._engines[module].accumulate() if enabled else nullcontext()
+        return self._strategy._engines[behind_entry(module)].accumulate() if enabled else nullcontext()
 

@@ -1,39 +1,102 @@
-"""Start ranks as functions (notebooks), and bring the trained weights back to the process that started them."""
+"""How ranks are started: Lightning's launchers, which on the way keep what the user asked of `fit` and Lightning drops."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
-from meshbolt.strategies.compat import TrainerForkLauncher
+from meshbolt.strategies.compat import TrainerForkLauncher, TrainerLauncher, TrainerScriptLauncher
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import ParallelStrategy
+Remember = Callable[[bool | None], None]
 
 
-class CollectingLauncher(TrainerForkLauncher):
-    """Lightning's launcher for functions; results leave a rank as whole tensors, which a process without ranks can read."""
+def asked_weights_only(function: Callable[..., Any], args: Any, kwargs: Any) -> bool | None:
+    """Return the `weights_only` that the user gave to `fit`, `validate`, `test` or `predict`.
 
-    def __init__(self, strategy: ParallelStrategy, *, start_method: Any) -> None:
-        """Prepare to start ranks.
+    Lightning passes it on to every strategy but those that read a checkpoint after the module was set up.
+
+    Args:
+        function: what the Trainer launches.
+        args: its arguments.
+        kwargs: its arguments.
+    """
+    asked: bool | None = inspect.signature(function).bind(*args, **kwargs).arguments.get("weights_only")
+    return asked
+
+
+class _Remembering:
+    """A launcher that tells what the user asked for before it starts anything."""
+
+    def __init__(self, remember: Remember, *args: Any, **kwargs: Any) -> None:
+        """Prepare.
 
         Args:
-            strategy: whose ranks are started.
-            start_method: "fork", "spawn" or "forkserver".
+            remember: called with the user's `weights_only` before every launch.
+            args: of Lightning's launcher.
+            kwargs: of Lightning's launcher.
         """
-        super().__init__(strategy, start_method=start_method)
+        super().__init__(*args, **kwargs)
+        self._remember = remember
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Start ranks as the launcher does it, and run the function on them."""
+        self._remember(asked_weights_only(function, args, kwargs))
+        return super().launch(function, *args, trainer=trainer, **kwargs)  # type: ignore[misc]
+
+
+class _InThisProcess(TrainerLauncher):
+    """Runs the function here: something else has started this process as one of the ranks."""
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """True: nothing is started."""
+        return True
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
+        """Run the function."""
+        return function(*args, **kwargs)
+
+    def kill(self, signum: int) -> None:
+        """Do nothing: the processes are not ours."""
+
+
+class DirectLauncher(_Remembering, _InThisProcess):
+    """For ranks that torchrun, SLURM or a cluster has started."""
+
+
+class ScriptLauncher(_Remembering, TrainerScriptLauncher):
+    """Runs this script again for every other rank of the machine."""
+
+
+class CollectingLauncher(_Remembering, TrainerForkLauncher):
+    """Starts ranks as functions; the trained weights come back whole to the process that started them."""
 
     def _collect_rank_zero_results(self, trainer: pl.Trainer, results: Any) -> Any:
         module = trainer.lightning_module
-        whole = {name: _whole(value) for name, value in trainer.strategy.lightning_module_state_dict().items()}
+        whole: dict[str, Any] = {}
+        if trainer.state.fn == TrainerFn.FITTING:
+            for name, value in trainer.strategy.lightning_module_state_dict().items():
+                gathered = _whole(value)
+                whole.update({name: gathered} if trainer.is_global_zero else {})
+        # Lightning asks the module for what it sends; shards mean nothing to a process without ranks.
         module.__dict__["state_dict"] = lambda *_, **__: whole
         try:
             return super()._collect_rank_zero_results(trainer, results)
         finally:
             del module.__dict__["state_dict"]
+
+    def _recover_results_in_main_process(self, worker_output: Any, trainer: pl.Trainer) -> None:
+        module = trainer.lightning_module
+        if worker_output.weights_path is not None and is_overridden("configure_model", module):
+            module.configure_model()  # only the ranks have called it so far, and the weights need their layers
+        super()._recover_results_in_main_process(worker_output, trainer)
 
 
 def _whole(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Data loaders whose ranks must agree: as many batches on every rank, or one clear error instead of a hang."""
+"""Data loaders of ranks that go together: as many batches on each, or one clear error on all instead of a hang."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH, _END, _ERROR = 1, 0, -1
 
 
 def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
-    """Check a loader before it is used, and watch it while it is, where its length cannot be known.
+    """Check a loader before it is used, and watch it while it is.
 
     Args:
         loader: this rank's; any iterable.
@@ -27,46 +27,70 @@ def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
     """
     if group is None or group.size() == 1:
         return loader
-    length = _length(loader)
-    same, values = same_on_all_ranks((length, _num_samples(loader)), group=group)
-    lengths = [value[0] for value in values]
-    samples = values[0][1]
+    same, values = same_on_all_ranks((_length(loader), _num_samples(loader)), group=group)
+    lengths, samples = [value[0] for value in values], values[0][1]
     if samples is not None and samples < group.size():
         raise TopologyError(
-            f"The dataset has {samples} samples for {group.size()} data-parallel ranks, so some ranks would train on copies. "
-            f"Use at least {group.size()} samples, or fewer ranks."
+            f"The dataset has {samples} samples for {group.size()} data-parallel ranks, so some ranks would train on "
+            f"copies. Use at least {group.size()} samples, or fewer ranks."
         )
-    if not same and all(isinstance(other, int) for other in lengths):
+    if not same and all(isinstance(length, int) for length in lengths):
         raise TopologyError(
-            f"Ranks have different numbers of batches: {lengths} by rank. Every rank must make as many steps as the others. "
-            "Use a DistributedSampler (Lightning's default), drop the rest with drop_last=True, or pad."
+            f"Ranks have different numbers of batches: {lengths} by rank. Every rank must make as many steps as the "
+            "others. Use a DistributedSampler (Lightning's default), drop the rest with drop_last=True, or pad."
         )
-    return loader if all(isinstance(other, int) for other in lengths) else AgreedLoader(loader, group=group)
+    return AgreedLoader(loader, group=group)
 
 
 class AgreedLoader:
-    """An iterable of unknown length that stops all ranks with one error when one of them runs out early."""
+    """A loader that stops all ranks with an error each when one of them runs out early, or fails to load a batch.
+
+    Every batch costs one exchange of a number among the ranks, which a hang at the first collective of the step would
+    otherwise take the place of. For everything but iteration it is the loader inside.
+    """
+
+    __slots__ = ("_group", "_loader")
 
     def __init__(self, loader: Any, *, group: dist.ProcessGroup) -> None:
-        self._loader = loader
-        self._group = group
+        """Wrap a loader.
+
+        Args:
+            loader: this rank's.
+            group: of all ranks, for tensors on the CPU.
+        """
+        object.__setattr__(self, "_loader", loader)
+        object.__setattr__(self, "_group", group)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """The class of the loader inside, for code that asks with isinstance."""
+        return type(self._loader)
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """The attributes of the loader inside, which Fabric copies."""
+        return getattr(self._loader, "__dict__", {})
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_loader"], name)
+        return getattr(object.__getattribute__(self, "_loader"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets worker_init_fn on the loader it was given back.
+        setattr(self._loader, name, value)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self._loader)
-        count = 0
+        iterator, count = None, 0
         while True:
             batch, state, error = None, _BATCH, None
             try:
+                iterator = iter(self._loader) if iterator is None else iterator
                 batch = next(iterator)
             except StopIteration:
                 state = _END
-            except Exception as raised:
+            except Exception as raised:  # whatever the dataset raises, the other ranks must hear of it
                 state, error = _ERROR, raised
             self._agree(state, error, count)
             if state == _END:
@@ -75,12 +99,16 @@ class AgreedLoader:
             count += 1
 
     def _agree(self, state: int, error: Exception | None, count: int) -> None:
-        states = torch.zeros(self._group.size(), dtype=torch.int64)
-        dist.all_gather_into_tensor(states, torch.tensor([state]), group=self._group)
-        found = states.tolist()
+        states = [torch.zeros(1, dtype=torch.int64) for _ in range(self._group.size())]
+        dist.all_gather(states, torch.tensor([state]), group=self._group)
+        found = [int(other) for other in states]
+        if error is not None:
+            raise error
         if _ERROR in found:
-            rank = found.index(_ERROR)
-            raise error or TopologyError(f"Rank {rank} failed to load batch {count}; its own error says why.")
+            raise TopologyError(
+                f"Rank {found.index(_ERROR)} failed to load batch {count}, so that no rank can go on. The error is in the "
+                "output of that rank."
+            )
         if len(set(found)) > 1:
             have = [rank for rank, other in enumerate(found) if other == _BATCH]
             ended = [rank for rank, other in enumerate(found) if other == _END]

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.pytorch.accelerators import Accelerator
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from meshbolt.blocks import Recompute
-from meshbolt.checkpoint import is_checkpoint, remove_directory
-from meshbolt.checkpoint.policy import Checkpoint
-from meshbolt.config import Settings
+from meshbolt.checkpoint import remove_directory
+from meshbolt.collectives import same_on_all_ranks
 from meshbolt.engine.load import load_model
-from meshbolt.engine.state import load_optimizer_state, optimizer_state
-from meshbolt.errors import CheckpointError, UnsupportedError
-from meshbolt.plugins import MeshPrecision, convert_precision
-from meshbolt.strategies.checks import check_trainer, refuse_checkpoint_io, refuse_compiled
-from meshbolt.strategies.compat import TrainerScriptLauncher, reduce_over_ranks
-from meshbolt.strategies.core import DEFAULT_TIMEOUT, MeshCore, StartMethod
+from meshbolt.engine.state import optimizer_state
+from meshbolt.errors import CheckpointError
+from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.attendance import Attendance
+from meshbolt.strategies.checks import check_trainer, refuse_compiled
+from meshbolt.strategies.compat import plain_optimizer
+from meshbolt.strategies.core import MeshCore
+from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import redirect_entries
+from meshbolt.strategies.files import load_file, load_optimizer_states
 from meshbolt.strategies.hooks import follow_requires_grad, hold_schedulers_on_skips, meta_tensors, report_norm
-from meshbolt.strategies.launcher import CollectingLauncher
-from meshbolt.strategies.loaders import checked_loader
-from meshbolt.zero import Zero
+from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
+from meshbolt.strategies.requeue import Requeue
 
 
 class MeshStrategy(MeshCore, ParallelStrategy):
@@ -46,114 +45,21 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     """
 
     strategy_name = "meshbolt"
-
-    def __init__(
-        self,
-        *,
-        zero: int | Zero = 3,
-        tensor_parallel: int = 1,
-        pipeline_parallel: int = 1,
-        offload: str | None = None,
-        recompute: str | Recompute = "none",
-        compile: bool = False,
-        checkpoint: Checkpoint | None = None,
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
-        start_method: StartMethod = "popen",
-    ) -> None:
-        """Take the settings; nothing is started.
-
-        Args:
-            zero: ZeRO stage, or `Zero` with more: stage, replicate, unit, reduce_dtype.
-            tensor_parallel: not in this version; 1.
-            pipeline_parallel: not in this version; 1.
-            offload: not in this version; None.
-            recompute: "none", "full" or "selective", or `Recompute`.
-            compile: compile each repeated block with torch's default mode.
-            checkpoint: how checkpoints are written and read.
-            accelerator: as Lightning's strategies have it.
-            parallel_devices: as Lightning's strategies have it.
-            cluster_environment: as Lightning's strategies have it.
-            checkpoint_io: not in this version; None.
-            precision_plugin: one of `meshbolt.plugins`, or a stock one, which is converted.
-            process_group_backend: "gloo" or "nccl"; None: the device's own.
-            timeout: how long a collective waits for its peers.
-            start_method: how ranks are started on this machine where no launcher has done it: "popen" runs the script
-                again for each; "fork", "spawn" and "forkserver" start functions (notebooks need "fork").
-
-        Raises:
-            ConfigError: a value is wrong by itself.
-            UnsupportedError: a value asks for what this version does not have.
-        """
-        settings = Settings.from_arguments(
-            zero=zero,
-            tensor_parallel=tensor_parallel,
-            pipeline_parallel=pipeline_parallel,
-            offload=offload,
-            recompute=recompute,
-            compile=compile,
-            checkpoint=checkpoint,
-        )
-        refuse_checkpoint_io(checkpoint_io)
-        self._init_core(settings, backend=process_group_backend, timeout=timeout, start_method=start_method)
-        super().__init__(
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            precision_plugin=precision_plugin,
-        )
-
-    def __repr__(self) -> str:
-        """Return the call that makes this strategy, and the Trainer that it is for."""
-        return f"meshbolt.MeshStrategy(zero={self.settings.zero}) (for lightning.pytorch.Trainer: `import lightning.pytorch`)"
+    call = "meshbolt.MeshStrategy"
+    is_for = "lightning.pytorch.Trainer: `import lightning.pytorch`"
 
     # Construction: called in the parent process, before ranks exist ------------------------------------------------------
 
     @property
     @override
-    def accelerator(self) -> Accelerator | None:
-        """The accelerator that the Trainer chose, or the one given."""
-        return self._chosen_accelerator or self._accelerator
-
-    @accelerator.setter
-    @override
-    def accelerator(self, accelerator: Accelerator) -> None:
-        self._chosen_accelerator = accelerator
-
-    _chosen_accelerator: Accelerator | None = None
-
-    @property
-    @override
     def precision_plugin(self) -> MeshPrecision:
         """meshbolt's plugin for the Trainer's precision flag."""
-        if self._mesh_precision is None:
-            self._mesh_precision = convert_precision(None)
-        return self._mesh_precision
+        return self._get_precision()
 
     @precision_plugin.setter
     @override
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        self._precision_plugin = self._mesh_precision = (
-            None if precision_plugin is None else convert_precision(precision_plugin)
-        )
-
-    _mesh_precision: MeshPrecision | None = None
-
-    @property
-    @override
-    def checkpoint_io(self) -> CheckpointIO:
-        """Lightning's own, used only for the single file that carries results out of forked ranks."""
-        return super().checkpoint_io
-
-    @checkpoint_io.setter
-    @override
-    def checkpoint_io(self, io: CheckpointIO) -> None:
-        refuse_checkpoint_io(io)
+        self._precision_plugin = self._set_precision(precision_plugin)
 
     @property
     def _lightning_module(self) -> pl.LightningModule | None:  # type: ignore[override]
@@ -171,25 +77,27 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._set_ranks()
 
     @override
-    def _configure_launcher(self) -> None:
-        self._refuse_second_use()
-        environment = self.cluster_environment
-        if environment is None or environment.creates_processes_externally:
-            return
+    def _choose_launcher(self, environment: ClusterEnvironment) -> Any:
+        if environment.creates_processes_externally:
+            return DirectLauncher(self._remember)
         if self._start_method == "popen":
-            self._launcher = TrainerScriptLauncher(environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = CollectingLauncher(self, start_method=self._start_method)
+            return ScriptLauncher(self._remember, environment, self.num_processes, self.num_nodes)
+        return CollectingLauncher(self._remember, self, start_method=self._start_method)
 
-    # Set-up, in the order of the calls -----------------------------------------------------------------------------------
+    def _remember(self, weights_only: bool | None) -> None:
+        self._asked_weights_only = weights_only
+
+    _asked_weights_only: bool | None = None
+
+    # Set-up, in the order of the calls --------------------------------------------------------------------------------
 
     @override
     def setup_environment(self) -> None:
         """Connect the ranks and build the mesh, after everything that needs no rank was checked."""
         super().setup_environment()
-        module = self._module()
-        check_trainer(module.trainer, world_size=self.world_size)
-        self._connect(self.precision_plugin)
+        self._attended = self._has_loaded = False
+        check_trainer(self._module().trainer, world_size=self.world_size)
+        self._connect()
 
     @override
     @contextmanager
@@ -205,7 +113,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         module = self._module()
         if self.accelerator is not None:
             self.accelerator.setup(trainer)
-        if self._engine is None or self._engine.module is not module:
+        if module not in self._engines:
+            self._engines.clear()
             if self._layer_sync is not None:
                 self.model = module = self._layer_sync.apply(module)  # type: ignore[assignment]
             self.precision_plugin.convert_module(module)
@@ -233,12 +142,17 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def model_to_device(self) -> None:
         """Do nothing: parameters reach their device when they are sharded."""
 
-    @override
-    def process_dataloader(self, dataloader: object) -> object:
-        """Check that the loaders of all ranks agree."""
-        return checked_loader(dataloader, group=self._control_group)
+    # Steps ------------------------------------------------------------------------------------------------------------
 
-    # Steps ----------------------------------------------------------------------------------------------------------------
+    @override
+    def on_train_start(self) -> None:
+        """Watch for the signal of a cluster whose time for this job is up."""
+        self._requeue = Requeue(self.cluster_environment, group=self._control_group)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Give way to that signal, between two steps."""
+        self._requeue.before_window(self._module().trainer, batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,9 +188,32 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Reduce a value over the ranks that see different samples."""
-        return reduce_over_ranks(tensor, group, reduce_op)
+        return self._reduce(tensor, group, reduce_op)
 
-    # Checkpoints ------------------------------------------------------------------------------------------------------------
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        if name == "_CheckpointConnector.resume_end" and not self._has_loaded:
+            self._agree_on_checkpoint(None)
+        super().barrier(name)
+
+    @override
+    def _reachable(self) -> dist.ProcessGroup | None:
+        trainer = self._module().trainer
+        if trainer.state.status != TrainerStatus.INTERRUPTED or self.world_size == 1 or self._control_group is None:
+            return super()._reachable()
+        if not self._attended:
+            self._attended = True
+            self._exceptions += 1
+            call = Attendance(number=self._exceptions, progress=trainer.global_step, timeout=self._timeout)
+            self._control_group = self._survivors = call.group()
+        return self._survivors
+
+    _attended = False
+    _exceptions = 0
+    _survivors: dist.ProcessGroup | None = None
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
 
     @property
     @override
@@ -286,36 +223,52 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the module's state, sharded parameters as DTensors."""
+        """Return the module's state, sharded parameters as DTensors; nothing where it cannot be saved anyway."""
+        if self._reachable() is None:
+            return {}
         self.engine.settle()
         return self._module().state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state by parameter name, sharded as the parameters are."""
-        names = {parameter: name for name, parameter in self.engine.parameters_by_name.items()}
-        return optimizer_state(getattr(optimizer, "_optimizer", optimizer), names)
+        return optimizer_state(plain_optimizer(optimizer), self._settle())
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory; every rank writes its shards."""
-        self._save(filepath, checkpoint, storage_options=storage_options)
+        """Write a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
+        if self._reachable() is not None:
+            self._save(filepath, checkpoint, storage_options=storage_options)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint directory into the shards, or a plain Lightning file to be divided among them."""
-        path = self.broadcast(str(checkpoint_path))
+        path = self._agree_on_checkpoint(str(checkpoint_path))
+        weights_only = self._asked_weights_only if weights_only is None else weights_only
         self.engine.settle()
-        if not is_checkpoint(path):
-            if Path(path).is_file():
-                return dict(torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True))
-            raise CheckpointError(f"{path} is neither a committed checkpoint directory nor a file. Give the path of one.")
+        if Path(path).is_file():
+            return load_file(path, weights_only=weights_only, group=self._control_group)
+        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
         live = {f"state_dict.{k}": v for k, v in self._module().state_dict().items() if isinstance(v, torch.Tensor)}
-        owners = {"optimizer_states": self.engine.parameters_by_name}
-        tree = self._load(path, live, owners, weights_only=weights_only)
-        if self._module().trainer.state.fn == TrainerFn.FITTING:
-            self._restore_random_state()
-        return tree
+        into = LoadInto(
+            live=live,
+            parameters={"": self.engine.parameters_by_name},
+            leave_out=frozenset() if is_fit else frozenset({"optimizer_states"}),
+        )
+        return self._load(path, into, weights_only=weights_only, with_random_state=is_fit)
+
+    def _agree_on_checkpoint(self, path: str | None) -> str:
+        """Return rank 0's path; each rank has chosen by what it saw on its file system, before it could ask the others."""
+        self._has_loaded = True
+        _, paths = same_on_all_ranks(path, group=self._control_group)
+        if None in paths and any(paths):
+            raise CheckpointError(
+                f"Ranks are to resume from different checkpoints: {paths} by rank, where None is a rank that found none. All "
+                "ranks must see the same directory: put it on a file system that they share, or give a full ckpt_path."
+            )
+        return str(paths[0])
+
+    _has_loaded = False
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -325,27 +278,21 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every optimizer its state back."""
-        names = {parameter: name for name, parameter in self.engine.parameters_by_name.items()}
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            if any(not isinstance(key, str) for key in saved["state"]):
-                raise UnsupportedError(
-                    "The checkpoint holds optimizer state by number, as a plain Lightning file does, not by parameter name. "
-                    "Load its weights only: remove 'optimizer_states' from the file, or use load_from_checkpoint and fit "
-                    "without ckpt_path."
-                )
-            load_optimizer_state(optimizer, saved, names)
+        load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], self._settle())
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint directory (on rank 0), or a file."""
-        if self.is_global_zero:
+        """Delete a checkpoint directory (on rank 0), or a file; not where its successor could not be saved."""
+        if self.is_global_zero and self._reachable() is not None:
             remove_directory(str(filepath))
 
     @override
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""
-        if self._engine is not None:
-            self._engine.settle()
+        # After an exception, what is gathered may never arrive: its peers are gone.
+        was_interrupted = self._module().trainer.state.status == TrainerStatus.INTERRUPTED
+        with suppress(RuntimeError) if was_interrupted else nullcontext():
+            self._settle()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()

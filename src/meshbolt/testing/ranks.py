@@ -154,9 +154,6 @@ class _Call:
     def run(self) -> list[Outcome]:
         """Start the ranks, see each to its end, and leave none behind."""
         try:
-            # What is buffered now would be written once more by every copy of this process.
-            sys.stdout.flush()
-            sys.stderr.flush()
             with quiet_fork():
                 for me in self.ranks:
                     self._start(me)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import gc
-import multiprocessing
 import os
 import random
 import signal
@@ -27,9 +26,9 @@ import torch.distributed as dist
 from meshbolt.testing.outcomes import type_name
 from meshbolt.testing.values import dump, load
 
-# A rank that has reported stays so long for the others: gloo loses what is still in flight when a peer leaves. One that
-# raised leaves sooner, since its absence is what wakes the ranks that wait for it in a collective.
-LINGER_SECONDS = {"returned": 3.0, "raised": 0.2}
+# A rank that has reported stays so long for the others, since it may host the store that they still talk to. One that
+# raised leaves sooner: its absence is what wakes the ranks that wait for it in a collective.
+LINGER_SECONDS = {"returned": 3.0, "raised": 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +168,6 @@ def _described(error: BaseException) -> dict[str, Any]:
 def _leave(connection: Connection, *, seconds: float) -> None:
     with contextlib.suppress(OSError):
         connection.poll(seconds)
-    for child in multiprocessing.active_children():
-        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
 

@@ -72,20 +72,21 @@ def plan_units(module: nn.Module, setting: Zero, *, keep_norms: KeepNorms = Keep
 
 def _shared_between(module: nn.Module, blocks: Mapping[str, nn.Module]) -> set[nn.Parameter]:
     """Return parameters used in more than one unit; a gathered parameter has one owner, so their units merge into the root."""
-    users: defaultdict[nn.Parameter, set[str]] = defaultdict(set)
+    # By identity and under every name: a block that is used in two places is one unit, not two.
+    ids = {id(block) for block in blocks.values()}
+    places = {name: id(child) for name, child in module.named_modules(remove_duplicate=False) if id(child) in ids}
+    owners: defaultdict[nn.Parameter, set[int | None]] = defaultdict(set)
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        users[parameter].add(_innermost(name, blocks))
-    # One block under two names (a shared block) is one module with one unit, not two owners.
-    owners = {name: id(block) for name, block in blocks.items()}
-    return {p for p, names in users.items() if len({owners.get(name, name) for name in names}) > 1}
+        owners[parameter].add(_innermost(name, places))
+    return {parameter for parameter, units in owners.items() if len(units) > 1}
 
 
-def _innermost(parameter_name: str, blocks: Mapping[str, nn.Module]) -> str:
+def _innermost(parameter_name: str, places: Mapping[str, int]) -> int | None:
     parts = parameter_name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
-        if (prefix := ".".join(parts[:depth])) in blocks:
-            return prefix
-    return ""
+        if (prefix := ".".join(parts[:depth])) in places:
+            return places[prefix]
+    return None
 
 
 def _whole_parameters(module: nn.Module, units: Iterable[nn.Module], *, keep_norms: KeepNorms) -> frozenset[nn.Parameter]:

@@ -1,0 +1,89 @@
+"""`meta.pt`: everything of a checkpoint that is not a tensor of the model or the optimizer."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from meshbolt.checkpoint.agreement import in_words
+from meshbolt.checkpoint.directory import write_synced
+from meshbolt.errors import CheckpointError
+
+FILE_NAME = "meta.pt"
+
+
+def write_objects(directory: Path, objects: Mapping[str, object]) -> None:
+    """Write the file and have it on the disk.
+
+    Raises:
+        CheckpointError: something in it cannot be pickled, or is a sharded tensor.
+    """
+    for key, value in objects.items():
+        _refuse_sharded(value, where=f"objects[{key!r}]")
+    content = io.BytesIO()
+    try:
+        torch.save(dict(objects), content)
+    except Exception as error:  # pickle raises whatever the objects' own hooks raise
+        raise CheckpointError(f"{_culprit(objects)} cannot be pickled ({in_words(error)}); leave it out") from error
+    write_synced(directory / FILE_NAME, content.getbuffer())
+
+
+def read_objects(directory: Path, *, weights_only: bool | None) -> dict[str, Any]:
+    """Read the file, tensors to the CPU.
+
+    Args:
+        directory: the checkpoint's.
+        weights_only: False builds objects of any class, which runs code from the file; else plain data only.
+
+    Raises:
+        CheckpointError: it holds objects of classes and `weights_only` does not allow them, or it is damaged.
+    """
+    file = directory / FILE_NAME
+    try:
+        objects = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
+    except Exception as error:  # of a damaged file, errors of almost every class
+        classes = _refused_classes(file) if isinstance(error, pickle.UnpicklingError) else []
+        if not classes:
+            raise CheckpointError(f"its {FILE_NAME} cannot be read ({in_words(error)})") from error
+        raise CheckpointError(
+            f"{FILE_NAME} holds objects of the classes {', '.join(classes)}, and to build them is to run their code. "
+            "If you trust this checkpoint, load it with weights_only=False, or allow the classes by "
+            "torch.serialization.add_safe_globals"
+        ) from error
+    if not isinstance(objects, dict):
+        raise CheckpointError(f"{FILE_NAME} holds a {type(objects).__name__} instead of a dictionary: it is damaged")
+    return objects
+
+
+def _refuse_sharded(value: object, *, where: str) -> None:
+    if isinstance(value, DTensor):
+        raise CheckpointError(
+            f"{where} is a sharded tensor, of which one rank has a part only; save it among the tensors"
+        )
+    entries = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    for key, entry in entries:
+        _refuse_sharded(entry, where=f"{where}[{key!r}]")
+
+
+def _refused_classes(file: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception:  # it is damaged, and not for its classes that it was refused
+        return []
+
+
+def _culprit(objects: Mapping[str, object]) -> str:
+    for key, value in objects.items():
+        try:
+            torch.save(value, io.BytesIO())
+        except Exception:  # this is the one, whatever it raises
+            return f"objects[{key!r}]"
+    return "something among the objects"

@@ -1,0 +1,69 @@
+"""After an exception: find out whether all ranks have met one, before anything is asked of them together.
+
+An error on one rank leaves the others in the middle of a step, where they wait for this rank until the timeout. Whatever needs
+all ranks, such as a checkpoint that a callback saves on an exception, would hang on this rank too, or pair with collectives it
+was not meant for. So the ranks that have met an exception call their names first, in the store through which they once found
+each other: a rank that is still at work does not answer, and after a short while the others go home.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import DistStoreError, Store
+from torch.distributed.distributed_c10d import _get_default_store
+
+_ALL, _CLOSED = b"all", b"closed"
+_SHARE_OF_TIMEOUT = 0.1
+_LONGEST_WAIT = timedelta(seconds=30)
+
+_log = logging.getLogger(__name__)
+
+
+class Attendance:
+    """One roll call among the ranks of the default process group."""
+
+    def __init__(self, *, number: int, progress: int, timeout: timedelta) -> None:
+        """Prepare a roll call.
+
+        Args:
+            number: how many exceptions this rank has met, this one included; equal on ranks that meet.
+            progress: optimizer steps taken; ranks that differ hold weights of different steps, which do not belong together.
+            timeout: how long a collective waits; the roll call takes a tenth of it, and at most half a minute.
+        """
+        self._prefix = f"meshbolt/exception/{number}/{progress}"
+        self._timeout = timeout
+        self._patience = min(timeout * _SHARE_OF_TIMEOUT, _LONGEST_WAIT)
+
+    def group(self) -> dist.ProcessGroup | None:
+        """Return a fresh group of all ranks, over which they can act together; None where they are not all here.
+
+        Fresh, because the exception may have left the default group with messages that nobody has read.
+        """
+        if not self._all_are_here():
+            seconds = self._patience.total_seconds()
+            _log.warning(
+                "An exception ended the run on this rank, and other ranks did not meet one at the same step within %.1f s: "
+                "nothing that needs all ranks is done any more, such as saving a checkpoint.",
+                seconds,
+            )
+            return None
+        return dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _all_are_here(self) -> bool:
+        try:
+            return self._verdict(_get_default_store()) == _ALL
+        except (DistStoreError, RuntimeError):  # the rank that keeps the store is gone
+            return False
+
+    def _verdict(self, store: Store) -> bytes:
+        verdict = f"{self._prefix}/verdict"
+        if store.add(f"{self._prefix}/present", 1) == dist.get_world_size():
+            return store.compare_set(verdict, "", _ALL.decode())
+        try:
+            store.wait([verdict], self._patience)
+        except DistStoreError:
+            return store.compare_set(verdict, "", _CLOSED.decode())
+        return store.get(verdict)

@@ -1,0 +1,74 @@
+"""What else a run can begin from: a single file that Lightning wrote, and optimizer state in the form of a checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from meshbolt.collectives import agree_on_error
+from meshbolt.engine.state import load_optimizer_state
+from meshbolt.errors import CheckpointError, UnsupportedError
+
+
+def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """Read a single file of Lightning's, without copying its tensors into memory.
+
+    Args:
+        path: the same on every rank.
+        weights_only: False builds objects of any class, which runs code from the file; else plain data only.
+        group: of all ranks, for tensors on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read on some rank, or holds what `weights_only` does not allow; on every rank.
+    """
+    found: dict[str, Any] = {}
+
+    def read() -> None:
+        try:
+            found.update(torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=True))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds objects of classes, and to build them is to run their code: {error}. If you trust this file, "
+                "load it with weights_only=False, or allow the classes by torch.serialization.add_safe_globals."
+            ) from error
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read as a checkpoint file: {error}.") from error
+        if "state_dict" not in found:
+            raise CheckpointError(f"{path} is not a checkpoint of Lightning: it has no 'state_dict', only {sorted(found)[:8]}.")
+
+    agree_on_error(read, group=group)
+    return found
+
+
+def load_optimizer_states(
+    optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str]
+) -> None:
+    """Give every optimizer its state back.
+
+    Args:
+        optimizers: this run's, made on the sharded parameters.
+        saved: the states, in the order of the optimizers.
+        names: of all parameters.
+
+    Raises:
+        CheckpointError: there are more or fewer states than optimizers, or their groups differ.
+        UnsupportedError: the state is that of a plain Lightning file.
+    """
+    if len(saved) != len(optimizers):
+        raise CheckpointError(
+            f"The checkpoint has the state of {len(saved)} optimizers, this run has {len(optimizers)}. Configure as many as "
+            "when it was written, or load only the weights."
+        )
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        if any(not isinstance(key, str) for key in state["state"]):
+            raise UnsupportedError(
+                "The checkpoint holds optimizer state by number, as a plain Lightning file does, not by parameter name. Take "
+                "its weights only: build the module with load_from_checkpoint, and fit without ckpt_path."
+            )
+        load_optimizer_state(optimizer, state, names)

@@ -1,0 +1,147 @@
+"""The proof that users run on their own module."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from typing_extensions import Unpack
+
+from meshbolt.testing.parity.case import Case, Data, Loop, ModuleFactory, Strategy
+from meshbolt.testing.parity.meshed import run_meshed
+from meshbolt.testing.parity.record import Record
+from meshbolt.testing.parity.reference import run_reference
+from meshbolt.testing.parity.report import ParityError, ParityReport, compare, limits_for
+from meshbolt.testing.ranks import run_ranks
+
+
+class TrainerArguments(TypedDict, total=False):
+    """The arguments of a Trainer that a comparison can be made with; `Case` says what they mean."""
+
+    precision: Any
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: Any
+
+
+def assert_parity(
+    module: pl.LightningModule | ModuleFactory,
+    data: Data,
+    strategy: Strategy,
+    *,
+    ranks: int,
+    steps: int = 5,
+    batch_size: int = 4,
+    loop: Loop = "trainer",
+    timeout: float = 60,
+    **trainer: Unpack[TrainerArguments],
+) -> ParityReport:
+    """Check that a module trains under a strategy on several ranks as it trains in one process.
+
+    The ranks are forked on this machine and meet over gloo, on CPUs. The one process sees the same samples in the same
+    batches: for each optimizer step it takes the mean, over the ranks, of the gradients of their losses, with parameters
+    whole and nothing communicated. Each rank's random generators and buffers (BatchNorm's statistics) are followed.
+    Compared are the losses of every batch, the gradients of every step before clipping, and parameters, optimizer state
+    and buffers after the last step.
+
+    Args:
+        module: a module, which is left as it is, or a function that makes one. It optimizes automatically, and its data
+            do not depend on the rank.
+        data: a map-style dataset of samples that are the same whenever they are asked for, or a list of batches, in the
+            order (window, batch of the window, rank).
+        strategy: "zero2" or another preset, a dictionary of the arguments of `MeshStrategy`, or a function that makes one.
+        ranks: number of ranks.
+        steps: number of optimizer steps.
+        batch_size: samples per batch on each rank, where `data` is a dataset.
+        loop: "trainer", or "fabric" for a plain Fabric loop around `training_step` and the one optimizer of
+            `configure_optimizers`.
+        timeout: seconds that a collective waits for its peers.
+        trainer: `precision` (a flag, or a function that makes one of `meshbolt.plugins`), `accumulate_grad_batches`,
+            `gradient_clip_val` and `gradient_clip_algorithm`, as the Trainer has them.
+
+    Returns:
+        The comparison; `print` shows it as a table.
+
+    Raises:
+        ParityError: it does not; the message names what differs most, with both values.
+        RankFailure: a rank raised an error.
+        ConfigError: the arguments make no sense together.
+        UnsupportedError: the module optimizes manually.
+
+    Example:
+        >>> print(assert_parity(MyModule(), my_dataset, "zero3", ranks=2, accumulate_grad_batches=2))
+    """
+    if isinstance(module, pl.LightningModule):
+        module = functools.partial(copy.deepcopy, module)
+    case = Case(
+        module=module,
+        data=data,
+        strategy=strategy,
+        ranks=ranks,
+        steps=steps,
+        batch_size=batch_size,
+        loop=loop,
+        **trainer,
+    )
+    meshed = meshed_records([case], timeout=timeout)[0]
+    reference = reference_records([(case, meshed.accumulates_rounded)], timeout=timeout)[0]
+    return check(case, meshed, reference)
+
+
+def check(case: Case, meshed: Record, reference: Record) -> ParityReport:
+    """Compare two records of a case.
+
+    Raises:
+        ParityError: they differ.
+    """
+    plugin = case.plugin()
+    flag = str(case.precision if plugin is None else plugin.precision)
+    report = compare(meshed, reference, limits=limits_for(flag, reference))
+    if report.differences:
+        words = f"strategy={case.strategy!r} on {case.ranks} ranks with precision={flag!r} in a {case.loop} loop"
+        raise ParityError(report, case=words)
+    return report
+
+
+def meshed_records(cases: Sequence[Case], *, timeout: float) -> list[Record]:
+    """Run cases of one number of ranks, one after the other on the same ranks, and return what the ranks saw.
+
+    Args:
+        cases: to run.
+        timeout: seconds that a collective waits for its peers.
+    """
+    by_rank = run_ranks(_all_meshed, cases[0].ranks, cases, timeout=timeout)
+    records = []
+    for parts in zip(*by_rank, strict=True):
+        whole: Record = parts[0]
+        for part in parts[1:]:
+            whole.losses.update(part.losses)
+            whole.buffers.update(part.buffers)
+        records.append(whole)
+    return records
+
+
+def reference_records(cases: Sequence[tuple[Case, bool]], *, timeout: float) -> list[Record]:
+    """Run the references of cases, one after the other in one process.
+
+    Args:
+        cases: each with `accumulates_rounded` of the record it is for.
+        timeout: seconds for all of them.
+    """
+    return run_ranks(_all_references, 1, cases, timeout=timeout)[0]
+
+
+def _all_meshed(cases: Sequence[Case]) -> list[Record]:
+    records = [run_meshed(case) for case in cases]
+    if dist.get_rank() > 0:
+        # Whole tensors are the same on every rank, and travel once.
+        return [Record(losses=record.losses, buffers=record.buffers) for record in records]
+    return records
+
+
+def _all_references(cases: Sequence[tuple[Case, bool]]) -> list[Record]:
+    return [run_reference(case, accumulates_rounded=rounded) for case, rounded in cases]

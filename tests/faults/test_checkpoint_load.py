@@ -1,0 +1,91 @@
+"""Loads of damaged checkpoints and loads that lose a rank: one error for all, or none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from meshbolt.checkpoint import load, load_objects, load_tensors, save_directory
+from meshbolt.errors import CheckpointError
+from meshbolt.testing import RankFailure, run_ranks, run_ranks_expecting
+
+
+def parts() -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {"w": DTensor.from_local(torch.full((4, 8), 1.0), mesh, [Shard(0)], run_check=False)}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    def save() -> None:
+        save_directory(tmp_path / "a.ckpt", tensors=parts(), objects={"epoch": 1})
+
+    run_ranks(save, 2)
+    return tmp_path / "a.ckpt"
+
+
+def load_parts(path: Path) -> None:
+    load_tensors(path, parts())
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(b"\0" * file.stat().st_size)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], str]] = {
+    # name: (what happens to the checkpoint, who finds it, what every rank says)
+    "shard truncated": (lambda path: os.truncate(path / "__1_0.distcp", 100), load_parts, "__1_0.distcp has 100 bytes"),
+    "shard of one rank overwritten": (lambda path: overwrite(path / "__1_0.distcp"), load_parts, "file __1_0.distcp: "),
+    "shard missing": (lambda path: (path / "__0_0.distcp").unlink(), load_objects, "__0_0.distcp is missing"),
+    "metadata overwritten": (lambda path: overwrite(path / ".metadata"), load_parts, "its .metadata is damaged"),
+    "objects overwritten": (lambda path: overwrite(path / "meta.pt"), load_objects, "meta.pt"),
+    "manifest truncated": (
+        lambda path: os.truncate(path / "manifest.json", 9),
+        load_objects,
+        "manifest.json is damaged",
+    ),
+    "manifest missing": (lambda path: (path / "manifest.json").unlink(), load_parts, "no manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_the_same_error_on_every_rank(path: Path, name: str) -> None:
+    damage, load_it, words = DAMAGES[name]
+    damage(path)
+    one, other = run_ranks_expecting(load_it, 2, path, error=CheckpointError, match="cannot be loaded: ")
+    assert one == other
+    assert words in one
+
+
+def test_ranks_go_on_after_a_failed_load(path: Path) -> None:
+    def load_twice() -> float:
+        with pytest.raises(CheckpointError, match="nothing at this path"):
+            load_parts(path.with_name("other.ckpt"))
+        tensors = parts()
+        load_tensors(path, tensors)
+        return float(tensors["w"].full_tensor().sum())
+
+    assert run_ranks(load_twice, 2) == [64.0, 64.0]
+
+
+@pytest.mark.parametrize("name", ["find", "read_manifest", "read_metadata", "read_shards"])
+def test_the_survivors_of_a_rank_that_dies_while_loading_raise_an_error_of_ours(path: Path, name: str) -> None:
+    def load_with_a_death() -> None:
+        if dist.get_rank() == 1:
+            setattr(load, name, lambda *args, **kwargs: os._exit(9))
+        load_parts(path)
+
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(load_with_a_death, 2)
+    survivor, dead = failure.value.outcomes
+    assert dead.exit_code == 9
+    assert survivor.raised(CheckpointError)
+    assert "the contact with another rank was lost" in survivor.message

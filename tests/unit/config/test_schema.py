@@ -1,0 +1,43 @@
+"""If these fail, an argument of a strategy is ignored or misread."""
+
+import pytest
+
+from meshbolt import Recompute, Zero
+from meshbolt.checkpoint import Checkpoint
+from meshbolt.config import Settings
+from meshbolt.errors import ConfigError, UnsupportedError
+
+DEFAULTS = {
+    "zero": 3,
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "offload": None,
+    "recompute": "none",
+    "compile": False,
+    "checkpoint": None,
+}
+
+
+def test_plain_values_and_their_dataclasses_are_the_same():
+    plain = Settings.from_arguments(**{**DEFAULTS, "zero": 2, "recompute": "full"})
+    assert plain == Settings.from_arguments(**{**DEFAULTS, "zero": Zero(stage=2), "recompute": Recompute("full")})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"tensor_parallel": 2},
+        {"pipeline_parallel": 4},
+        {"offload": "cpu"},
+        {"checkpoint": Checkpoint(asynchronous=True)},
+    ],
+)
+def test_what_this_version_does_not_have_is_refused_by_name(asked):
+    name = next(iter(asked)) if "checkpoint" not in asked else "asynchronous"
+    with pytest.raises(UnsupportedError, match=f"{name}.*not available"):
+        Settings.from_arguments(**{**DEFAULTS, **asked})
+
+
+def test_compile_is_a_switch():
+    with pytest.raises(ConfigError, match="compile='max-autotune' is a switch"):
+        Settings.from_arguments(**{**DEFAULTS, "compile": "max-autotune"})
