@@ -29,7 +29,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Bytes in, logits of the next byte out; tokens are (batch, time), logits (batch, time, vocabulary)."""
 
-    def __init__(self, *, layers: int = 6, width: int = 256, heads: int = 4, vocabulary: int = 256, time: int = 128) -> None:
+    def __init__(
+        self, *, layers: int = 6, width: int = 256, heads: int = 4, vocabulary: int = 256, time: int = 128
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(time, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))

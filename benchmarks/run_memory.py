@@ -3,8 +3,8 @@
     python benchmarks/run_memory.py --ranks 4 --rounds 3
 
 A model of equal blocks of linear layers is trained in float32 with AdamW and a window of two batches, through the Trainer.
-Growth is given in units of the model's size: at rest (after a step and zero_grad) and at its peak (sampled every millisecond), on rank 0, the
-median over rounds.
+Growth is given in units of the model's size, on rank 0, as the median over rounds: at rest (after a step and zero_grad), and
+at its peak (sampled every millisecond).
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def work(arguments: argparse.Namespace) -> None:
 
         def configure_model(self) -> None:
             if self.blocks is None:
-                layers = (nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(blocks))
+                layers = (
+                    nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)) for _ in range(blocks)
+                )
                 self.blocks = nn.ModuleList(layers)
 
         def training_step(self, batch: torch.Tensor, _index: int) -> torch.Tensor:
@@ -150,7 +152,8 @@ def _launch(stage: int, arguments: argparse.Namespace, *, port: int) -> dict[str
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process's results
         command = [sys.executable, __file__, *sys.argv[1:], "--stage", str(stage)]
         started.append((subprocess.Popen(command, env=environment, stdout=output, stderr=output), output))
-    return [_collect(f"stage {stage}", process, output, 300) for process, output in started][0]
+    results = [_collect(f"stage {stage}", process, output, 300) for process, output in started]
+    return results[0]
 
 
 if __name__ == "__main__":

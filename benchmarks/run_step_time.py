@@ -44,7 +44,11 @@ def main() -> int:
 
 def _report(names: list[str], medians: dict[str, Any], losses: dict[str, float], arguments: argparse.Namespace) -> int:
     print(f"# {_environment()}; {arguments.ranks} ranks, window {arguments.window}, {arguments.rounds} rounds")
-    print(f"{'contender':16} {'ms/step':>8} " + " ".join(f"{'/ ' + base:>12}" for base in arguments.against) + f" {'loss':>9}")
+    print(
+        f"{'contender':16} {'ms/step':>8} "
+        + " ".join(f"{'/ ' + base:>12}" for base in arguments.against)
+        + f" {'loss':>9}"
+    )
     for name in names:
         done = [value for value in medians[name] if value is not None]
         if len(done) < arguments.rounds:
@@ -78,15 +82,28 @@ def _launch(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]] | 
     started = []
     for rank in range(arguments.ranks):
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process's results
-        process = subprocess.Popen(command, env=_rank_environment(rank, arguments.ranks, port), stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=_rank_environment(rank, arguments.ranks, port), stdout=output, stderr=output
+        )
         started.append((process, output))
     results = [_collect(name, process, output, arguments.timeout_seconds) for process, output in started]
     return None if None in results else results  # type: ignore[return-value]
 
 
 def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0}
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "benchmark", "OMP_NUM_THREADS": 1}
+    ranks = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "GROUP_RANK": 0,
+    }
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "benchmark",
+        "OMP_NUM_THREADS": 1,
+    }
     return {**os.environ, **{key: str(value) for key, value in {**ranks, **rendezvous}.items()}}
 
 
@@ -115,7 +132,11 @@ def _work(arguments: argparse.Namespace) -> int:
     if arguments.worker not in contenders.OWN_PROCESS_GROUP or arguments.worker.startswith("deepspeed"):
         dist.init_process_group("gloo")
     job = contenders.Job(
-        steps=arguments.steps, warmup=arguments.warmup, window=arguments.window, samples=arguments.samples, sizes=arguments.sizes
+        steps=arguments.steps,
+        warmup=arguments.warmup,
+        window=arguments.window,
+        samples=arguments.samples,
+        sizes=arguments.sizes,
     )
     timing = contenders.CONTENDERS[arguments.worker](job)
     print("RESULT " + json.dumps({"seconds": timing.seconds, "loss": timing.loss}), flush=True)
@@ -130,9 +151,13 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="timed steps a round")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--samples", type=int, default=4, help="of one batch of one rank")
-    parser.add_argument("--sizes", type=json.loads, default={}, help="of the model, as JSON: layers, width, heads, time")
+    parser.add_argument(
+        "--sizes", type=json.loads, default={}, help="of the model, as JSON: layers, width, heads, time"
+    )
     parser.add_argument("--only", default="fsdp2,local,ddp,deepspeed1,deepspeed2,deepspeed3,zero1,zero2,zero3")
-    parser.add_argument("--against", type=lambda text: text.split(","), default=["fsdp2", "deepspeed1", "deepspeed2", "deepspeed3"])
+    parser.add_argument(
+        "--against", type=lambda text: text.split(","), default=["fsdp2", "deepspeed1", "deepspeed2", "deepspeed3"]
+    )
     parser.add_argument("--timeout-seconds", type=float, default=300)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -35,6 +35,7 @@ __all__ = [
     "reshard",
     "set_async_gather",
     "sync_requires_grad",
+    "was_gathered",
 ]
 
 
@@ -61,6 +62,11 @@ def is_gathered(unit: FSDPModule) -> bool:
 def has_pending_gather(unit: FSDPModule) -> bool:
     """Return whether an all-gather was launched whose result no forward has taken yet."""
     return any(group._all_gather_result is not None for group in _groups(unit))
+
+
+def was_gathered(unit: FSDPModule) -> bool:
+    """Return whether the unit's whole parameters have been in memory at least once."""
+    return all(hasattr(p, "_unsharded_param") for group in _groups(unit) for p in group.fsdp_params)
 
 
 def drop_pending_gather(unit: FSDPModule) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from meshbolt.checkpoint import load_objects, load_tensors, save_directory, saved_tensors
-from meshbolt.errors import CheckpointError
+from meshbolt.errors import CheckpointError, UnsupportedError
 from meshbolt.testing import RankFailure, run_ranks, run_ranks_expecting
 
 DTYPES = [
@@ -221,6 +221,14 @@ def test_a_subgroup_saves_and_loads_while_the_others_go_on(tmp_path: Path) -> No
         return [*into["w"].tolist(), load_objects(path, group=pair)["a"]]
 
     assert run_ranks(save_in_a_pair, 3) == [[], [5.0, 5.0, 1], [5.0, 5.0, 1]]
+
+
+def test_a_group_that_cannot_plan_on_the_cpu_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    def save() -> None:
+        group = dist.new_group(backend="cuda:gloo")
+        save_directory(tmp_path / "a.ckpt", tensors={"w": torch.ones(1)}, objects={}, group=group)
+
+    run_ranks_expecting(save, 2, error=UnsupportedError, match=r'new_group\(backend="gloo"\)')
 
 
 def test_a_load_that_does_not_fit_tells_every_rank_the_same_and_touches_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """If these fail, the faster collectives corrupt gradients or weights silently."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -7,7 +7,14 @@ from meshbolt.units import format_bytes, format_seconds
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * 2**20, "3.0 MiB"), (1.5 * 2**30, "1.5 GiB"), (-2048, "-2.0 KiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 * 2**20, "3.0 MiB"),
+        (1.5 * 2**30, "1.5 GiB"),
+        (-2048, "-2.0 KiB"),
+    ],
 )
 def test_sizes_take_the_largest_unit_that_keeps_them_above_one(num_bytes, text):
     assert format_bytes(num_bytes) == text

@@ -41,7 +41,9 @@ class Recompute:
         if self.mode not in MODES:
             raise ConfigError(f"recompute={self.mode!r} is not a mode{did_you_mean(str(self.mode), MODES)}.")
         if self.every < 1:
-            raise ConfigError(f"Recompute(every={self.every}): give 1 for every block, 2 for every second one, and so on.")
+            raise ConfigError(
+                f"Recompute(every={self.every}): give 1 for every block, 2 for every second one, and so on."
+            )
 
 
 def recompute_blocks(blocks: Sequence[nn.Module], setting: Recompute) -> None:
@@ -67,13 +69,15 @@ def recompute_blocks(blocks: Sequence[nn.Module], setting: Recompute) -> None:
 
 def _recompute(block: nn.Module, mode: RecomputeMode) -> None:
     forward = block.forward
-    context = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        options["context_fn"] = _selective_contexts
 
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **context, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
 
     block.forward = recomputed
 

@@ -65,7 +65,8 @@ def save_directory(
         ranks.each(lambda: save.prepare(tensors, objects=objects), failing=failing)
         write_shards(partial, tensors=tensors, ranks=ranks, failing=failing)
         files = ranks.each(save.own_files, failing=failing)
-        ranks.each(lambda: save.commit(files), failing=failing)
+        committing = f"Checkpoint {str(target)!r} is the old or the new one, each whole, but its commit failed"
+        ranks.each(lambda: save.commit(files), failing=committing)
     except BaseException:
         save.clean_up(failed=True)
         raise

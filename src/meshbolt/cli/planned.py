@@ -158,7 +158,7 @@ def _setting_origin(section: str, name: str, loaded: Loaded) -> str:
         is_set = section in PRESETS[preset.lower()] and name in ("", "stage")
         return f"preset {preset}, {_given(loaded, _STRATEGY)}" if is_set else DEFAULT
     key = f"{_STRATEGY}.init_args.{section}"
-    # A plain value stands for the first field of its dataclass: `zero: 2` for its stage, `recompute: full` for its mode.
+    # A plain value stands for a field of its dataclass: `zero: 2` for the stage, `recompute: full` for the mode.
     is_plain = not isinstance(loaded.get(key), Mapping)
     return _given(loaded, key) if is_plain and name in ("", "stage", "mode") else _given(loaded, f"{key}.{name}")
 

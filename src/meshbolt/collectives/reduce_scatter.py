@@ -13,7 +13,7 @@ is never deferred, so that memory stays that of torch's own path where it matter
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,7 +130,7 @@ class _AllToAllReduceScatter(ReduceScatter):
         self._unit = unit
         self._reductions = reductions
 
-    def allocate(self, size: Iterable[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
@@ -138,7 +138,7 @@ class _AllToAllReduceScatter(ReduceScatter):
         output_tensor: torch.Tensor,
         input_tensor: torch.Tensor,
         group: dist.ProcessGroup,
-        op: dist.ReduceOp,
+        op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
         received = torch.empty_like(input_tensor)

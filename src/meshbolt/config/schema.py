@@ -62,7 +62,9 @@ class Settings:
 
 def _refuse_unless(is_default: bool, asked: str, remedy: str) -> None:
     if not is_default:
-        raise UnsupportedError(f"{asked} is not available in this version of meshbolt. Use {remedy} with zero=0, 1, 2 or 3.")
+        raise UnsupportedError(
+            f"{asked} is not available in this version of meshbolt. Use {remedy} with zero=0, 1, 2 or 3."
+        )
 
 
 def _mode(value: Any) -> Any:

@@ -25,6 +25,7 @@ from meshbolt.engine import optimizer as optimizers
 from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
 from meshbolt.engine.compose import compose
 from meshbolt.engine.debug import BranchWatch
+from meshbolt.engine.edits import Edits
 from meshbolt.errors import UnsupportedError
 from meshbolt.zero import ReplicatedParameters
 
@@ -56,9 +57,12 @@ class Engine:
         self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
         self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
         self._watch = BranchWatch(self._modules(composed.units)) if plan.environment.debug else None
+        self._edits = Edits(module)
+        # Units that user code has seen gathered since edits were last looked for.
+        self._exposed: list[FSDPModule] = []
         self._reductions, self._prefetch = self._fast_path()
         self._is_last_batch = True
-        self._inside = False
+        self._inside = self._reentered = False
         self._primed = False
 
     @property
@@ -84,11 +88,12 @@ class Engine:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
         self._prime()
+        self._exposed = [self._root, *(unit for unit in self._units.values() if compat.is_gathered(unit))]
         if training and self._prefetch is not None:
             self._prefetch.enter_step()
-        self._inside = True
+        self._inside, self._reentered = True, False
         try:
-            return self._root(functools.partial(function, *args, **kwargs))  # type: ignore[operator]
+            return self._root(functools.partial(self._run, function, *args, **kwargs))  # type: ignore[operator]
         except Exception:
             self._recover()
             raise
@@ -96,7 +101,8 @@ class Engine:
             self._inside = False
             if not training:
                 # What stays gathered after a forward that no backward follows would miss the next update.
-                self.settle()
+                self._edits.keep(self._exposed)
+                self._free()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -117,6 +123,8 @@ class Engine:
         """
         if self._watch is not None:
             self._watch.announce("backward")
+        # Backward frees what it has used. In manual optimisation user code has run with anything gathered.
+        self._edits.keep(self._all_units if self._inside else self._exposed)
         if self._inside:
             # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
             loss = self._root(lambda: loss)  # type: ignore[operator]
@@ -156,6 +164,10 @@ class Engine:
 
     def settle(self) -> None:
         """Free everything that is gathered, so that parameters are shards: before a step, a clip, a save, an edit."""
+        self._edits.keep(self._all_units)
+        self._free()
+
+    def _free(self) -> None:
         if self._prefetch is not None:
             self._prefetch.drop()
         for unit in self._all_units:
@@ -239,10 +251,18 @@ class Engine:
                     "set accumulate_grad_batches=1, or train without replicate."
                 )
 
+    def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if self._reentered:
+            # Steps of manual optimisation: what follows them may have changed parameters, and the root is freed next.
+            self._edits.keep(self._all_units)
+        return result
+
     def _reenter(self) -> None:
         """Gather the root again where user code goes on inside a call, after what freed it."""
         if self._inside:
             self._root.unshard()
+            self._reentered = True
 
     def _prime(self) -> None:
         """Allocate gathered parameters as ordinary tensors once, before inference mode would make them inference tensors."""

@@ -54,7 +54,9 @@ def load_model(module: nn.Module, state: Mapping[str, Any], *, strict: bool, sou
     tensors = {name: pair for name, pair in both.items() if isinstance(pair[0], torch.Tensor)}
     wrong = [f"{n} is {tuple(v.shape)}, here {tuple(t.shape)}" for n, (t, v) in tensors.items() if t.shape != v.shape]
     if wrong:
-        raise CheckpointError(f"The weights in {source} have other shapes: {_some(wrong)}. Build the module in its old sizes.")
+        raise CheckpointError(
+            f"The weights in {source} have other shapes: {_some(wrong)}. Build the module in its old sizes."
+        )
     for target, value in tensors.values():
         if target is not value and not _share_storage(target, value):
             local_tensor(target).copy_(_own_part(target, value))

@@ -111,7 +111,8 @@ class _Filler:
     def _read_pretrained(self, name: str, child: nn.Module) -> bool:
         """Fill what pretrained weights there are; return whether that was everything."""
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-        return all([self._read_tensor(f"{name}.{key}" if name else key, tensor) for key, tensor in own])
+        found = [self._read_tensor(f"{name}.{key}" if name else key, tensor) for key, tensor in own]
+        return all(found)
 
     @torch.no_grad()
     def _read_tensor(self, name: str, tensor: torch.Tensor) -> bool:
@@ -141,7 +142,7 @@ class _Filler:
         for depth in range(len(parts), -1, -1):
             ancestor = self._root.get_submodule(".".join(parts[:depth]))
             if callable(initialise := getattr(ancestor, "_init_weights", None)):
-                return initialise
+                return cast("Callable[[nn.Module], None]", initialise)
         return None
 
 

@@ -116,7 +116,11 @@ def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _check(own: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], *, strict: bool, path: object) -> None:
-    wrong = [f"{n} is {tuple(shapes[n])}, here {tuple(own[n].shape)}" for n in own if n in shapes and shapes[n] != own[n].shape]
+    wrong = [
+        f"{n} is {tuple(shapes[n])}, here {tuple(own[n].shape)}"
+        for n in own
+        if n in shapes and shapes[n] != own[n].shape
+    ]
     # A tied parameter is saved under one of its names.
     held = {id(tensor) for name, tensor in own.items() if name in shapes}
     missing = [name for name, tensor in own.items() if name not in shapes and id(tensor) not in held]

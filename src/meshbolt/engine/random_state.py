@@ -15,12 +15,15 @@ def collect_random_state(device: torch.device) -> dict[str, torch.Tensor]:
         device: also the generator of this GPU, if it is one.
     """
     version, internal, gauss = random.getstate()
-    legacy = np.random.get_state()
+    legacy = np.random.get_state(legacy=False)
+    numpy_state = legacy["state"]
     state = {
         "python": torch.tensor([version, *internal], dtype=torch.int64),
         "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
-        "numpy_keys": torch.from_numpy(np.asarray(legacy[1]).astype(np.int64)),
-        "numpy_rest": torch.tensor([float(x) for x in legacy[2:]], dtype=torch.float64),
+        "numpy_keys": torch.from_numpy(np.asarray(numpy_state["key"]).astype(np.int64)),
+        "numpy_rest": torch.tensor(
+            [float(x) for x in (numpy_state["pos"], legacy["has_gauss"], legacy["gauss"])], dtype=torch.float64
+        ),
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":

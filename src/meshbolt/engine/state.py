@@ -8,7 +8,7 @@ path that leads to it, and the same tree with a marker in each tensor's place.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> 
         names: of all parameters of the module.
     """
     state = {}
-    for parameter, values in optimizer.state.items():
+    for parameter, values in cast("Mapping[nn.Parameter, dict[str, Any]]", optimizer.state).items():
         state[names[parameter]] = {key: _saved(value, parameter) for key, value in values.items()}
     groups = []
     for group in optimizer.param_groups:

@@ -166,9 +166,7 @@ class HalfPrecision(MeshPrecision, trainer_plugins.HalfPrecision):
 
     def policy(self, *, reduce_dtype: str) -> PrecisionPolicy:
         """Return the dtypes that this plugin stands for."""
-        return precision_policy(
-            str(self.precision), reduce_dtype=reduce_dtype, allow_no_master=self._allow_no_master
-        )
+        return precision_policy(str(self.precision), reduce_dtype=reduce_dtype, allow_no_master=self._allow_no_master)
 
 
 class MixedPrecision(MeshPrecision, trainer_plugins.MixedPrecision):
@@ -217,6 +215,13 @@ class MixedPrecision(MeshPrecision, trainer_plugins.MixedPrecision):
     def policy(self, *, reduce_dtype: str) -> PrecisionPolicy:
         """Return the dtypes that this plugin stands for."""
         return precision_policy(str(self.precision), autocast=self.autocast, reduce_dtype=reduce_dtype)
+
+    def convert_input(self, data: Any) -> Any:
+        """Round a batch to 16 bits where autocast does not: layers of the root would meet it in float32."""
+        if self.autocast:
+            return super().convert_input(data)
+        flag: Literal["bf16-true", "16-true"] = "bf16-true" if self.precision == "bf16-mixed" else "16-true"
+        return trainer_plugins.HalfPrecision(flag).convert_input(data)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import DistStoreError, Store
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import DistStoreError
+
+from meshbolt.strategies.compat import default_store
 
 _ALL, _CLOSED = b"all", b"closed"
 _SHARE_OF_TIMEOUT = 0.1
@@ -50,20 +52,21 @@ class Attendance:
                 seconds,
             )
             return None
-        return dist.new_group(backend="gloo", timeout=self._timeout)
+        group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=self._timeout)
+        return group
 
     def _all_are_here(self) -> bool:
         try:
-            return self._verdict(_get_default_store()) == _ALL
+            return self._verdict(default_store())
         except (DistStoreError, RuntimeError):  # the rank that keeps the store is gone
             return False
 
-    def _verdict(self, store: Store) -> bytes:
+    def _verdict(self, store: Any) -> bool:
         verdict = f"{self._prefix}/verdict"
         if store.add(f"{self._prefix}/present", 1) == dist.get_world_size():
-            return store.compare_set(verdict, "", _ALL.decode())
+            return bool(store.compare_set(verdict, "", _ALL.decode()) == _ALL)
         try:
             store.wait([verdict], self._patience)
         except DistStoreError:
-            return store.compare_set(verdict, "", _CLOSED.decode())
-        return store.get(verdict)
+            return bool(store.compare_set(verdict, "", _CLOSED.decode()) == _ALL)
+        return bool(store.get(verdict) == _ALL)

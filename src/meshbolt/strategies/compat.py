@@ -21,7 +21,8 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only
+from torch.distributed.distributed_c10d import _get_default_store
 
 __all__ = [
     "BackwardSyncControl",
@@ -32,6 +33,7 @@ __all__ = [
     "TrainerScriptLauncher",
     "connect_ranks",
     "default_backend",
+    "default_store",
     "is_compiled",
     "plain_optimizer",
     "ranks_are_connected",
@@ -57,12 +59,17 @@ def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: tim
 
 def set_rank_zero_only(rank: int) -> None:
     """Tell Lightning's helpers which rank this process is."""
-    rank_zero_only.rank = rank
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 def default_backend(device: torch.device) -> str:
     """Return the backend that Lightning would use on a device."""
     return str(_get_default_process_group_backend_for_device(device))
+
+
+def default_store() -> Any:
+    """Return the store through which the ranks found each other."""
+    return _get_default_store()
 
 
 def ranks_are_connected() -> bool:

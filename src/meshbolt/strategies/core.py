@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -121,7 +122,9 @@ class MeshCore:
 
     def __repr__(self) -> str:
         """Return the call that makes this strategy, and what it is for."""
-        return f"{self.call}(zero={self.settings.zero}) (for {self.is_for})"
+        zero = self.settings.zero
+        written = zero if dataclasses.replace(zero, stage=3) != Zero() else zero.stage
+        return f"{self.call}(zero={written!r}) for {self.is_for}"
 
     # What a Trainer or Fabric sets before ranks exist -----------------------------------------------------------------
 
@@ -129,13 +132,11 @@ class MeshCore:
     def accelerator(self) -> Any:
         """The accelerator that was chosen, or the one given."""
         # Apart from `_accelerator`, lest a second Trainer takes the first one's choice for an argument of the user.
-        return self._chosen_accelerator or self._accelerator
+        return self._chosen_accelerator or self._accelerator  # type: ignore[attr-defined]
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator) -> None:
         self._chosen_accelerator = accelerator
-
-    _accelerator: Accelerator | None
 
     @property
     def checkpoint_io(self) -> CheckpointIO:

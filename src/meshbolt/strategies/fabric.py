@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -212,15 +212,15 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             saved = torch.load(place, map_location="cpu", weights_only=weights_only, mmap=True)
             self._load_module(state, saved, strict=strict)
             return {}
-        if isinstance(state, Mapping):
-            return self._load_directory(place, dict(state), strict=strict, weights_only=weights_only)
+        if isinstance(state, MutableMapping):
+            return self._load_directory(place, state, strict=strict, weights_only=weights_only)
         raise CheckpointError(
             f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
             "of the objects to read into, or the file of one module's state dict and that module."
         )
 
     def _load_directory(
-        self, path: str, state: dict[str, Any], *, strict: bool, weights_only: bool | None
+        self, path: str, state: MutableMapping[str, Any], *, strict: bool, weights_only: bool | None
     ) -> dict[str, Any]:
         live: dict[str, torch.Tensor] = {}
         owners: dict[str, Mapping[str, nn.Parameter]] = {}

@@ -101,5 +101,5 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
 
 def _whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        return value.full_tensor().detach().cpu()
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value

@@ -46,7 +46,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     strategy_name = "meshbolt"
     call = "meshbolt.MeshStrategy"
-    is_for = "lightning.pytorch.Trainer: `import lightning.pytorch`"
+    is_for = "lightning.pytorch.Trainer (`import lightning.pytorch`, not `pytorch_lightning`)"
 
     # Construction: called in the parent process, before ranks exist ------------------------------------------------------
 
@@ -62,7 +62,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._precision_plugin = self._set_precision(precision_plugin)
 
     @property
-    def _lightning_module(self) -> pl.LightningModule | None:  # type: ignore[override]
+    def _lightning_module(self) -> pl.LightningModule | None:
         return self._user_module
 
     @_lightning_module.setter

@@ -44,14 +44,18 @@ class Zero:
         if self.stage not in POLICIES or isinstance(self.stage, bool):
             raise ConfigError(f"zero={self.stage!r} is not a ZeRO stage. Use 0, 1, 2 or 3.")
         if isinstance(self.replicate, bool) or not isinstance(self.replicate, int) or self.replicate < 1:
-            raise ConfigError(f"Zero(replicate={self.replicate!r}) must be a positive number of copies; 1 means no copies.")
+            raise ConfigError(
+                f"Zero(replicate={self.replicate!r}) must be a positive number of copies; 1 means no copies."
+            )
         if self.stage == 0 and self.replicate != 1:
             raise ConfigError(
                 f"Zero(stage=0, replicate={self.replicate}): stage 0 keeps everything whole on every rank, so there is no "
                 "sharded state to copy. Use stage 1, 2 or 3 with replicate, or stage 0 without."
             )
         if self.reduce_dtype not in REDUCE_DTYPES:
-            raise ConfigError(f"Zero(reduce_dtype={self.reduce_dtype!r}) is unknown. Use one of {', '.join(REDUCE_DTYPES)}.")
+            raise ConfigError(
+                f"Zero(reduce_dtype={self.reduce_dtype!r}) is unknown. Use one of {', '.join(REDUCE_DTYPES)}."
+            )
 
     @property
     def unit_names(self) -> Sequence[str] | None:

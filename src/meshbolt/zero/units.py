@@ -20,7 +20,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from meshbolt.blocks import find_blocks, modules_by_name_or_class
 from meshbolt.zero.policy import Zero
 
-
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -89,7 +88,9 @@ def _innermost(parameter_name: str, places: Mapping[str, int]) -> int | None:
     return None
 
 
-def _whole_parameters(module: nn.Module, units: Iterable[nn.Module], *, keep_norms: KeepNorms) -> frozenset[nn.Parameter]:
+def _whole_parameters(
+    module: nn.Module, units: Iterable[nn.Module], *, keep_norms: KeepNorms
+) -> frozenset[nn.Parameter]:
     whole = {p for p in module.parameters() if p.dim() == 0 or not p.is_floating_point()}
     for child in module.modules():
         if _stays_whole(child, keep_norms):

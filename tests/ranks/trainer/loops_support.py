@@ -22,6 +22,9 @@ ADVICE = [
     for beginning in (
         "Using `DistributedSampler` with the dataloaders",
         "You defined a `validation_step` but have no `val_dataloader`",
+        ".* is called with Trainer configured with multiple `ModelCheckpoint`",
+        "Checkpoint directory .* exists and is not empty",
+        "Be aware that when using `ckpt_path`",
     )
 ]
 

@@ -57,7 +57,10 @@ def test_norms_stay_whole_only_where_16_bits_would_break_them():
     assert plan_units(model, Zero()).whole == frozenset()
     statistics = plan_units(model, Zero(), keep_norms=KeepNorms.RUNNING_STATISTICS).whole
     assert statistics == {model.batch_norm.weight, model.batch_norm.bias}
-    assert plan_units(model, Zero(), keep_norms=KeepNorms.ALL).whole >= {*model.blocks[0].norm.parameters(), *statistics}
+    assert plan_units(model, Zero(), keep_norms=KeepNorms.ALL).whole >= {
+        *model.blocks[0].norm.parameters(),
+        *statistics,
+    }
 
 
 def test_nested_units_come_innermost_first():

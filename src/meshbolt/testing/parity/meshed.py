@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.fabric as lf
@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from meshbolt.engine import Engine
 from meshbolt.engine.state import optimizer_state
@@ -74,7 +74,7 @@ def _with_trainer(case: Case) -> Record:
         accelerator="cpu",
         devices=case.ranks,
         strategy=_strategy(case, MeshStrategy),
-        callbacks=[_Recorder(record, seed=case.seed + rank)],
+        callbacks=[_Recorder(record)],
         use_distributed_sampler=not case.has_batches,
         **trainer_arguments(case),
         **precision,
@@ -101,15 +101,14 @@ def trainer_arguments(case: Case) -> dict[str, Any]:
 
 
 class _Recorder(pl.Callback):
-    """Notes gradients and results of a Trainer's run, and gives the rank its own random state."""
+    """Notes the gradients and results of a Trainer's run."""
 
-    def __init__(self, record: Record, *, seed: int) -> None:
-        self._record, self._seed = record, seed
+    def __init__(self, record: Record) -> None:
+        self._record = record
         self._steps = 0
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         _start(self._record, _engine(trainer.strategy))
-        seed(self._seed)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
@@ -136,10 +135,8 @@ def _with_fabric(case: Case) -> Record:
     watch_losses(module, record, rank=rank)
     wrapped, optimizer = _set_up(fabric, module)
     loader = _loader(case, rank)
-    # Made before the seeds are set, since a loader draws a number when it starts.
     batches = iter(loader if case.has_batches else fabric.setup_dataloaders(loader))
     _start(record, _engine(fabric.strategy))
-    seed(case.seed + rank)
     _fabric_loop(fabric, wrapped, optimizer, case=case, batches=batches, record=record)
     _finish(record, _engine(fabric.strategy), optimizer.optimizer)
     return record
@@ -196,23 +193,41 @@ def _strategy(case: Case, kind: type[Any]) -> Any:
     return case.strategy() if callable(case.strategy) else case.strategy
 
 
-def loader_of(batches: list[Any]) -> DataLoader[Any]:
-    """Return a loader that yields ready batches as they are.
+def _loader(case: Case, rank: int) -> DataLoader[Any]:
+    """Return the loader of a rank; for a dataset, as a user writes it, before Lightning divides it among ranks."""
+    if case.has_batches:
+        batches = [case.batch(index, rank) for index in range(case.num_batches)]
+        return loader_of(batches, collate=_SeedFirst(as_it_is, case.seed + rank))
+    collate = _SeedFirst(default_collate, case.seed + rank)
+    return DataLoader(case.data, batch_size=case.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def loader_of(batches: list[Any], *, collate: Callable[[Any], Any]) -> DataLoader[Any]:
+    """Return a loader that yields ready batches.
 
     Args:
         batches: in order.
+        collate: called with each of them.
     """
-    return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+    return DataLoader(batches, batch_size=None, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def _as_it_is(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
+    """Return a batch as it is, where a loader would make tensors of its numbers."""
     return batch
 
 
-def _loader(case: Case, rank: int) -> Any:
-    if case.has_batches:
-        return loader_of([case.batch(index, rank) for index in range(case.num_batches)])
-    return DataLoader(case.data, batch_size=case.batch_size, shuffle=True)  # type: ignore[arg-type]
+class _SeedFirst:
+    """Starts the rank's random generators with its first batch, after all that loops draw when they start."""
+
+    def __init__(self, collate: Callable[[Any], Any], value: int) -> None:
+        self._collate, self._value, self._is_first = collate, value, True
+
+    def __call__(self, batch: Any) -> Any:
+        if self._is_first:
+            seed(self._value)
+            self._is_first = False
+        return self._collate(batch)
 
 
 def _engine(strategy: Any) -> Engine:

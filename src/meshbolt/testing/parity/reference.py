@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from meshbolt.errors import UnsupportedError
 from meshbolt.testing.parity.case import Case
-from meshbolt.testing.parity.meshed import loader_of, loss_of, seed, trainer_arguments
+from meshbolt.testing.parity.meshed import as_it_is, loader_of, loss_of, seed, trainer_arguments
 from meshbolt.testing.parity.record import Record, whole
 from meshbolt.testing.parity.rounding import Rounding
 from meshbolt.testing.parity.simulated import SimulatedRanks
@@ -51,7 +51,7 @@ def run_reference(case: Case, *, accumulates_rounded: bool) -> Record:
         **trainer_arguments(case),
     )
     batches = [[case.batch(index, rank) for rank in range(case.ranks)] for index in range(case.num_batches)]
-    trainer.fit(module, loader_of(batches))
+    trainer.fit(module, loader_of(batches, collate=as_it_is))
     return reference.record
 
 

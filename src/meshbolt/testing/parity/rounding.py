@@ -1,7 +1,7 @@
 """The casts of each precision, written out for one process: Lightning's stock plugins, and what sharding adds to them.
 
-Under `*-mixed`, parameters are used in 16 bits, but for those that stay whole on every rank; a unit casts its inputs where
-autocast does not; the loss leaves in float32. What is a unit, and what stays whole, is asked of the code that decides it.
+Under `*-mixed`, parameters are used in 16 bits, but for those that stay whole on every rank; batches and the
+inputs of a unit are cast where autocast does not do it; the loss leaves in float32. What is a unit, and what stays whole, is asked of the code that decides it.
 """
 
 from __future__ import annotations
@@ -62,10 +62,14 @@ class Rounding:
         return _Mixed(backward, str(self._flag), scaler, autocast=self._autocast)
 
     def _cast_inputs(self, _unit: nn.Module, args: Any, kwargs: Any) -> Any:
-        def cast(value: Any) -> Any:
-            return value.to(self._used) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return _cast(args, self._used), _cast(kwargs, self._used)
 
-        return tree_map(cast, args), tree_map(cast, kwargs)
+
+def _cast(values: Any, dtype: torch.dtype | None) -> Any:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tree_map(cast, values)
 
 
 class _GivenBackward(stock.Precision):
@@ -97,6 +101,10 @@ class _Mixed(_GivenBackward, stock.MixedPrecision):
     def __init__(self, backward: Any, flag: str, scaler: Any, *, autocast: bool) -> None:
         super().__init__(backward, flag, "cpu", scaler)
         self._autocast = autocast
+        self._used = torch.bfloat16 if flag == "bf16-mixed" else torch.float16
+
+    def convert_input(self, data: Any) -> Any:
+        return data if self._autocast else _cast(data, self._used)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
