@@ -33,11 +33,9 @@ ON_GPU = PYTHONPATH="$(SOURCE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
 gpu:
 	$(ON_GPU) -m pytest tests/gpu -W default
-	$(ON_GPU) benchmarks/run_step_time.py --device cuda --ranks 1
 
 multigpu:
 	$(ON_GPU) -m pytest tests/multigpu -W default
-	$(ON_GPU) benchmarks/run_step_time.py --device cuda
 
 clean:
 	rm -rf .venv .tox build dist runs

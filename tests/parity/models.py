@@ -274,7 +274,7 @@ class ScheduledTask(Task):
 
     def configure_optimizers(self) -> dict[str, object]:
         optimizer = self.make_optimizer(self.parameters())
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -91,8 +91,6 @@ class ExponentialMovingAverage(pl.Callback):
                 f"{type(trainer.strategy).__name__}. Use strategy='zero3' (or another of meshbolt's), or Lightning's "
                 "EMAWeightAveraging."
             )
-        if sum(isinstance(callback, ExponentialMovingAverage) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise ConfigError("Two ExponentialMovingAverage callbacks cannot both take the place of the weights. Keep one.")
         self._was_restored = False
 
     @override

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
+Hook = Callable[[torch.Tensor], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Composition:
@@ -34,11 +36,13 @@ class Composition:
         root: the outermost unit; a module around the user's.
         units: the inner units by their name in the user's module.
         whole: parameters that stay whole on every rank.
+        hooks: what is to be called with each of those when its gradient has been averaged.
     """
 
     root: FSDPModule
     units: Mapping[str, FSDPModule]
     whole: frozenset[nn.Parameter]
+    hooks: Mapping[nn.Parameter, Sequence[Hook]]
 
 
 def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> Composition:
@@ -70,7 +74,7 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
 def _shard(module: nn.Module, units: UnitPlan, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> Composition:
     names = {unit: name for name, unit in units.units.items()}
     sharded: dict[str, FSDPModule] = {}
-    hooks = {name: _accumulate_hooks(p) for name, p in module.named_parameters()}
+    hooks = {name: _take_accumulate_hooks(p) for name, p in module.named_parameters()}
     whole_names = {name for name, p in module.named_parameters() if p in units.whole}
 
     def whole_now() -> frozenset[nn.Parameter]:
@@ -84,11 +88,13 @@ def _shard(module: nn.Module, units: UnitPlan, *, plan: Plan, mesh: DeviceMesh, 
     fill_and_shard(module, units.units, shard, device=device)
     policy = plan.precision.root_policy(stored=_stored_dtype(module, whole_now()))
     root = shard_unit(Root(module), mesh=mesh, stage=plan.stage, precision=policy, whole=whole_now(), is_root=True)
+    whole = whole_now()
     for name, parameter in module.named_parameters():
-        for hook in hooks.get(name, ()):
+        for hook in hooks[name] if parameter not in whole else ():
             parameter.register_post_accumulate_grad_hook(hook)
+    of_whole = {p: hooks[name] for name, p in module.named_parameters() if p in whole}
     in_order = {name: sharded[name] for name, _ in module.named_modules() if name in sharded}
-    return Composition(root=root, units=in_order, whole=whole_now())
+    return Composition(root=root, units=in_order, whole=whole, hooks=of_whole)
 
 
 def _norms_to_keep(plan: Plan) -> KeepNorms:
@@ -101,8 +107,12 @@ def _stored_dtype(unit: nn.Module, whole: frozenset[nn.Parameter]) -> torch.dtyp
     return next((p.dtype for p in unit.parameters() if p not in whole), torch.float32)
 
 
-def _accumulate_hooks(parameter: nn.Parameter) -> list:  # type: ignore[type-arg]
-    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+def _take_accumulate_hooks(parameter: nn.Parameter) -> list[Hook]:
+    """Return a parameter's hooks on its gradient, and leave it without: a whole one's own gradient is not reduced yet."""
+    registered: dict[int, Hook] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    hooks = list(registered.values())
+    registered.clear()
+    return hooks
 
 
 def _check_module(module: nn.Module) -> None:

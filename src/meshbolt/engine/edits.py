@@ -4,6 +4,8 @@ While a unit is gathered, its parameters are whole copies in the user's eyes: in
 batches of a window. A change made there in place (weights that are clamped or normalised) would be freed with the copy, without
 a word. So before copies are freed, this rank's part of each is compared with its shard, and what differs is taken over. Every
 rank takes its own part, and nothing is communicated: like any code that changes parameters, the edit has to be the same on all.
+
+`requires_grad` can be changed on either: on a copy by `module.requires_grad_`, on a shard by who holds the optimizer.
 """
 
 from __future__ import annotations
@@ -30,8 +32,12 @@ class Edits:
             module: sharded, with nothing gathered.
         """
         self._places: dict[nn.Parameter, tuple[nn.Module, str]] = {
-            parameter: (child, key) for child in module.modules() for key, parameter in child._parameters.items() if parameter is not None
+            parameter: (child, key)
+            for child in module.modules()
+            for key, parameter in child._parameters.items()
+            if parameter is not None
         }
+        self._trained = {parameter: parameter.requires_grad for parameter in self._places}
 
     @torch.no_grad()
     def keep(self, units: Iterable[FSDPModule]) -> None:
@@ -47,11 +53,33 @@ class Edits:
                 for shard in compat.managed_parameters(unit):
                     self._keep(shard)
 
-    def _keep(self, shard: nn.Parameter) -> None:
+    def follow_requires_grad(self, units: Iterable[FSDPModule]) -> None:
+        """Make shards and copies agree on `requires_grad` again, after it was changed on either.
+
+        Args:
+            units: to look at.
+        """
+        for unit in units:
+            for shard in compat.managed_parameters(unit):
+                whole = self._whole(shard)
+                if whole.requires_grad != shard.requires_grad:
+                    wanted = not self._trained[shard]
+                    shard.requires_grad_(wanted)
+                    whole.requires_grad_(wanted)
+                self._trained[shard] = shard.requires_grad
+
+    def _whole(self, shard: nn.Parameter) -> nn.Parameter:
+        """Return what stands in the module now: the whole copy, or the shard where it is not gathered."""
         child, key = self._places[shard]
         whole = child._parameters[key]
-        if whole is None or whole is shard or whole.shape != shard.shape or not isinstance(shard, DTensor):
+        return shard if whole is None else whole
+
+    def _keep(self, shard: nn.Parameter) -> None:
+        whole = self._whole(shard)
+        if whole is shard or whole.shape != shard.shape or not isinstance(shard, DTensor):
             return
         mine, part = local_tensor(shard), local_part(whole.detach(), like=shard)
-        # One expression, so that a GPU is not waited for to learn whether anything differs.
-        mine.copy_(torch.where(part == mine.to(part.dtype), mine, part.to(mine.dtype)))
+        as_gathered = mine.to(part.dtype)
+        # A CPU knows at once whether anything differs; a GPU is not waited for.
+        if mine.device.type != "cpu" or not torch.equal(part, as_gathered):
+            mine.copy_(torch.where(part == as_gathered, mine, part.to(mine.dtype)))

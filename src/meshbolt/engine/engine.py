@@ -51,7 +51,7 @@ class Engine:
         """
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
         composed = compose(module, plan=plan, mesh=mesh, device=device)
-        self._root, self._units = composed.root, composed.units
+        self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
         self._replicated = ReplicatedParameters((p for p in module.parameters() if p in composed.whole), group=_world())
         self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
@@ -62,7 +62,7 @@ class Engine:
         self._exposed: list[FSDPModule] = []
         self._reductions, self._prefetch = self._fast_path()
         self._is_last_batch = True
-        self._inside = self._reentered = False
+        self._inside = self._reentered = self._forward_is_due = False
         self._primed = False
 
     @property
@@ -88,14 +88,16 @@ class Engine:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
         self._prime()
+        self.sync_requires_grad()
         self._exposed = [self._root, *(unit for unit in self._units.values() if compat.is_gathered(unit))]
-        if training and self._prefetch is not None:
-            self._prefetch.enter_step()
         self._inside, self._reentered = True, False
+        self._forward_is_due = training
         try:
             return self._root(functools.partial(self._run, function, *args, **kwargs))  # type: ignore[operator]
-        except Exception:
+        except Exception as error:
             self._recover()
+            if "got mixed torch.Tensor and DTensor" in str(error):
+                raise self._used_outside_of_its_unit() from error
             raise
         finally:
             self._inside = False
@@ -128,10 +130,11 @@ class Engine:
         if self._inside:
             # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
             loss = self._root(lambda: loss)  # type: ignore[operator]
-        for unit in self._all_units:
-            compat.sync_requires_grad(unit)
+        self.sync_requires_grad()
         if self._prefetch is not None:
             self._prefetch.end_forward()
+        if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
+            self._gather_unused()
         if self._reductions is not None:
             self._reductions.before_backward()
         return loss
@@ -142,6 +145,9 @@ class Engine:
             self._reductions.after_backward()
         if self._is_last_batch:
             self._replicated.average_gradients()
+            for parameter, hooks in self._hooks.items():
+                for hook in hooks if parameter.grad is not None else ():
+                    hook(parameter)
             self._check_all_reduced()
         self._reenter()
 
@@ -175,9 +181,8 @@ class Engine:
             compat.reshard(unit)
 
     def sync_requires_grad(self) -> None:
-        """Make gathered parameters follow `requires_grad` of the sharded ones, after somebody changed it."""
-        for unit in self._all_units:
-            compat.sync_requires_grad(unit)
+        """Make gathered and sharded parameters agree on `requires_grad`, after somebody changed it."""
+        self._edits.follow_requires_grad(self._all_units)
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, **options: Any) -> torch.Tensor:
         """Clip gradients by their norm over all ranks; see `clip_norm_`."""
@@ -229,8 +234,16 @@ class Engine:
         proved = usable_fast_path(device_type=plan.device_type, backend=backend, shards=plan.mesh.dp_shard > 1)
         if not (proved and plan.environment.fast_path):
             return None, None
-        keeps_gathered = not plan.stage.reshards_after_forward
-        return DeferredReductions(self._all_units), Prefetch(self._units, keeps_gathered=keeps_gathered)
+        prefetch = Prefetch(self._units, keeps_gathered=not plan.stage.reshards_after_forward)
+        for child in _outside_of_units(self.module, frozenset(self._modules(self._units).values())):
+            child.register_forward_pre_hook(self._begin_forward, prepend=True)
+        return DeferredReductions(self._all_units), prefetch
+
+    def _begin_forward(self, *_: object) -> None:
+        """Gather ahead from the first layer that runs, not before: `training_step` may change parameters before that."""
+        if self._forward_is_due and self._prefetch is not None:
+            self._forward_is_due = False
+            self._prefetch.enter_step()
 
     def _apply_window(self) -> None:
         stage, last = self.plan.stage, self._is_last_batch
@@ -274,6 +287,21 @@ class Engine:
                 unit.reshard()
         self._primed = True
 
+    def _gather_unused(self) -> None:
+        """Gather units once that no forward has used: where gradients stay whole, torch looks for theirs in 16 bits."""
+        for unit in self._all_units:
+            if not compat.was_gathered(unit):
+                unit.unshard()
+                unit.reshard()
+
+    def _used_outside_of_its_unit(self) -> UnsupportedError:
+        some = ", ".join(repr(name) for name in list(self._units)[:3])
+        return UnsupportedError(
+            f"A parameter was used while it was sharded. What is inside a unit (here {some}{', ...' * (len(self._units) > 3)}) is "
+            "gathered for that unit's forward only, so call the unit itself, not a layer in it. If a layer has to be used from "
+            "elsewhere, name units that leave it out: zero=Zero(unit=[...]) with class names or module paths."
+        )
+
     def _recover(self) -> None:
         if self._reductions is not None:
             self._reductions.reset()
@@ -282,6 +310,14 @@ class Engine:
     @staticmethod
     def _modules(units: Any) -> dict[str, nn.Module]:
         return dict(units)
+
+
+def _outside_of_units(module: nn.Module, units: frozenset[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the modules inside a module down to its units, and those, but nothing inside of them."""
+    for child in module.children():
+        yield child
+        if child not in units:
+            yield from _outside_of_units(child, units)
 
 
 def _world() -> dist.ProcessGroup:

@@ -78,6 +78,19 @@ class MeshPrecision(trainer_plugins.Precision):
         stepped = self.step(optimizer, self.engine, **kwargs)
         return stepped if result is None else result
 
+    def _after_closure(self, model: pl.LightningModule, optimizer: Any) -> None:
+        """Run the hooks before a step and clip; explain the one error that Lightning's own grad_norm ends in."""
+        try:
+            super()._after_closure(model, optimizer)
+        except RuntimeError as error:
+            if "data is not allocated yet" not in str(error):
+                raise
+            raise UnsupportedError(
+                "A number was to be read from sharded gradients as if they were whole, as lightning's "
+                "utilities.grad_norm(module, ...) does. Use trainer.strategy.grad_norm(), or grad_norm(module) for a part of "
+                "the model: it is the norm over all ranks. `grad_norm` is logged by itself where gradients are clipped by norm."
+            ) from error
+
     def unscale(self, optimizer: Optimizer) -> None:
         """Divide the gradients of an optimizer by the loss scale, once a step; without scaling do nothing."""
         scaler = self.loss_scaler

@@ -1,12 +1,14 @@
-"""Entries into a sharded module that Lightning does not know of: calls of the module and its methods from anywhere."""
+"""Entries into a sharded module that Lightning does not know of: calls of the module and of its parts from anywhere."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from meshbolt.engine import Engine
 
@@ -14,17 +16,31 @@ ENTRIES = ("forward", "generate")
 
 
 def redirect_entries(module: nn.Module, engine: Engine) -> None:
-    """Let `module(...)` and `module.generate(...)` work from any hook, with the root's parameters gathered.
+    """Let `module(...)`, `module.generate(...)` and those of its parts work from any hook, with parameters gathered.
 
     Args:
         module: the user's; sharded by the engine. Once is enough; again is nothing.
-        engine: gathers the root's parameters for the time of a call.
+        engine: gathers parameters for the time of a call.
     """
-    for name in ENTRIES:
-        method = getattr(module, name, None)
-        if callable(method) and name not in vars(module):
-            # Straight into __dict__: a LightningModule is free to give __setattr__ a meaning of its own.
-            module.__dict__[name] = _redirected(method, engine)
+    if not hasattr(module.forward, "_meshbolt_entry"):
+        # FSDP takes whatever is called first for the outermost unit; from now on that may be any part.
+        with torch.no_grad():
+            engine.call(lambda: None)
+    for part in _outside_of_units(module):
+        for name in ENTRIES:
+            method = getattr(part, name, None)
+            if callable(method) and not hasattr(method, "_meshbolt_entry"):
+                # Straight into __dict__: a LightningModule is free to give __setattr__ a meaning of its own.
+                part.__dict__[name] = _redirected(method, engine)
+
+
+def _outside_of_units(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose own parameters the root gathers; a unit gathers its own when it is called."""
+    if isinstance(module, FSDPModule):
+        return
+    yield module
+    for child in module.children():
+        yield from _outside_of_units(child)
 
 
 def _redirected(method: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
@@ -32,6 +48,7 @@ def _redirected(method: Callable[..., Any], engine: Engine) -> Callable[..., Any
     def entered(*args: Any, **kwargs: Any) -> Any:
         return engine.call(method, *args, **kwargs)
 
+    entered._meshbolt_entry = True  # type: ignore[attr-defined]
     return entered
 
 

@@ -39,8 +39,11 @@ def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup 
             ) from error
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read as a checkpoint file: {error}.") from error
-        if "state_dict" not in found:
-            raise CheckpointError(f"{path} is not a checkpoint of Lightning: it has no 'state_dict', only {sorted(found)[:8]}.")
+        if missing := sorted({"state_dict", "pytorch-lightning_version"} - found.keys()):
+            raise CheckpointError(
+                f"{path} is not a checkpoint of Lightning: it has no {' and no '.join(missing)}. If it is a bare state dict, "
+                "give it to the module's load_state_dict before fit or validate, instead of ckpt_path."
+            )
 
     agree_on_error(read, group=group)
     return found

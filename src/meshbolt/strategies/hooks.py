@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 
 from meshbolt.engine import Engine
 from meshbolt.plugins import MeshPrecision
@@ -71,3 +72,17 @@ def hold_schedulers_on_skips(module: pl.LightningModule, precision: MeshPrecisio
         return None if precision.skipped_last_step else method(*args, **kwargs)
 
     module.__dict__["lr_scheduler_step"] = held
+
+
+def let_finetuning_catch_up(trainer: pl.Trainer) -> None:
+    """Let finetuning callbacks put the parameter groups of a checkpoint into the optimizers.
+
+    They do so when fit starts, where they expect a checkpoint to be read already; here it is read later. Without a
+    checkpoint of theirs it is nothing.
+
+    Args:
+        trainer: with its callbacks restored and its optimizers made.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning):
+            callback.on_fit_start(trainer, trainer.lightning_module)

@@ -30,7 +30,13 @@ from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import redirect_entries
 from meshbolt.strategies.files import load_file, load_optimizer_states
-from meshbolt.strategies.hooks import follow_requires_grad, hold_schedulers_on_skips, meta_tensors, report_norm
+from meshbolt.strategies.hooks import (
+    follow_requires_grad,
+    hold_schedulers_on_skips,
+    let_finetuning_catch_up,
+    meta_tensors,
+    report_norm,
+)
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.requeue import Requeue
 
@@ -278,6 +284,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every optimizer its state back."""
+        let_finetuning_catch_up(self._module().trainer)
         load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], self._settle())
 
     @override

@@ -106,11 +106,11 @@ def trainer(strategy: Any = "zero2", **options: Any) -> pl.Trainer:
     return pl.Trainer(accelerator="cpu", strategy=strategy, **{**quiet, **options})
 
 
-def alone(**options: Any) -> pl.Trainer:
+def alone(strategy: str = "auto", **options: Any) -> pl.Trainer:
     """Return a Trainer without meshbolt; to be used on one rank, where it ends what makes it one of several."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    return trainer("auto", **options)
+    return trainer(strategy, **options)
 
 
 def strategy_of(owner: pl.Trainer) -> MeshStrategy:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,13 @@ from torch import nn
 
 from meshbolt import CheckpointError, MeshStrategy, UnsupportedError, Zero
 from meshbolt.plugins import MixedPrecision
-from meshbolt.testing import run_ranks, run_ranks_expecting
+from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import (
     ADVICE,
-    BATCH,
     Regressor,
     alone,
     batches,
     difference,
-    in_order,
     metrics,
     strategy_of,
     trainer,
@@ -110,11 +106,20 @@ def state_of(owner: pl.Trainer) -> dict[str, Any]:
     return found
 
 
+class Scattered(Regressor):
+    """Begins with other random numbers on every rank, and in every run."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(dropout=0.3)
+        self.seed = seed
+
+    def on_fit_start(self) -> None:
+        torch.manual_seed(self.seed + dist.get_rank())
+
+
 def fit_some_epochs(folder: Path, setting: dict[str, Any], epochs: int, resume: bool) -> dict[str, Any]:
     pl.seed_everything(0, workers=True, verbose=False)
-    if resume:
-        torch.manual_seed(99)  # the samplers' order comes from the seed above, all other numbers from the checkpoint
-    module = Regressor(dropout=0.3)
+    module = Scattered(seed=99 if resume else 1)
     plugin = {"plugins": [MixedPrecision("16-mixed", "cpu", growth_interval=5)]} if setting["half"] else {}
     owner = trainer(MeshStrategy(zero=setting["zero"]), max_epochs=epochs, gradient_clip_val=1.0, **plugin)
     owner.fit(module, batches(), batches(), ckpt_path=folder / "half.ckpt" if resume else None)
@@ -144,3 +149,160 @@ def test_two_epochs_and_two_more_are_bit_for_bit_four(tmp_path: Path, ranks: int
         assert [key for key in ours if not torch.equal(ours[key], expected[key])] == []
         assert ("scaling scale" in ours) == setting["half"]
     assert not torch.equal(resumed[0]["drawn next"], resumed[1]["drawn next"])
+
+
+class Classes:
+    """A value that plain data cannot hold."""
+
+
+def save_plain(path: Path, hparams: Any) -> float:
+    """Save a file as Lightning does on one device, and return the validation loss of its weights."""
+    pl.seed_everything(3, verbose=False)
+    module, owner = Regressor(), alone(max_epochs=1)
+    module.hparams["note"] = hparams
+    owner.fit(module, batches(), batches())
+    owner.save_checkpoint(path)
+    return float(owner.validate(module, batches(), verbose=False)[0]["val"])
+
+
+def load_plain(path: Path) -> tuple[float, str]:
+    module, owner = Regressor(), trainer("zero3")
+    found = owner.validate(module, batches(), ckpt_path=path, verbose=False)[0]["val"]
+    with pytest.raises(UnsupportedError, match="optimizer state by number"):
+        owner.fit(module, batches(), batches(), ckpt_path=path)
+    return found, str(owner.test(module, batches(), ckpt_path=path, verbose=False)[0]["test"])
+
+
+def test_the_weights_of_a_plain_lightning_file_are_divided_among_the_ranks(tmp_path: Path) -> None:
+    (expected,) = run_ranks(save_plain, 1, tmp_path / "plain.ckpt", 1)
+    assert (tmp_path / "plain.ckpt").is_file()
+
+    for found, tested in run_ranks(load_plain, 2, tmp_path / "plain.ckpt"):
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert float(tested) == pytest.approx(expected, rel=1e-6)
+
+
+def loads_of_classes(folder: Path) -> list[Any]:
+    """Load a directory and a file, both with an object of a class in their hyperparameters."""
+    module, owner = Regressor(), trainer("zero2", max_epochs=1)
+    module.hparams["note"] = Classes()
+    owner.fit(module, batches(), batches())
+    owner.save_checkpoint(folder / "own.ckpt")
+    said = []
+    for path in (folder / "own.ckpt", folder / "plain.ckpt"):
+        with pytest.raises(CheckpointError) as refused:
+            owner.validate(module, batches(), ckpt_path=path, verbose=False)
+        said.append(str(refused.value))
+        owner.validate(module, batches(), ckpt_path=path, weights_only=False, verbose=False)
+    owner.fit_loop.max_epochs = 2
+    owner.fit(module, batches(), batches(), ckpt_path=folder / "own.ckpt", weights_only=False)
+    return [*said, owner.current_epoch]
+
+
+def test_objects_of_classes_are_built_only_where_weights_only_is_false(tmp_path: Path) -> None:
+    run_ranks(save_plain, 1, tmp_path / "plain.ckpt", Classes())
+
+    for own, plain, epochs in run_ranks(loads_of_classes, 2, tmp_path):
+        for said in (own, plain):
+            assert "weights_only=False" in said
+            assert "torch.serialization.add_safe_globals" in said
+            assert "Classes" in said
+        assert epochs == 2
+
+
+def save_weights_only(folder: Path) -> list[Any]:
+    saving = ModelCheckpoint(folder, "{epoch}", monitor="val", save_weights_only=True)
+    module, owner = Regressor(lr=0.02), trainer("zero3", callbacks=[saving], max_epochs=1)
+    owner.fit(module, batches(), batches())
+    again = Regressor()
+    other = trainer("zero1")
+    tested = other.test(again, batches(), ckpt_path=saving.best_model_path, verbose=False)[0]["test"]
+    with pytest.raises(KeyError, match="save_weights_only"):
+        other.fit(again, batches(), batches(), ckpt_path=saving.best_model_path)
+    return [tested, float(saving.best_model_score), difference(weights(module), weights(again))]
+
+
+def test_a_checkpoint_of_weights_only_is_read_by_another_stage_and_refused_for_training(tmp_path: Path) -> None:
+    for tested, score, apart in run_ranks(save_weights_only, 2, tmp_path):
+        assert tested == pytest.approx(score, rel=1e-6)
+        assert apart == 0
+
+
+class Other(Regressor):
+    """A module whose head has another name."""
+
+    def __init__(self, *, strict: bool) -> None:
+        super().__init__()
+        self.tail, self.strict_loading = self.head, strict
+        del self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.__dict__["head"] = self.tail
+        return super().forward(x)
+
+
+class Wider(Regressor):
+    """A module with an input of another size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(9, 10)
+
+
+def load_into_another(folder: Path) -> list[str]:
+    module = Regressor()
+    owner = trainer("zero3", max_epochs=1)
+    owner.fit(module, batches(), batches())
+    owner.save_checkpoint(folder / "run.ckpt")
+    if dist.get_rank() == 0:
+        zeros = {name: torch.zeros(2) for name in module.state_dict()}
+        torch.save({"state_dict": zeros, "pytorch-lightning_version": pl.__version__}, folder / "zeros.ckpt")
+        torch.save(zeros, folder / "bare.ckpt")
+    dist.barrier()
+    said = []
+    for stranger, path in (
+        (Other(strict=True), "run.ckpt"),
+        (Wider(), "run.ckpt"),
+        (Regressor(), "zeros.ckpt"),
+        (Regressor(), "bare.ckpt"),
+        (Regressor(), "absent.ckpt"),
+    ):
+        with pytest.raises(CheckpointError) as refused:
+            trainer("zero3").validate(stranger, batches(), ckpt_path=folder / path, verbose=False)
+        said.append(str(refused.value))
+    lenient = Other(strict=False)
+    head = whole(lenient.tail.weight)
+    trainer("zero3").validate(lenient, batches(), ckpt_path=folder / "run.ckpt", verbose=False)
+    assert torch.equal(whole(lenient.tail.weight), head)
+    assert torch.equal(whole(lenient.inp.weight), whole(module.inp.weight))
+    return said
+
+
+def test_weights_that_do_not_fit_are_refused_with_their_names_and_skipped_where_asked(tmp_path: Path) -> None:
+    for names, sizes, zeros, bare, absent in run_ranks(load_into_another, 2, tmp_path):
+        assert "tail.weight" in names
+        assert "head.weight" in names
+        assert "strict_loading=False" in names
+        assert "inp.weight" in sizes
+        assert "[10, 9]" in sizes
+        assert "inp.weight" in zeros
+        assert "load_state_dict" in bare
+        assert "absent.ckpt" in absent
+
+
+def hparams_saved(folder: Path) -> Any:
+    module, owner = Regressor(lr=0.25, dropout=0.5), trainer("zero2", max_epochs=1)
+    owner.fit(module, batches(), batches())
+    owner.save_checkpoint(folder / "run.ckpt")
+    seen = {}
+
+    class Reading(Regressor):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.update(checkpoint["hyper_parameters"])
+
+    trainer("zero3").validate(Reading(), batches(), ckpt_path=folder / "run.ckpt", verbose=False)
+    return seen
+
+
+def test_hyperparameters_are_saved_and_handed_to_the_hook(tmp_path: Path) -> None:
+    assert run_ranks(hparams_saved, 2, tmp_path) == [{"lr": 0.25, "dropout": 0.5}] * 2

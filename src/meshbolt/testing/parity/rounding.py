@@ -96,6 +96,13 @@ class _Bfloat(_GivenBackward, stock.HalfPrecision):
     def __init__(self, backward: Any) -> None:
         super().__init__(backward, "bf16-true")
 
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        # torch's own function keeps the norm in bfloat16, which is off by some thousandths.
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = sum((gradient.double().square().sum() for gradient in gradients), torch.zeros((), dtype=torch.float64)).sqrt()
+        for gradient in gradients:
+            gradient.mul_(torch.clamp(clip_val / (norm + 1e-6), max=1.0).float())
+
 
 class _Mixed(_GivenBackward, stock.MixedPrecision):
     def __init__(self, backward: Any, flag: str, scaler: Any, *, autocast: bool) -> None:
