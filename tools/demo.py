@@ -20,8 +20,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/gpt_zero2.yaml"
 RUNS = ROOT / "runs" / "gpt_zero2"
-CHECKPOINT = "runs/gpt_zero2/last.ckpt"
-MORE_STEPS = 300
+CHECKPOINT = "runs/gpt_zero2/checkpoints/last.ckpt"
 GOAL_NATS = 2.6
 
 
@@ -29,8 +28,9 @@ def main(extra: list[str]) -> int:
     """Run both fits and check them."""
     start = time.monotonic()
     common = ["fit", "--config", CONFIG, *devices(), *extra]
-    first = fit(common)
-    second = fit([*common, "--trainer.max_steps", str(MORE_STEPS), "--ckpt_path", CHECKPOINT])
+    folder = fit(common)
+    again = fit([*common, "--trainer.max_epochs", "2", "--ckpt_path", CHECKPOINT])
+    first, second = read_metrics(folder / "metrics.csv"), read_metrics(again / "metrics.csv")
     before, after = first["val_loss"][-1][1], second["val_loss"][-1][1]
     ended, resumed = first["train_loss"][-1][0], second["train_loss"][0][0]
     print(f"validation loss {before:.3f} after the first run, {after:.3f} after the second, in nats per byte")
@@ -50,8 +50,8 @@ def devices() -> list[str]:
     return [] if torch.cuda.device_count() >= 2 else ["--trainer.accelerator", "cpu"]
 
 
-def fit(arguments: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """Run a fit and return what it logged: by metric, steps and values."""
+def fit(arguments: list[str]) -> Path:
+    """Run a fit and return the folder it logged to."""
     before = versions()
     print(f"\n$ meshbolt {shlex.join(arguments)}", flush=True)
     script = shutil.which("meshbolt", path=str(Path(sys.executable).parent))
@@ -59,8 +59,8 @@ def fit(arguments: list[str]) -> dict[str, list[tuple[int, float]]]:
     result = subprocess.run([*command, *arguments], cwd=ROOT, check=False)
     if result.returncode:
         sys.exit(result.returncode)
-    (logged,) = versions() - before
-    return read_metrics(logged / "metrics.csv")
+    (folder,) = versions() - before
+    return folder
 
 
 def versions() -> set[Path]:
@@ -69,7 +69,7 @@ def versions() -> set[Path]:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the steps and values of each metric in a file of Lightning's CSVLogger."""
+    """Return the steps and values of each loss in a file of Lightning's CSVLogger."""
     with path.open() as lines:
         rows = list(csv.DictReader(lines))
     names = ("train_loss", "val_loss")

@@ -10,8 +10,6 @@ Example:
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint import Checkpoint
 from meshbolt.engine import load_pretrained
@@ -23,7 +21,9 @@ from meshbolt.errors import (
     TopologyError,
     UnsupportedError,
 )
-from meshbolt.strategies import FabricMeshStrategy, MeshStrategy, register_presets
+from meshbolt.strategies import FabricMeshStrategy as _FabricMeshStrategy
+from meshbolt.strategies import MeshStrategy
+from meshbolt.strategies import register_presets as _register_presets
 from meshbolt.zero import Zero
 
 __all__ = [
@@ -40,6 +40,6 @@ __all__ = [
     "load_pretrained",
 ]
 
-__version__ = version("meshbolt")
+__version__ = "0.1.0"
 
-register_presets(MeshStrategy, FabricMeshStrategy)
+_register_presets(MeshStrategy, _FabricMeshStrategy)

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import psutil
 import torch
+import torch.distributed as dist
 from typing_extensions import override
 
 from meshbolt.callbacks.amount import Amount, amount_in, data_parallel_size
@@ -153,5 +154,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _of_all_ranks(trainer: pl.Trainer, value: float) -> list[float]:
-    mine = torch.tensor([value], dtype=torch.float32, device=trainer.strategy.root_device)
-    return [float(each) for each in trainer.strategy.all_gather(mine).flatten()]
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    dist.all_gather_object(values, value)
+    return values

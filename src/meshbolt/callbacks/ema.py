@@ -52,7 +52,9 @@ class ExponentialMovingAverage(pl.Callback):
             ConfigError: a setting is out of range.
         """
         if not 0 <= decay < 1:
-            raise ConfigError(f"ExponentialMovingAverage(decay={decay!r}): give a number from 0 to below 1, such as 0.999.")
+            raise ConfigError(
+                f"ExponentialMovingAverage(decay={decay!r}): give a number from 0 to below 1, such as 0.999."
+            )
         if every_n_steps < 1 or start_step < 0:
             raise ConfigError(
                 f"ExponentialMovingAverage(every_n_steps={every_n_steps!r}, start_step={start_step!r}): the first must be "
@@ -216,7 +218,9 @@ class ExponentialMovingAverage(pl.Callback):
         engine: Engine = trainer.strategy.engine  # type: ignore[attr-defined]
         replaced = trainer.ckpt_path is not None and not self._was_restored
         if replaced and self._average and trainer.state.fn != TrainerFn.FITTING:
-            rank_zero_warn(f"{trainer.ckpt_path} holds no average of the weights: the weights are evaluated as they are.")
+            rank_zero_warn(
+                f"{trainer.ckpt_path} holds no average of the weights: the weights are evaluated as they are."
+            )
         if replaced or engine is not self._engine:
             self._average, self._weights, self._periods = {}, None, 0
             self._engine, self._was_restored = engine, True

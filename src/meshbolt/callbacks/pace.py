@@ -35,7 +35,7 @@ class Position(NamedTuple):
 
 
 def position_in_fit(trainer: pl.Trainer, *, batches_in_epoch: int) -> Position:
-    """Return how far a fit has come: in steps where `max_steps` ends it, in batches where `max_epochs` does.
+    """Return how far a fit has come: in steps where `max_steps` ends it, else in batches, or steps where that is the same.
 
     Args:
         trainer: while it fits.
@@ -46,7 +46,10 @@ def position_in_fit(trainer: pl.Trainer, *, batches_in_epoch: int) -> Position:
     if 0 < trainer.max_steps * trainer.accumulate_grad_batches <= batches:
         return Position("step", trainer.global_step, trainer.max_steps)
     before = int(per_epoch) * trainer.current_epoch if math.isfinite(per_epoch) else 0
-    return Position("batch", before + batches_in_epoch, int(batches) if math.isfinite(batches) else None)
+    is_step = trainer.accumulate_grad_batches == 1 and len(trainer.optimizers) == 1
+    return Position(
+        "step" if is_step else "batch", before + batches_in_epoch, int(batches) if math.isfinite(batches) else None
+    )
 
 
 class Speed:

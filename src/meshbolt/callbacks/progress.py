@@ -104,7 +104,8 @@ class LogProgress(ProgressBar):
         amount = amount_in(batch)
         count, unit = (amount.count * data_parallel_size(trainer), amount.unit) if amount else (0, "")
         self._speed.add(monotonic(), done=where.done, amount=count)
-        if not self._open().is_due() and where.done != where.total:
+        is_first = where.done - 1 == self._done_at_start
+        if not (is_first or self._open().is_due() or where.done == where.total):
             return
         remaining = where.remaining_seconds(
             elapsed_seconds=monotonic() - self._start_seconds, done_at_start=self._done_at_start or 0
@@ -112,7 +113,7 @@ class LogProgress(ProgressBar):
         details = [
             *format_metrics(self.get_metrics(trainer, pl_module)),
             *self._speed.texts(unit=where.unit, amount_unit=unit),
-            *([f"{format_seconds(remaining)} left"] if remaining else []),
+            *([f"{format_seconds(remaining)} left"] if remaining and remaining >= 1 else []),
         ]
         self._open().show(
             Status(activity="training", unit=where.unit, done=where.done, total=where.total, details=details)

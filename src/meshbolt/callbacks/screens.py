@@ -71,7 +71,7 @@ class LineScreen:
 
     def __init__(self, *, interval_seconds: float) -> None:
         self._interval_seconds = interval_seconds
-        self._next_seconds = 0.0
+        self._next_seconds = monotonic() + interval_seconds
 
     def is_due(self) -> bool:
         """Return whether the interval is over."""

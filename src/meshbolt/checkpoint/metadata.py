@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 
 from meshbolt.checkpoint.directory import find, local_path
 from meshbolt.errors import CheckpointError
@@ -58,6 +58,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class that metadata is made of, or a dtype."""
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of_encoding  # some releases of Python 3.11 pickle an enum member as getattr(class, name)
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         dtype = getattr(torch, name, None) if module == "torch" and "." not in name else None
@@ -66,6 +68,13 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise CheckpointError(
             f"its {FILE_NAME} asks for {module}.{name}, which no checkpoint needs: do not trust this file"
         )
+
+
+def _member_of_encoding(owner: Any, name: str) -> Any:
+    """Stand in for `getattr` on the one enum that metadata holds."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise CheckpointError(f"its {FILE_NAME} asks for an attribute that no checkpoint needs: do not trust this file")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 def read_metadata(directory: Path) -> Metadata:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: the strategy is unknown.
     """
     command = arguments[0]
+    # Lightning still calls what torch has renamed; who trains cannot help it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"lightning\.")
     # `${...}` is resolved when all files and flags are merged, and counts from the top of the file it stands in.
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {"parser_mode": "omegaconf+"}

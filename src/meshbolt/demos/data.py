@@ -41,7 +41,7 @@ class PydocText(pl.LightningDataModule):
     It changes with the version of Python, so compare losses only between runs on the same one: the SHA-256 tells.
     """
 
-    def __init__(self, length: int = 128, batch_size: int = 16, num_workers: int = 0) -> None:
+    def __init__(self, length: int = 128, batch_size: int = 8, num_workers: int = 0) -> None:
         """Take the sizes; nothing is loaded.
 
         Args:

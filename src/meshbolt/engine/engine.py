@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -303,9 +303,11 @@ class Engine:
         )
 
     def _recover(self) -> None:
-        if self._reductions is not None:
-            self._reductions.reset()
-        compat.reset_after_error(self._root)
+        # What waits for ranks that are gone fails in turn; the error that is on its way says more.
+        with suppress(RuntimeError):
+            if self._reductions is not None:
+                self._reductions.reset()
+            compat.reset_after_error(self._root)
 
     @staticmethod
     def _modules(units: Any) -> dict[str, nn.Module]:

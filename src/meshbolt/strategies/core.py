@@ -38,6 +38,7 @@ from meshbolt.strategies.compat import (
 )
 from meshbolt.strategies.directories import LoadInto, load_tree, save_tree
 from meshbolt.strategies.loaders import checked_loader
+from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.zero import Zero
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
@@ -326,6 +327,7 @@ class MeshCore:
         optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
         with gathered(module, names=self._settle(), optimizers=optimizers) as state:
             yield state
+        take_from_rank_zero(whole_tensors(module, optimizers))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -14,8 +14,10 @@ from tests.ranks.trainer.loops_support import (
     ADVICE,
     BATCH,
     Regressor,
+    alone,
     batches,
     difference,
+    in_order,
     strategy_of,
     trainer,
     weights,
@@ -145,3 +147,47 @@ def test_calls_from_every_hook_answer_as_whole_weights_do_and_do_not_disturb_tra
         apart = {hook: difference(rank["heard"][hook], rank["reference"][hook]) for hook in rank["heard"]}
         assert {hook: value for hook, value in apart.items() if value > 1e-6} == {}
         assert difference(rank["weights"], silent[0]["weights"]) == 0
+
+
+class Editing(Regressor):
+    """Changes whole weights and whole optimizer state once, after the first epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        if self.current_epoch > 0:
+            return
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        if self.trainer.world_size == 1:
+            state = {name: self.optimizers().state[p] for name, p in self.named_parameters()}
+            self.edit(state)
+            return
+        with strategy_of(self.trainer).gathered(self, optimizer=optimizer) as state:
+            assert self.head.weight.shape == (1, 10)
+            self.edit(state)
+            if self.global_rank == 1:
+                with torch.no_grad():
+                    self.head.bias.fill_(1e6)  # what rank 0 has made of it counts
+                    self.scale.fill_(7.0)
+
+    @torch.no_grad()
+    def edit(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self.head.weight[:, ::2] = 0.25
+        self.scale.fill_(0.5)
+        self.blocks[1][0].weight.copy_(self.blocks[1][0].weight.sort(dim=0).values)
+        state["blocks.0.0.weight"]["exp_avg"].copy_(state["blocks.0.0.weight"]["exp_avg"].flip(0))
+        state["head.bias"]["exp_avg_sq"].fill_(4.0)
+
+
+def edited(make: Any, batch_size: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    pl.seed_everything(0, verbose=False)
+    module = Editing()
+    make(precision="64-true", max_epochs=3, **options).fit(module, in_order(batch_size=batch_size))
+    return weights(module)
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
+def test_whole_weights_and_optimizer_state_are_changed_as_in_one_process(strategy: str) -> None:
+    ours = run_ranks(edited, 2, trainer, BATCH, {"strategy": strategy})
+    (theirs,) = run_ranks(edited, 1, alone, 2 * BATCH, {})
+
+    for rank in ours:
+        assert difference(rank, theirs) <= 1e-12

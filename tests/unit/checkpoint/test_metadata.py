@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import pickletools
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshbolt.checkpoint import TensorInfo, save_directory, saved_tensors
+from meshbolt.checkpoint import TensorInfo, metadata, save_directory, saved_tensors
 from meshbolt.checkpoint.metadata import read_metadata
 from meshbolt.errors import CheckpointError
 
@@ -77,3 +78,12 @@ def test_a_pickle_of_something_else_is_called_damaged(checkpoint: Path) -> None:
 def test_the_metadata_names_no_path_of_the_machine_that_wrote_it(checkpoint: Path) -> None:
     texts = {str(argument) for _, argument, _ in pickletools.genops((checkpoint / ".metadata").read_bytes())}
     assert not [text for text in texts if "pathlib" in text or checkpoint.parent.name in text]
+
+
+def test_an_enum_member_pickled_through_getattr_is_read_and_any_other_attribute_is_not():
+    """Python 3.11.2 pickles enum members so; if this fails, checkpoints cannot be resumed there, or a file can run code."""
+    member = next(iter(metadata._MEM_FORMAT_ENCODING))
+    getter = metadata._MetadataUnpickler(io.BytesIO(b"")).find_class("builtins", "getattr")
+    assert getter(metadata._MEM_FORMAT_ENCODING, member.name) is member
+    with pytest.raises(CheckpointError, match="do not trust"):
+        getter(torch, "load")

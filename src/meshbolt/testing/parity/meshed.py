@@ -147,7 +147,7 @@ def _set_up(fabric: lf.Fabric, module: pl.LightningModule) -> tuple[Any, Any]:
     if pl.utilities.model_helpers.is_overridden("configure_model", module):
         with fabric.init_module(empty_init=True):
             module.configure_model()
-        wrapped = fabric.setup_module(module)
+        wrapped = fabric.setup_module(module, move_to_device=False)
         return wrapped, fabric.setup_optimizers(_only_optimizer(module))
     return fabric.setup(module, _only_optimizer(module))  # type: ignore[return-value]
 
