@@ -33,9 +33,11 @@ ON_GPU = PYTHONPATH="$(SOURCE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 
 gpu:
 	$(ON_GPU) -m pytest tests/gpu -W default
+	$(ON_GPU) benchmarks/run_gpu.py
 
 multigpu:
 	$(ON_GPU) -m pytest tests/multigpu -W default
+	$(ON_GPU) benchmarks/run_gpu.py
 
 clean:
 	rm -rf .venv .tox build dist runs

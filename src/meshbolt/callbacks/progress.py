@@ -111,9 +111,9 @@ class LogProgress(ProgressBar):
             elapsed_seconds=monotonic() - self._start_seconds, done_at_start=self._done_at_start or 0
         )
         details = [
+            *([f"{format_seconds(remaining)} left"] if remaining and remaining >= 1 else []),
             *format_metrics(self.get_metrics(trainer, pl_module)),
             *self._speed.texts(unit=where.unit, amount_unit=unit),
-            *([f"{format_seconds(remaining)} left"] if remaining and remaining >= 1 else []),
         ]
         self._open().show(
             Status(activity="training", unit=where.unit, done=where.done, total=where.total, details=details)
@@ -126,6 +126,7 @@ class LogProgress(ProgressBar):
             self._open().finish("training")
             took = format_seconds(monotonic() - self._start_seconds)
             self._open().say(f"trained to step {trainer.global_step} in {took}")
+            self._close()
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class LiveScreen:
     def __init__(self) -> None:
         self._bars = Bars(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[text]}", markup=False),
             auto_refresh=False,
             transient=True,

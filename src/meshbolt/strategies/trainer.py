@@ -206,13 +206,14 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def _reachable(self) -> dist.ProcessGroup | None:
         trainer = self._module().trainer
-        if trainer.state.status != TrainerStatus.INTERRUPTED or self.world_size == 1 or self._control_group is None:
+        if trainer.state.status != TrainerStatus.INTERRUPTED or self.world_size == 1 or self._mesh is None:
             return super()._reachable()
         if not self._attended:
             self._attended = True
             self._exceptions += 1
             call = Attendance(number=self._exceptions, progress=trainer.global_step, timeout=self._timeout)
-            self._control_group = self._survivors = call.group()
+            self._survivors = call.group()
+            self._control_group = self._survivors or self._control_group
         return self._survivors
 
     _attended = False
@@ -237,7 +238,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimizer's state by parameter name, sharded as the parameters are."""
+        """Return an optimizer's state by parameter name, sharded as the parameters are; nothing where it cannot be saved."""
+        if self._reachable() is None:
+            return {}
         return optimizer_state(plain_optimizer(optimizer), self._settle())
 
     @override

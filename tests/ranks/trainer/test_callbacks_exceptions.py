@@ -73,7 +73,7 @@ def fail_together(folder: Path) -> dict[str, Any]:
 
 def test_all_ranks_that_fail_together_save_what_they_have(tmp_path: Path) -> None:
     for rank in run_ranks(fail_together, 2, tmp_path):
-        assert rank["saved"] == (["last.ckpt", "step=5.ckpt"], ["on_exception.ckpt"])
+        assert rank["saved"] == (["last.ckpt", "step=4.ckpt", "step=5.ckpt"], ["on_exception.ckpt"])
         assert rank["apart"] == 0
         assert rank["first steps"] == 5
         assert rank["steps"] == 12
