@@ -84,11 +84,11 @@ class LateStart(models.Task):
                 self.bias.add_(1e-5)
 
 
-class LrOnce(models.Task):
-    """Changes the learning rate with the last step, whose parameters no batch sees."""
+class LastRateDoubled(models.Task):
+    """Changes the learning rate after the last step, so that no parameter and no loss shows it."""
 
-    def on_train_end(self) -> None:
-        if _on_several_ranks():
+    def on_train_batch_end(self, outputs: object, batch: object, batch_idx: int) -> None:
+        if _on_several_ranks() and batch_idx + 1 == self.trainer.num_training_batches:
             self.trainer.optimizers[0].param_groups[0]["lr"] *= 2
 
 

@@ -67,6 +67,7 @@ def engine_of(
     *,
     replicate: int = 1,
     precision: str = "32-true",
+    autocast: bool = False,
     environment: Environment | None = None,
     **settings: Any,
 ) -> Engine:
@@ -74,7 +75,7 @@ def engine_of(
     plan = resolve(
         Settings(zero=Zero(stage=stage, replicate=replicate), **settings),
         world_size=dist.get_world_size(),
-        precision=precision_policy(precision),
+        precision=precision_policy(precision, autocast=autocast),
         device_type="cpu",
         environment=environment or Environment(),
     )
@@ -117,7 +118,7 @@ def reference_backward(module: nn.Module, index: int, *, window: int = 1, dtype:
 
 def trained(engine: Engine, optimizer: Optimizer, *, first: int = 0, steps: int = 3, window: int = 1) -> None:
     """Take optimizer steps."""
-    dtype = next(engine.module.parameters()).dtype
+    dtype = engine.plan.precision.param_dtype or next(engine.module.parameters()).dtype
     for index in range(first * window, (first + steps) * window):
         backward(engine, index, window=window, dtype=dtype)
         if (index + 1) % window == 0:

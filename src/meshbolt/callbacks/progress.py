@@ -41,6 +41,7 @@ class LogProgress(ProgressBar):
         self._speed = Speed()
         self._start_seconds = 0.0
         self._done_at_start: int | None = None
+        self._has_shown = False
         self._evaluated = 0
 
     # What Lightning asks of a progress bar ----------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class LogProgress(ProgressBar):
         if not self.is_enabled:
             return
         self._speed.clear()
-        self._start_seconds, self._done_at_start = monotonic(), None
+        self._start_seconds, self._done_at_start, self._has_shown = monotonic(), None, False
         resumed = f", from step {trainer.global_step}" if trainer.global_step else ""
         self._open().say(f"training with {describe_strategy(trainer)} on {describe_ranks(trainer)}{resumed}")
 
@@ -104,9 +105,10 @@ class LogProgress(ProgressBar):
         amount = amount_in(batch)
         count, unit = (amount.count * data_parallel_size(trainer), amount.unit) if amount else (0, "")
         self._speed.add(monotonic(), done=where.done, amount=count)
-        is_first = where.done - 1 == self._done_at_start
+        is_first = not self._has_shown and where.done > (self._done_at_start or 0)
         if not (is_first or self._open().is_due() or where.done == where.total):
             return
+        self._has_shown = True
         remaining = where.remaining_seconds(
             elapsed_seconds=monotonic() - self._start_seconds, done_at_start=self._done_at_start or 0
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Protocol
 
+from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
@@ -101,6 +102,8 @@ class LiveScreen:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=16),
             TextColumn("{task.fields[text]}", markup=False),
+            # Not rich's own, which may have been made when the output was another.
+            console=Console(),
             auto_refresh=False,
             transient=True,
         )

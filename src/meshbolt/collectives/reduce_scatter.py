@@ -45,9 +45,11 @@ class _Transfer:
 
     @property
     def num_bytes(self) -> int:
+        """The bytes that one side of the transfer holds."""
         return self.sent.numel() * self.sent.element_size()
 
     def finish(self) -> None:
+        """Wait for the transfer and sum what arrived into the output."""
         self.work.wait()
         torch.sum(self.received.view(-1, self.output.numel()), dim=0, out=self.output)
         if self.scale is not None:
@@ -131,6 +133,7 @@ class _AllToAllReduceScatter(ReduceScatter):
         self._reductions = reductions
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Return a buffer for the input or the output."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(

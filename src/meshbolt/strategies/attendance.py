@@ -26,15 +26,15 @@ _log = logging.getLogger(__name__)
 class Attendance:
     """One roll call among the ranks of the default process group."""
 
-    def __init__(self, *, number: int, progress: int, timeout: timedelta) -> None:
+    def __init__(self, *, number: int, steps: int, timeout: timedelta) -> None:
         """Prepare a roll call.
 
         Args:
             number: how many exceptions this rank has met, this one included; equal on ranks that meet.
-            progress: optimizer steps taken; ranks that differ hold weights of different steps, which do not belong together.
+            steps: optimizer steps taken; ranks that differ hold weights of different steps, which do not belong together.
             timeout: how long a collective waits; the roll call takes a tenth of it, and at most half a minute.
         """
-        self._prefix = f"meshbolt/exception/{number}/{progress}"
+        self._prefix = f"meshbolt/exception/{number}/{steps}"
         self._timeout = timeout
         self._patience = min(timeout * _SHARE_OF_TIMEOUT, _LONGEST_WAIT)
 

@@ -25,7 +25,7 @@ from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, 
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
-from meshbolt.strategies.hooks import meta_tensors
+from meshbolt.strategies.meta import meta_tensors
 
 
 class MeshStrategy(MeshCore, ParallelStrategy):

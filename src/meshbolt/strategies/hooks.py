@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,16 +12,6 @@ from lightning.pytorch.callbacks import BaseFinetuning
 
 from meshbolt.engine import Engine
 from meshbolt.plugins import MeshPrecision
-
-_NO_OP_COPY = ".*copying from a non-meta parameter in the checkpoint to a meta parameter.*"
-
-
-@contextmanager
-def meta_tensors() -> Iterator[None]:
-    """Create tensors on the meta device; loading weights into them is an error, since they would be lost silently."""
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.filterwarnings("error", message=_NO_OP_COPY, category=UserWarning)
-        yield
 
 
 def report_norm(module: pl.LightningModule) -> Callable[[torch.Tensor], None]:

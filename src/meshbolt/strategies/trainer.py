@@ -34,10 +34,10 @@ from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
     let_finetuning_catch_up,
-    meta_tensors,
     report_norm,
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
+from meshbolt.strategies.meta import meta_tensors
 from meshbolt.strategies.requeue import Requeue
 
 
@@ -205,16 +205,21 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def _reachable(self) -> dist.ProcessGroup | None:
-        trainer = self._module().trainer
-        if trainer.state.status != TrainerStatus.INTERRUPTED or self.world_size == 1 or self._mesh is None:
+        if not self._was_interrupted():
             return super()._reachable()
+        if not self._engines:
+            return None  # the run failed before there was anything to act on together
         if not self._attended:
             self._attended = True
             self._exceptions += 1
-            call = Attendance(number=self._exceptions, progress=trainer.global_step, timeout=self._timeout)
-            self._survivors = call.group()
+            steps = self._module().trainer.global_step
+            self._survivors = Attendance(number=self._exceptions, steps=steps, timeout=self._timeout).group()
             self._control_group = self._survivors or self._control_group
         return self._survivors
+
+    def _was_interrupted(self) -> bool:
+        module = self.lightning_module
+        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
 
     _attended = False
     _exceptions = 0
@@ -300,8 +305,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""
         # After an exception, what is gathered may never arrive: its peers are gone.
-        was_interrupted = self._module().trainer.state.status == TrainerStatus.INTERRUPTED
-        with suppress(RuntimeError) if was_interrupted else nullcontext():
+        with suppress(RuntimeError) if self._was_interrupted() else nullcontext():
             self._settle()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()

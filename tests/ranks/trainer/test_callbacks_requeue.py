@@ -1,0 +1,93 @@
+"""A SLURM job whose time is up: saved between two steps, at the same one on all ranks, and resumed from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from torch import Tensor
+
+from meshbolt.testing import run_ranks
+from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
+
+pytestmark = [
+    *ADVICE,
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+]
+
+
+def in_a_job(folder: Path, **options: Any) -> pl.Trainer:
+    """Return a Trainer of a rank that SLURM has started."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"SLURM_NTASKS": size, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
+    os.environ |= {"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "training", "SLURM_NTASKS_PER_NODE": size}
+    environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR2)
+    return trainer("zero3", plugins=[environment], default_root_dir=folder, accumulate_grad_batches=2, **options)
+
+
+class Notified(Regressor):
+    """Gets the signal on one rank, in the middle of a forward and of a window."""
+
+    def __init__(self, *, at: int | None) -> None:
+        super().__init__()
+        self.at = at
+        self.steps_seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = super().forward(x)
+        if self.training and len(self.steps_seen) == self.at and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return half
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.steps_seen.append(self.global_step)
+        return super().training_step(batch, index)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # After the third batch of two windows: before the fifth begins.
+        checkpoint["batches"] = len(self.steps_seen)
+        self.saved = weights(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loaded_batches = checkpoint["batches"]
+
+
+def run_out_of_time(folder: Path) -> dict[str, Any]:
+    torch.manual_seed(dist.get_rank())
+    module, owner = Notified(at=3), in_a_job(folder)
+    before = signal.getsignal(signal.SIGUSR2)
+    owner.fit(module, batches())
+    assert signal.getsignal(signal.SIGUSR2) == before
+    return {"saved": module.saved, "steps": owner.global_step}
+
+
+def requeued(folder: Path) -> dict[str, Any]:
+    module, owner = Notified(at=None), in_a_job(folder)
+    begun: dict[str, Tensor] = {}
+
+    class Begin(pl.Callback):
+        def on_train_start(self, owner: pl.Trainer, module: pl.LightningModule) -> None:
+            begun.update(weights(module), step=torch.tensor(owner.global_step))
+
+    owner.callbacks.append(Begin())
+    owner.fit(module, batches())
+    return {"begun": begun, "batches": module.loaded_batches, "steps": owner.global_step}
+
+
+def test_a_requeued_job_goes_on_where_the_signal_let_it_save(tmp_path: Path) -> None:
+    first = run_ranks(run_out_of_time, 2, tmp_path)
+    assert [place.name for place in tmp_path.iterdir()] == ["hpc_ckpt_1.ckpt"]
+    second = run_ranks(requeued, 2, tmp_path)
+
+    for out_of_time, resumed in zip(first, second, strict=True):
+        assert out_of_time["steps"] == resumed["steps"] == 4
+        assert resumed["batches"] == 4
+        assert int(resumed["begun"].pop("step")) == 2
+        assert difference(resumed["begun"], out_of_time["saved"]) == 0
