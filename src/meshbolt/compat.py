@@ -5,7 +5,8 @@ The tests of this file run on every supported version of torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -20,21 +21,21 @@ from torch.distributed.tensor import DTensor
 __all__ = [
     "AllGather",
     "ReduceScatter",
-    "accumulated_gradients",
+    "drop_kept_gradients",
     "drop_pending_gather",
     "gathered_bytes",
     "gradients_land_in_place",
     "has_pending_gather",
-    "has_unreduced_part",
     "is_gathered",
+    "kept_gradients",
     "local_tensor",
     "managed_parameters",
+    "on_gradient",
     "queue_after_backward",
     "replicate",
     "reset_after_error",
     "reshard",
     "set_async_gather",
-    "sync_requires_grad",
     "was_gathered",
 ]
 
@@ -82,9 +83,16 @@ def drop_pending_gather(unit: FSDPModule) -> None:
 
 
 def reset_after_error(root: FSDPModule) -> None:
-    """Bring every unit back to its resting state after a forward or backward was cut short by an exception."""
+    """Bring every unit back to its resting state after a forward or backward was cut short by an exception.
+
+    Gradients of earlier batches stay, also those that replicas have not summed yet.
+    """
     if hasattr(root, "reset_iter_state"):
+        groups = [group for state in root._get_fsdp_state()._state_ctx.all_states for group in state._fsdp_param_groups]
+        parts = [group._partial_reduce_output for group in groups]
         root.reset_iter_state()
+        for group, part in zip(groups, parts, strict=True):
+            group._partial_reduce_output = part
         return
     root._get_fsdp_state()._state_ctx.iter_forward_root = None  # torch < 2.13
 
@@ -94,23 +102,69 @@ def set_async_gather(unit: FSDPModule) -> None:
     unit._set_unshard_async_op(True)
 
 
-def sync_requires_grad(unit: FSDPModule) -> None:
-    """Carry `requires_grad` over from the sharded parameters to the gathered ones, which torch does at gathering only."""
+def kept_gradients(unit: FSDPModule, used: Collection[nn.Parameter]) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    """Yield what the unit keeps inside a window: a sharded parameter, and its gradient that is not yet what it will be.
+
+    That is a whole gradient which has not been communicated, or a shard that was summed inside this replica only.
+
+    Args:
+        unit: between two batches of a window.
+        used: the sharded parameters that got a gradient in this window.
+    """
     for group in _groups(unit):
-        for fsdp_param in group.fsdp_params if group.is_unsharded else ():
-            gathered, wanted = fsdp_param._unsharded_param, fsdp_param.sharded_param.requires_grad
-            if gathered.requires_grad != wanted:
-                gathered.requires_grad_(wanted)
+        first = 0
+        for fsdp_param in group.fsdp_params:
+            if group._partial_reduce_output is not None:
+                if fsdp_param.sharded_param in used:
+                    yield fsdp_param.sharded_param, _part_of(group._partial_reduce_output, fsdp_param, first)
+                    first += fsdp_param.padded_sharded_param_size.numel()
+            elif fsdp_param.unsharded_accumulated_grad is not None:
+                yield fsdp_param.sharded_param, fsdp_param.unsharded_accumulated_grad_data
+            elif hasattr(fsdp_param, "_unsharded_param") and fsdp_param.unsharded_param.grad is not None:
+                yield fsdp_param.sharded_param, fsdp_param.unsharded_grad_data
 
 
-def accumulated_gradients(unit: FSDPModule) -> Iterator[torch.Tensor]:
-    """Yield the whole gradients that the unit keeps on this rank inside a window, not yet communicated."""
+def _part_of(flat: torch.Tensor, fsdp_param: Any, first: int) -> torch.Tensor:
+    return torch.as_strided(flat, fsdp_param.sharded_size, fsdp_param.contiguous_sharded_stride, storage_offset=first)
+
+
+def drop_kept_gradients(unit: FSDPModule, dropped: Collection[nn.Parameter], used: Collection[nn.Parameter]) -> None:
+    """Forget what `kept_gradients` yields for some of the parameters.
+
+    Args:
+        unit: between two batches of a window.
+        dropped: the sharded parameters whose gradients are to be forgotten.
+        used: as for `kept_gradients`.
+    """
+    kept = list(kept_gradients(unit, used))
+    for group in _groups(unit):
+        partial = group._partial_reduce_output is not None
+        if partial and all(parameter in dropped for parameter, _ in kept):
+            group._partial_reduce_output = None
+        for fsdp_param in group.fsdp_params if not partial else ():
+            if fsdp_param.sharded_param in dropped and hasattr(fsdp_param, "_unsharded_param"):
+                fsdp_param.unsharded_accumulated_grad = None
+                fsdp_param.unsharded_param.grad = None
+        for parameter, gradient in kept if partial else ():
+            if parameter in dropped:
+                gradient.zero_()
+
+
+def on_gradient(unit: FSDPModule, seen: Callable[[nn.Parameter], None]) -> None:
+    """Call a function with the sharded parameter whenever autograd has made a gradient for its whole copy.
+
+    Args:
+        unit: gathered at least once.
+        seen: called in backward, on every rank for itself.
+    """
     for group in _groups(unit):
         for fsdp_param in group.fsdp_params:
-            if fsdp_param.unsharded_accumulated_grad is not None:
-                yield fsdp_param.unsharded_accumulated_grad_data
-            elif hasattr(fsdp_param, "_unsharded_param") and fsdp_param.unsharded_param.grad is not None:
-                yield fsdp_param.unsharded_grad_data
+            hook = functools.partial(_tell, seen, fsdp_param)
+            fsdp_param.unsharded_param.register_post_accumulate_grad_hook(hook)
+
+
+def _tell(seen: Callable[[nn.Parameter], None], fsdp_param: Any, _: torch.Tensor) -> None:
+    seen(fsdp_param.sharded_param)
 
 
 def gradients_land_in_place(unit: FSDPModule) -> bool:
@@ -156,8 +210,3 @@ def reshard(unit: FSDPModule) -> None:
     """Free the unit's gathered parameters whatever state torch thinks the unit is in (its own `reshard` may decline)."""
     for group in _groups(unit):
         group._to_sharded()
-
-
-def has_unreduced_part(unit: FSDPModule) -> bool:
-    """Return whether gradients were summed inside the replica only, and no all-reduce over the replicas followed."""
-    return any(group._partial_reduce_output is not None for group in _groups(unit))

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from tests.parity import models
 from torch import nn
 
 from meshbolt import Zero
 from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.plugins import MeshPrecision, MixedPrecision
 from meshbolt.testing.parity.case import Case
-from tests.parity import models
 
 # Arguments of the optimizers; those without an entry take lr alone.
 _OPTIMIZER_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
@@ -69,7 +69,9 @@ FEATURES: Mapping[str, Feature] = {
         Feature(name="plain", words="repeated blocks between layers of the root, all of uneven shapes"),
         Feature(name="sampler", words="a dataset divided among ranks by Lightning's sampler", samples=True),
         Feature(
-            name="small", words="parameters without dimensions, and with fewer rows than ranks", network=models.SmallShapes
+            name="small",
+            words="parameters without dimensions, and with fewer rows than ranks",
+            network=models.SmallShapes,
         ),
         Feature(name="tied", words="one weight in two layers, and one in two blocks", network=models.Tied),
         Feature(name="frozen", words="frozen layers, blocks, and parts of blocks", network=models.Frozen),
@@ -94,10 +96,13 @@ FEATURES: Mapping[str, Feature] = {
             batch=models.tokens,
             arguments={"recompute": "selective"},
         ),
+        Feature(name="late", words="built in `configure_model`, without weights until it is sharded", late=True),
         Feature(
-            name="late", words="built in `configure_model`, without weights until it is sharded", late=True
+            name="gpt",
+            words="a transformer over tokens, its head tied to its embedding",
+            network=models.Gpt,
+            batch=models.tokens,
         ),
-        Feature(name="gpt", words="a transformer over tokens, its head tied to its embedding", network=models.Gpt, batch=models.tokens),
     )
 }
 
@@ -223,7 +228,9 @@ def feature_rows() -> Iterable[Row]:
 def optimizer_rows() -> Iterable[Row]:
     """Yield every optimizer that runs on shards, under every strategy."""
     for optimizer, strategy in itertools.product(OPTIMIZERS, STRATEGIES):
-        yield Row(feature="small", strategy=strategy, precision="64-true", ranks=_worlds(strategy)[-1], optimizer=optimizer)
+        yield Row(
+            feature="small", strategy=strategy, precision="64-true", ranks=_worlds(strategy)[-1], optimizer=optimizer
+        )
 
 
 def _worlds(strategy: str) -> tuple[int, ...]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
 from tests.parity import models
+from torch import Tensor, nn
 
 
 def _on_several_ranks() -> bool:

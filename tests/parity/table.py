@@ -23,9 +23,7 @@ def tables() -> str:
     return "\n".join(parts)
 
 
-def _table(
-    head: str, lines: Sequence[tuple[str, str]], rows: Iterable[Row], column: Callable[[Row], str]
-) -> str:
+def _table(head: str, lines: Sequence[tuple[str, str]], rows: Iterable[Row], column: Callable[[Row], str]) -> str:
     counts: dict[tuple[str, str], int] = {}
     for row in rows:
         key = (column(row), row.strategy)

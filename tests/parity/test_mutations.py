@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from tests.parity import models, mutations
+from tests.parity.matrix import Row
 
 from meshbolt import Zero
 from meshbolt.testing import ParityError
 from meshbolt.testing.parity.assertion import check, meshed_records, reference_records
 from meshbolt.testing.parity.case import Case
 from meshbolt.testing.parity.record import Record
-from tests.parity import models, mutations
-from tests.parity.matrix import Row
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-mixed without autocast", "16-mixed")
@@ -31,9 +31,7 @@ def case_of(stage: str, precision: str, *, feature: str = "small") -> Case:
     return Row(feature=feature, strategy=stage, precision=precision, ranks=2, window=3).case()
 
 
-def with_fault(
-    case: Case, task: type[models.Task], network: type = models.SmallShapes, optimizer: str = "SGD"
-) -> Case:
+def with_fault(case: Case, task: type[models.Task], network: type = models.SmallShapes, optimizer: str = "SGD") -> Case:
     """Return a case whose module has a fault where there are several ranks."""
     return replace(case, module=functools.partial(task, network, OPTIMIZERS[optimizer]))
 

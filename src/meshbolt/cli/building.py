@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,9 +30,14 @@ def typed_errors(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
             refusals.append(error)
             raise
 
-    parser.add_instantiator(build, object)
     try:
-        yield
+        with warnings.catch_warnings():
+            # jsonargparse 4.49 renamed what Lightning still calls; the new names do not exist in older versions.
+            warnings.filterwarnings(
+                "ignore", message=r"\s*(``|By default only one Jsonargparse)", category=DeprecationWarning
+            )
+            parser.add_instantiator(build, object)
+            yield
     except (TypeError, ValueError):
         if refusals:
             raise refusals[-1] from None

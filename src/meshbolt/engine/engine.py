@@ -26,6 +26,7 @@ from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
 from meshbolt.engine.compose import compose
 from meshbolt.engine.debug import BranchWatch
 from meshbolt.engine.edits import Edits
+from meshbolt.engine.window import Window
 from meshbolt.errors import UnsupportedError
 from meshbolt.zero import ReplicatedParameters
 
@@ -61,6 +62,11 @@ class Engine:
         # Units that user code has seen gathered since edits were last looked for.
         self._exposed: list[FSDPModule] = []
         self._reductions, self._prefetch = self._fast_path()
+        self._window = Window(
+            {**composed.units, "the root": composed.root},
+            whole=composed.whole,
+            keeps_parts=plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1,
+        )
         self._is_last_batch = True
         self._inside = self._reentered = self._forward_is_due = False
         self._primed = False
@@ -135,6 +141,7 @@ class Engine:
             self._prefetch.end_forward()
         if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
             self._gather_unused()
+        self._window.before_backward()
         if self._reductions is not None:
             self._reductions.before_backward()
         return loss
@@ -143,12 +150,12 @@ class Engine:
         """Finish a backward: afterwards the gradients of this window are where its policy says."""
         if self._reductions is not None:
             self._reductions.after_backward()
+        self._window.after_backward(last=self._is_last_batch)
         if self._is_last_batch:
             self._replicated.average_gradients()
             for parameter, hooks in self._hooks.items():
                 for hook in hooks if parameter.grad is not None else ():
                     hook(parameter)
-            self._check_all_reduced()
         self._reenter()
 
     @contextmanager
@@ -186,15 +193,19 @@ class Engine:
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, **options: Any) -> torch.Tensor:
         """Clip gradients by their norm over all ranks; see `clip_norm_`."""
+        chosen = list(parameters)
+        self._window.refuse_inside(chosen, what="clipped")
         self.settle()
-        norm = clip_norm_(parameters, max_norm, **options)
+        norm = clip_norm_(chosen, max_norm, **options)
         self._reenter()
         return norm
 
     def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
         """Clip every gradient to [-value, value]."""
+        chosen = list(parameters)
+        self._window.refuse_inside(chosen, what="clipped")
         self.settle()
-        clip_value_(parameters, value)
+        clip_value_(chosen, value)
         self._reenter()
 
     def grad_norm(self, parameters: Iterable[nn.Parameter] | None = None, *, norm_type: float = 2.0) -> torch.Tensor:
@@ -204,8 +215,9 @@ class Engine:
             parameters: sharded parameters; None for all of the module.
             norm_type: p of the p-norm, or infinity.
         """
+        chosen = list(self.parameters_by_name.values() if parameters is None else parameters)
+        self._window.refuse_inside(chosen, what="measured")
         self.settle()
-        chosen = self.parameters_by_name.values() if parameters is None else parameters
         norm = global_norm(chosen, norm_type=norm_type)
         self._reenter()
         return norm
@@ -221,6 +233,8 @@ class Engine:
             optimizer: made on the sharded parameters.
             kwargs: further arguments of its `step`.
         """
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        self._window.refuse_inside(parameters, what="used for a step")
         self.settle()
         result = optimizers.step(optimizer, **kwargs)
         self._reenter()
@@ -254,15 +268,6 @@ class Engine:
                 unit.set_requires_all_reduce(last, recurse=False)
             if not stage.reshards_after_forward:
                 unit.set_reshard_after_backward(last, recurse=False)
-
-    def _check_all_reduced(self) -> None:
-        for name, unit in self._units.items():
-            if compat.has_unreduced_part(unit):
-                raise UnsupportedError(
-                    f"{name!r} was used in a batch of the window but not in its last one, where the replicas of the sharded "
-                    f"state exchange gradients (replicate={self.plan.mesh.dp_replicate}). Use every layer in every batch, "
-                    "set accumulate_grad_batches=1, or train without replicate."
-                )
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
@@ -308,6 +313,7 @@ class Engine:
             if self._reductions is not None:
                 self._reductions.reset()
             compat.reset_after_error(self._root)
+            self._window.after_error()
 
     @staticmethod
     def _modules(units: Any) -> dict[str, nn.Module]:

@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from meshbolt.errors import UnsupportedError
-from meshbolt.strategies.compat import is_compiled, time_between_validations
+from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.strategies.compat import asked_precision, is_compiled, time_between_validations
 
 REFUSED_CALLBACKS: Mapping[str, str] = MappingProxyType(
     {
@@ -35,8 +35,15 @@ def check_trainer(trainer: pl.Trainer, *, world_size: int) -> None:
         world_size: number of ranks.
 
     Raises:
+        ConfigError: a flag contradicts the strategy.
         UnsupportedError: a callback or a flag cannot be honoured.
     """
+    asked, used = asked_precision(trainer), trainer.strategy.precision_plugin.precision
+    if asked not in ("32-true", used):
+        raise ConfigError(
+            f"The Trainer was given precision={asked!r}, and its strategy a precision_plugin for {used!r}, which would win "
+            "without a word. Give one of them only."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         _check_callback(callback)
     if world_size > 1 and (seconds := time_between_validations(trainer)) is not None:

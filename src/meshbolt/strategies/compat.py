@@ -31,6 +31,7 @@ __all__ = [
     "TrainerForkLauncher",
     "TrainerLauncher",
     "TrainerScriptLauncher",
+    "asked_precision",
     "connect_ranks",
     "default_backend",
     "default_store",
@@ -95,3 +96,8 @@ def is_compiled(module: pl.LightningModule | None) -> bool:
 def time_between_validations(trainer: pl.Trainer) -> float | None:
     """Return the seconds of a time-based `val_check_interval`, if it is one."""
     return getattr(trainer, "_val_check_time_interval", None)
+
+
+def asked_precision(trainer: pl.Trainer) -> str:
+    """Return the Trainer's precision flag; "32-true" also where none was given."""
+    return str(trainer._accelerator_connector._precision_flag)

@@ -25,6 +25,9 @@ ADVICE = [
         ".* is called with Trainer configured with multiple `ModelCheckpoint`",
         "Checkpoint directory .* exists and is not empty",
         "Be aware that when using `ckpt_path`",
+        ".*The last model of the previous `fit` call will be used",
+        ".*there is no last checkpoint available",
+        "You're resuming from a checkpoint that ended before the epoch ended",
     )
 ]
 

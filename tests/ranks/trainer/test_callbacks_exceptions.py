@@ -17,13 +17,7 @@ from meshbolt.checkpoint import is_checkpoint
 from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 
-pytestmark = [
-    *ADVICE,
-    # OnExceptionCheckpoint makes fit look for what an earlier one has left.
-    pytest.mark.filterwarnings("ignore:.*The last model of the previous `fit` call will be used"),
-    pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-]
+pytestmark = ADVICE
 
 
 class Failing(Regressor):

@@ -17,10 +17,7 @@ from torch import Tensor
 from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 
-pytestmark = [
-    *ADVICE,
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
-]
+pytestmark = ADVICE
 
 
 def in_a_job(folder: Path, **options: Any) -> pl.Trainer:

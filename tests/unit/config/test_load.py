@@ -90,7 +90,7 @@ def test_a_class_given_as_a_string_takes_arguments(base: Path) -> None:
 
 
 def test_a_name_takes_no_arguments_and_the_way_out_is_said(base: Path) -> None:
-    with pytest.raises(ConfigError, match="trainer.strategy is 'zero2', a name.*class_path"):
+    with pytest.raises(ConfigError, match=r"trainer\.strategy is 'zero2', a name.*class_path"):
         load([base], overrides=[("trainer.strategy", "zero2"), ("trainer.strategy.zero", "3")])
 
 

@@ -60,7 +60,8 @@ class Case:
             raise ConfigError(f"loop={self.loop!r} is unknown. Use 'trainer' or 'fabric'.")
         if self.gradient_clip_algorithm not in ("norm", "value"):
             raise ConfigError(f"gradient_clip_algorithm={self.gradient_clip_algorithm!r}: use 'norm' or 'value'.")
-        have, need = len(self.data), self.num_batches * self.ranks * (1 if self.has_batches else self.batch_size)  # type: ignore[arg-type]
+        have = len(self.data)  # type: ignore[arg-type]
+        need = self.num_batches * self.ranks * (1 if self.has_batches else self.batch_size)
         if have < need:
             raise ConfigError(
                 f"{self.steps} steps of {self.accumulate_grad_batches} batches on {self.ranks} ranks need {need} "
@@ -91,7 +92,8 @@ class Case:
 
     def _samples_of(self, rank: int) -> list[int]:
         # Lightning divides a shuffled loader's samples so, in the Trainer and in Fabric.
-        sampler = DistributedSampler(self.data, num_replicas=self.ranks, rank=rank, shuffle=True, seed=self.seed)  # type: ignore[arg-type]
+        data: Any = self.data
+        sampler: DistributedSampler[Any] = DistributedSampler(data, self.ranks, rank, shuffle=True, seed=self.seed)
         return list(sampler)
 
     def plugin(self) -> MeshPrecision | None:

@@ -110,9 +110,7 @@ class _Recorder(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         _start(self._record, _engine(trainer.strategy))
 
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> None:
         self._record.add_gradients(_engine(trainer.strategy).parameters_by_name, step=self._steps)
         self._steps += 1
 
@@ -127,9 +125,7 @@ def _with_fabric(case: Case) -> Record:
     record, rank = Record(), dist.get_rank()
     plugin = case.plugin()
     precision = {"precision": case.precision} if plugin is None else {"plugins": [plugin]}
-    fabric = lf.Fabric(
-        accelerator="cpu", devices=case.ranks, strategy=_strategy(case, FabricMeshStrategy), **precision
-    )
+    fabric = lf.Fabric(accelerator="cpu", devices=case.ranks, strategy=_strategy(case, FabricMeshStrategy), **precision)
     fabric.launch()
     module = case.module()
     watch_losses(module, record, rank=rank)
@@ -149,7 +145,8 @@ def _set_up(fabric: lf.Fabric, module: pl.LightningModule) -> tuple[Any, Any]:
             module.configure_model()
         wrapped = fabric.setup_module(module, move_to_device=False)
         return wrapped, fabric.setup_optimizers(_only_optimizer(module))
-    return fabric.setup(module, _only_optimizer(module))  # type: ignore[return-value]
+    wrapped, optimizer = fabric.setup(module, _only_optimizer(module))
+    return wrapped, optimizer
 
 
 def _only_optimizer(module: pl.LightningModule) -> Optimizer:
@@ -171,7 +168,9 @@ def _fabric_loop(
         last = (index + 1) % window == 0
         with fabric.no_backward_sync(module, enabled=not last):
             loss = loss_of(module.training_step(batch, index))
-            fabric.backward(loss / window)  # type: ignore[operator]
+            if loss is None:
+                raise ConfigError(f"training_step returned no loss for batch {index}, and the Fabric loop needs one.")
+            fabric.backward(torch.div(loss, window))
         if not last:
             continue
         fabric.strategy.precision.unscale_gradients(optimizer.optimizer)

@@ -67,7 +67,8 @@ class _Reference(pl.Callback):
         self._losses: list[torch.Tensor] = []
         self._batches = self._steps = 0
         self._training_step = module.training_step
-        module.__dict__["training_step"] = functools.wraps(self._training_step)(functools.partial(self._all_training_steps))
+        instead = functools.partial(self._all_training_steps)
+        module.__dict__["training_step"] = functools.update_wrapper(instead, self._training_step)
         for name in _TRANSFER_HOOKS:
             if is_overridden(name, module):
                 module.__dict__[name] = self._per_rank(getattr(module, name))
@@ -100,7 +101,7 @@ class _Reference(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Note the results."""
         optimizer = trainer.optimizers[0]
-        names = {parameter: name for name, parameter in module.named_parameters()}
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
         self.record.parameters = {name: whole(parameter) for name, parameter in module.named_parameters()}
         self.record.add_optimizer({names[p]: values for p, values in optimizer.state.items()}, optimizer.param_groups)
         self.record.optimizer = type(optimizer).__name__

@@ -1,7 +1,8 @@
 """The casts of each precision, written out for one process: Lightning's stock plugins, and what sharding adds to them.
 
-Under `*-mixed`, parameters are used in 16 bits, but for those that stay whole on every rank; batches and the
-inputs of a unit are cast where autocast does not do it; the loss leaves in float32. What is a unit, and what stays whole, is asked of the code that decides it.
+Under `*-mixed`, parameters are used in 16 bits, but for those that stay whole on every rank; batches and the inputs of a unit
+are cast where autocast does not do it; the loss leaves in float32. What is a unit, and what stays whole, is asked of the code
+that decides it.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class _Bfloat(_GivenBackward, stock.HalfPrecision):
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         # torch's own function keeps the norm in bfloat16, which is off by some thousandths.
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = sum((gradient.double().square().sum() for gradient in gradients), torch.zeros((), dtype=torch.float64)).sqrt()
+        norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         for gradient in gradients:
             gradient.mul_(torch.clamp(clip_val / (norm + 1e-6), max=1.0).float())
 

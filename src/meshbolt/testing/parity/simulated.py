@@ -34,7 +34,13 @@ class SimulatedRanks:
     """The ranks of one module."""
 
     def __init__(
-        self, module: nn.Module, *, ranks: int, seed: Callable[[int], None], used_dtype: UsedDtypes, sharded: set[nn.Parameter]
+        self,
+        module: nn.Module,
+        *,
+        ranks: int,
+        seed: Callable[[int], None],
+        used_dtype: UsedDtypes,
+        sharded: set[nn.Parameter],
     ) -> None:
         """Take a module as it is before its first batch.
 

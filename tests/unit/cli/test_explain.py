@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from meshbolt.cli.explain import run, split_overrides
+from meshbolt.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "trainer: {strategy: zero2, accelerator: cpu, devices: 2, max_steps: 7, callbacks: [{class_path: a.B}]}"
+    )
+    return path
+
+
+def test_overrides_are_told_from_files_and_flags() -> None:
+    known, overrides = split_overrides(
+        ["a.yaml", "--trainer.devices", "4", "--json", "--model.dim=8", "b.yaml", "--x=-1"]
+    )
+
+    assert known == ["a.yaml", "--json", "b.yaml"]
+    assert overrides == [("trainer.devices", "4"), ("model.dim", "8"), ("x", "-1")]
+
+
+def test_a_value_may_hold_an_equals_sign_or_be_empty() -> None:
+    assert split_overrides(["--a=b=c", "--d="])[1] == [("a", "b=c"), ("d", "")]
+
+
+@pytest.mark.parametrize("arguments", [["--trainer.devices"], ["--trainer.devices", "--json"]])
+def test_an_override_without_a_value_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"--trainer\.devices has no value"):
+        split_overrides(arguments)
+
+
+def test_the_tables_show_values_and_where_they_are_from(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", str(config), "--trainer.devices", "4"]) == 0
+    plan, _, given = capsys.readouterr().out.partition("also given")
+    rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in plan.splitlines()[1:]}
+
+    assert rows["setting"] == ["value", "where from"]
+    assert rows["world_size"] == ["4", "command line: trainer.devices"]
+    assert rows["zero.stage"] == ["2", f"preset zero2, {config}: trainer.strategy"]
+    assert rows["compile"] == ["false", "default"]
+    assert "trainer.max_steps" in given
+    assert "a.B" in given
+    assert "trainer.devices" not in given, "what the plan tells is not told twice"
+
+
+def test_json_says_the_same_to_programs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", str(config), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+
+    assert said["plan"]["world_size"] == {"value": 2, "from": f"{config}: trainer.devices"}
+    assert said["given"]["trainer.max_steps"] == {"value": 7, "from": str(config)}
+
+
+def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["explain", "--help"])
+
+    assert ended.value.code == 0
+    assert "example: meshbolt explain configs/" in capsys.readouterr().out
+
+
+def test_a_missing_configuration_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["explain"])
+
+    assert ended.value.code == 2
+    assert "config" in capsys.readouterr().err

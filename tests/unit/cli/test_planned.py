@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshbolt.cli.planned import Row, explain_plan
+from meshbolt.config.load import load
+from meshbolt.environment import DEBUG, FAST_PATH
+from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
+
+MESH = "{class_path: meshbolt.MeshStrategy, init_args: {%s}}"
+FP16 = "{class_path: meshbolt.plugins.MixedPrecision, init_args: {precision: 16-mixed, device: cpu}}"
+
+
+@pytest.fixture(autouse=True)
+def without_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (DEBUG, FAST_PATH):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Any:
+    """Explain a configuration that is written in parts, as rows by their key."""
+
+    def explain(**trainer: str) -> dict[str, Row]:
+        parts = {"strategy": "zero2", "accelerator": "cpu", "devices": "2"} | trainer
+        path = tmp_path / "f.yaml"
+        path.write_text("trainer:\n" + "\n".join(f"  {key}: {value}" for key, value in parts.items() if value))
+        return {row.key: row._replace(origin=row.origin.replace(str(path), "f")) for row in explain_plan(load([path]))}
+
+    return explain
+
+
+def test_a_preset_is_named_as_the_origin_of_what_it_sets(plan: Any) -> None:
+    rows = plan()
+
+    assert rows["zero.stage"][1:] == (2, "preset zero2, f: trainer.strategy")
+    assert rows["zero.replicate"][1:] == (1, "default")
+
+
+def test_a_plain_value_and_a_field_are_both_traced_to_where_they_stand(plan: Any) -> None:
+    rows = plan(strategy=MESH % "zero: {stage: 3, replicate: 2}, recompute: full, compile: true", devices="4")
+
+    assert rows["zero.stage"][1:] == (3, "f: trainer.strategy.init_args.zero.stage")
+    assert rows["zero.reduce_dtype"][1:] == ("auto", "default")
+    assert rows["recompute.mode"][1:] == ("full", "f: trainer.strategy.init_args.recompute")
+    assert rows["recompute.every"][1:] == (1, "default")
+    assert rows["compile"][1:] == (True, "f: trainer.strategy.init_args.compile")
+    assert (rows["mesh.dp_replicate"].value, rows["mesh.dp_shard"].value) == (2, 2)
+    assert rows["mesh.dp_shard"].origin == "follows from world_size and zero"
+
+
+def test_a_setting_beside_a_plain_one_is_the_default(plan: Any) -> None:
+    rows = plan(strategy=MESH % "zero: 1")
+
+    assert rows["zero.stage"][1:] == (1, "f: trainer.strategy.init_args.zero")
+    assert rows["zero.replicate"].origin == "default"
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "world_size"),
+    [
+        ("3", "", 3),
+        ('"2"', "", 2),
+        ("[0, 2]", "", 2),
+        ('"0,1,3"', "", 3),
+        ("2", "4", 8),
+        ("auto", "", 1),
+        ("-1", "", 1),
+    ],
+)
+def test_devices_are_counted_as_lightning_counts_them(plan: Any, devices: str, nodes: str, world_size: int) -> None:
+    row = plan(devices=devices, num_nodes=nodes)["world_size"]
+
+    assert row.value == world_size
+    assert "f: trainer.devices" in row.origin
+    assert ("f: trainer.num_nodes" in row.origin) == bool(nodes)
+
+
+def test_no_devices_given_is_one_cpu_by_default(plan: Any) -> None:
+    assert plan(devices="")["world_size"][1:] == (1, "default")
+
+
+@pytest.mark.parametrize(
+    ("precision", "flag"), [("", "32-true"), ("bf16", "bf16-mixed"), ("64", "64-true"), ("bf16-true", "bf16-true")]
+)
+def test_precision_is_named_as_lightning_names_it(plan: Any, precision: str, flag: str) -> None:
+    rows = plan(precision=precision)
+
+    assert rows["precision.flag"][1:] == (flag, "f: trainer.precision" if precision else "default")
+    assert rows["precision.param_dtype"].origin == "follows from precision.flag"
+
+
+def test_fp16_on_a_cpu_is_shown_as_what_lightning_makes_of_it(plan: Any) -> None:
+    row = plan(precision="16-mixed")["precision.flag"]
+
+    assert row[1:] == ("bf16-mixed", "Lightning's choice on a CPU instead of 16-mixed (f: trainer.precision)")
+    assert plan(precision="16-mixed", accelerator="gpu")["precision.flag"].value == "16-mixed"
+
+
+@pytest.mark.parametrize("plugins", [FP16, f"[{FP16}]"])
+def test_a_precision_plugin_is_taken_as_it_is(plan: Any, plugins: str) -> None:
+    rows = plan(plugins=plugins)
+
+    assert rows["precision.flag"].value == "16-mixed"
+    assert "f: trainer.plugins" in rows["precision.flag"].origin
+    assert rows["precision.scales_loss"].value is True
+
+
+def test_a_precision_plugin_may_be_given_to_the_strategy(plan: Any) -> None:
+    rows = plan(strategy=MESH % f"precision_plugin: {FP16}")
+
+    assert rows["precision.flag"].value == "16-mixed"
+    assert "init_args.precision_plugin" in rows["precision.flag"].origin
+
+
+def test_the_reduction_follows_the_setting_that_names_it(plan: Any) -> None:
+    rows = plan(strategy=MESH % "zero: {stage: 2, reduce_dtype: float64}")
+
+    assert rows["precision.reduce_dtype"][1:] == ("float64", "follows from zero.reduce_dtype")
+
+
+def test_switches_are_traced_to_their_environment_variables(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan()["fast_path"][1:] == (True, "default")
+    monkeypatch.setenv(FAST_PATH, "0")
+
+    assert plan()["fast_path"][1:] == (False, f"environment variable {FAST_PATH}")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "error", "message"),
+    [
+        ({"strategy": "ddp"}, ConfigError, "'ddp' is a strategy of Lightning"),
+        ({"strategy": ""}, ConfigError, "'auto' is a strategy of Lightning"),
+        ({"strategy": "zerro2"}, ConfigError, "did you mean 'zero2'"),
+        ({"strategy": "meshbolt.MeshStrategy"}, ConfigError, "class_path: meshbolt.MeshStrategy"),
+        ({"strategy": MESH % "zero: 7"}, ConfigError, "zero=7 is not a ZeRO stage"),
+        ({"strategy": MESH % "zeroo: 2"}, ConfigError, "zeroo"),
+        ({"strategy": MESH % "offload: cpu"}, UnsupportedError, "offload='cpu'"),
+        ({"strategy": MESH % "zero: {stage: 3, replicate: 3}"}, TopologyError, "replicate=3"),
+        ({"devices": "many"}, ConfigError, "trainer.devices='many'"),
+        ({"devices": "0"}, ConfigError, "trainer.devices=0"),
+        ({"accelerator": "tpu"}, ConfigError, "trainer.accelerator='tpu'"),
+        ({"precision": "8-true"}, ConfigError, "8-true"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_with_its_value(
+    plan: Any, trainer: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        plan(**trainer)
