@@ -23,19 +23,22 @@ SMALL = (
 )
 
 
-def meshbolt(*arguments: str | Path, cwd: Path, door: str = "module") -> subprocess.CompletedProcess[str]:
+def meshbolt(
+    *arguments: str | Path, cwd: Path, door: str = "module", warnings: str = "default"
+) -> subprocess.CompletedProcess[str]:
     """Run the command line.
 
     Args:
         arguments: from the command on.
         cwd: where it runs; relative paths of a recipe end there.
         door: "script" for the installed `meshbolt`, "module" for `python -m meshbolt`.
+        warnings: "error" makes the process fail on a warning.
     """
     command = [str(SCRIPT)] if door == "script" else [sys.executable, "-m", "meshbolt"]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "error::UserWarning",
+        "PYTHONWARNINGS": f"{warnings}::UserWarning",
     }
     return subprocess.run(
         [*command, *map(str, arguments)],

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from tests.cli.support import CONFIGS, SMALL, meshbolt
 
+from meshbolt.cli.main import main
+
 RECIPE = CONFIGS / "gpt_zero2.yaml"
 SHORT = ("--trainer.limit_train_batches=6", "--trainer.limit_val_batches=2", "--trainer.val_check_interval=3")
-MORE = ("--trainer.log_every_n_steps=1", "--trainer.gradient_clip_val=0.5")
+MORE = ("--trainer.log_every_n_steps=1", "--model.warmup_steps=1", "--model.learning_rate=0.01")
 CHECKPOINT = "runs/gpt_zero2/checkpoints/last.ckpt"
 
 
@@ -35,7 +37,9 @@ class Run:
 
 
 def fit(folder: Path, *arguments: str, door: str) -> Run:
-    result = meshbolt("fit", "--config", RECIPE, *SMALL, *SHORT, *MORE, *arguments, cwd=folder, door=door)
+    result = meshbolt(
+        "fit", "--config", RECIPE, *SMALL, *SHORT, *MORE, *arguments, cwd=folder, door=door, warnings="error"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     return Run(folder, result.stdout, result.stderr)
 
@@ -117,10 +121,7 @@ def test_the_other_commands_run_on_the_checkpoint(first: Run, command: str) -> N
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return meshbolt("fit", "--config", RECIPE, *SMALL, *SHORT, *arguments, cwd=folder)
-
-
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -135,12 +136,23 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ('--trainer.strategy={"class_path": "meshbolt.MeshStrategy", "init_args": {"zeroo": 2}}', "zeroo"),
     ],
 )
-def test_bad_usage_is_exit_code_2_and_names_what_is_wrong(argument: str, said: str, tmp_path: Path) -> None:
-    result = run(tmp_path, argument)
+def test_bad_usage_is_exit_code_2_and_names_what_is_wrong_before_ranks_are_started(
+    argument: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["meshbolt", "fit", "--config", str(RECIPE), *SMALL, argument])
+    for variable in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(variable, "0")
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
 
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert said in result.stderr
-    assert "Traceback" not in result.stderr
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return meshbolt("fit", "--config", RECIPE, *SMALL, *SHORT, *arguments, cwd=folder)
 
 
 def test_ranks_that_do_not_fit_the_strategy_end_with_an_error_and_not_with_a_hang(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ class Feature:
         task: the LightningModule around it.
         batch: draws a batch.
         arguments: further arguments of `MeshStrategy`.
+        unit: classes whose instances are units; none: they are found.
         late: the network is made in `configure_model`, on the meta device.
         loops: who can run it.
         samples: the data are a dataset of samples, divided among ranks by Lightning's sampler.
@@ -58,6 +59,7 @@ class Feature:
     task: Callable[..., models.Task] = models.Task
     batch: Callable[[torch.Generator], models.Batch] = models.numbers
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    unit: tuple[str, ...] = ()
     late: bool = False
     loops: tuple[str, ...] = ("trainer", "fabric")
     samples: bool = False
@@ -77,6 +79,19 @@ FEATURES: Mapping[str, Feature] = {
         Feature(name="frozen", words="frozen layers, blocks, and parts of blocks", network=models.Frozen),
         Feature(name="unused", words="parameters and blocks that no batch uses", network=models.Unused),
         Feature(name="shared", words="a block and a layer called twice in a forward", network=models.Shared),
+        Feature(
+            name="sometimes",
+            words="a block that some batches leave out, and blocks whose order changes",
+            network=models.Sometimes,
+            task=models.SometimesTask,
+        ),
+        Feature(
+            name="nested",
+            words='units inside of units, `Zero(unit=["Attention", "Block"])`',
+            network=models.Gpt,
+            batch=models.tokens,
+            unit=("Attention", "Block"),
+        ),
         Feature(name="batchnorm", words="BatchNorm; its statistics stay the rank's own", network=models.Normalised),
         Feature(name="dropout", words="dropout, from the rank's own random state", network=models.Dropped),
         Feature(name="dtypes", words="float64 layers and blocks among float32 ones", network=models.MixedDtypes),
@@ -106,9 +121,9 @@ FEATURES: Mapping[str, Feature] = {
     )
 }
 
-STRATEGIES: Mapping[str, Mapping[str, Any]] = {
-    **{f"zero{stage}": {"zero": stage} for stage in range(4)},
-    **{f"hsdp{stage}": {"zero": Zero(stage=stage, replicate=2)} for stage in (1, 2, 3)},
+STRATEGIES: Mapping[str, Zero] = {
+    **{f"zero{stage}": Zero(stage=stage) for stage in range(4)},
+    **{f"hsdp{stage}": Zero(stage=stage, replicate=2) for stage in (1, 2, 3)},
 }
 PRECISIONS: Mapping[str, str | Callable[[], MeshPrecision]] = {
     "64-true": "64-true",
@@ -155,7 +170,7 @@ class Row:
         return Case(
             module=functools.partial(_task, self.feature, self.optimizer, in_bf16=self.precision == "bf16-true"),
             data=_data(self.feature, STEPS * self.window * self.ranks),
-            strategy={**STRATEGIES[self.strategy], **feature.arguments},
+            strategy={"zero": self.zero(), **feature.arguments},
             ranks=self.ranks,
             steps=STEPS,
             loop=self.loop,  # type: ignore[arg-type]
@@ -163,6 +178,11 @@ class Row:
             accumulate_grad_batches=self.window,
             **CLIPS[self.clip],
         )
+
+    def zero(self) -> Zero:
+        """Return how the row's ranks divide the module."""
+        unit = FEATURES[self.feature].unit
+        return replace(STRATEGIES[self.strategy], unit=list(unit)) if unit else STRATEGIES[self.strategy]
 
     def reference(self) -> Row:
         """Return a row that has the same reference in one process: that does not look at the strategy or the loop."""

@@ -129,6 +129,18 @@ class Shared(Plain):
         return self.out(torch.tanh(x)) - self.out(x)
 
 
+class Sometimes(Plain):
+    """A block that not every batch uses, and blocks whose order changes."""
+
+    is_short = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for block in (self.blocks[2], self.blocks[0]) if self.is_short else self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
 class Normalised(Plain):
     """BatchNorm at the root and in blocks; its statistics belong to the rank."""
 
@@ -276,6 +288,14 @@ class ScheduledTask(Task):
         optimizer = self.make_optimizer(self.parameters())
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SometimesTask(Task):
+    """Leaves a block out of every third batch, the first of a window of three."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        self.network.is_short = batch_idx % 3 == 0
+        return super().training_step(batch, batch_idx)
 
 
 class ApartTask(Task):

@@ -40,7 +40,7 @@ def test_rows_train_as_one_process_does_without_the_fast_path(
     monkeypatch.setenv(environment.FAST_PATH, "0")
     records = meshed_records([row.case() for row in without], timeout=TIMEOUT_SECONDS)
     wanted = list(dict.fromkeys(row.reference() for row in without))
-    made = reference_records([(row.case(), False) for row in wanted], timeout=TIMEOUT_SECONDS)
+    made = reference_records([(row.case(), row.zero()) for row in wanted], timeout=TIMEOUT_SECONDS)
     references = dict(zip(wanted, made, strict=True))
     for row, record in zip(without, records, strict=True):
         check(row.case(), record, references[row.reference()])

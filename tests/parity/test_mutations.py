@@ -50,7 +50,7 @@ def quantities_that_differ(cases: Sequence[Case], references: Sequence[Record]) 
 @functools.cache
 def references_of_plans(optimizer: str) -> list[Record]:
     """Return the references of all plans: the faults do not show in one process."""
-    cases = [(with_fault(case_of(*plan), models.Task, optimizer=optimizer), False) for plan in PLANS]
+    cases = [(with_fault(case_of(*plan), models.Task, optimizer=optimizer), Zero()) for plan in PLANS]
     return reference_records(cases, timeout=60)
 
 
@@ -60,7 +60,7 @@ def test_gradients_reduced_in_bfloat16_are_found(precision: str) -> None:
         replace(case_of(f"zero{stage}", precision), strategy={"zero": Zero(stage=stage, reduce_dtype="bfloat16")})
         for stage in range(4)
     ]
-    references = reference_records([(cases[0], False)], timeout=60) * len(cases)
+    references = reference_records([(cases[0], Zero())], timeout=60) * len(cases)
     for found in quantities_that_differ(cases, references):
         assert {"gradients", "parameters"} <= found
 
@@ -87,14 +87,14 @@ def test_a_fault_in_training_is_found(fault: type[models.Task], optimizer: str, 
 def test_statistics_that_are_not_the_ranks_own_are_found() -> None:
     case = case_of("zero2", "64-true", feature="batchnorm")
     case = with_fault(case, mutations.StatisticsOfRankZero, models.Normalised)
-    (found,) = quantities_that_differ([case], reference_records([(case, False)], timeout=60))
+    (found,) = quantities_that_differ([case], reference_records([(case, Zero())], timeout=60))
     assert found == {"buffers"}
 
 
 def test_random_numbers_that_are_not_the_ranks_own_are_found() -> None:
     case = case_of("zero2", "64-true", feature="dropout")
     case = with_fault(case, mutations.SameDropout, models.Dropped)
-    (found,) = quantities_that_differ([case], reference_records([(case, False)], timeout=60))
+    (found,) = quantities_that_differ([case], reference_records([(case, Zero())], timeout=60))
     assert "losses" in found
 
 
@@ -102,6 +102,6 @@ def test_a_rank_that_trains_on_the_batches_of_another_is_found() -> None:
     case = case_of("zero2", "64-true")
     swapped = [batch for pair in zip(case.data[1::2], case.data[::2], strict=True) for batch in pair]
     record = meshed_records([replace(case, data=swapped)], timeout=60)[0]
-    reference = reference_records([(case, False)], timeout=60)[0]
+    reference = reference_records([(case, Zero())], timeout=60)[0]
     with pytest.raises(ParityError, match="losses: batch 0 on rank"):
         check(case, record, reference)

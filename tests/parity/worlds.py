@@ -66,7 +66,7 @@ class Worlds:
         missing = [row for row in wanted if row not in self._references]
         if not missing:
             return
-        cases = [(row.case(), row.strategy == "zero2") for row in missing]
+        cases = [(row.case(), row.zero()) for row in missing]
         self._references.update(zip(missing, reference_records(cases, timeout=TIMEOUT_SECONDS), strict=True))
 
 

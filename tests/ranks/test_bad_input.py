@@ -12,21 +12,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, trainer
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from meshbolt import CheckpointError, ConfigError, MeshStrategy, TopologyError, UnsupportedError, Zero
 from meshbolt.plugins import MixedPrecision
 from meshbolt.testing import run_ranks, run_ranks_expecting
-from tests.ranks.trainer.loops_support import ADVICE, Regressor, alone, batches, trainer
 
 pytestmark = ADVICE
 
 
 def fit(strategy: Any = "zero3", module: pl.LightningModule | None = None, data: Any = None, **options: Any) -> None:
-    """Fit with a callback that would save on the error, which must not hide it."""
-    options = {"callbacks": [OnExceptionCheckpoint("never")], **options}
-    trainer(strategy, **options).fit(module or Regressor(), data or batches(), batches())
+    """Fit with a callback that saves on errors, where nothing can be saved: it must not hide the error."""
+    options = {"callbacks": [OnExceptionCheckpoint("/dev/null/nothing")], **options}
+    module, data = Regressor() if module is None else module, batches() if data is None else data
+    trainer(strategy, **options).fit(module, data, batches())
 
 
 def never_trains(attempt: Callable[[], None]) -> Callable[[], None]:
@@ -47,6 +48,8 @@ class Empty(pl.LightningModule):
 
     def training_step(self, batch: Any, _index: int) -> None:
         raise AssertionError("a training step was made")
+
+    validation_step = training_step
 
     def configure_optimizers(self) -> None:
         return None
@@ -102,10 +105,20 @@ def plugin_and_flag() -> None:
 
 
 CASES: dict[str, tuple[int, Callable[[], None], type[Exception], str]] = {
-    "axes that do not divide the world": (3, lambda: fit(MeshStrategy(zero=Zero(3, replicate=2))), TopologyError, "3 ranks"),
+    "axes that do not divide the world": (
+        3,
+        lambda: fit(MeshStrategy(zero=Zero(3, replicate=2))),
+        TopologyError,
+        "3 ranks",
+    ),
     "more ranks than samples": (4, lambda: fit(data=batches(3, batch_size=1)), TopologyError, "3 samples for 4"),
     "a module without parameters": (2, lambda: fit(module=Empty()), ConfigError, "Empty has no parameters"),
-    "a compiled module": (2, lambda: fit(module=torch.compile(Regressor())), UnsupportedError, r"MeshStrategy\(compile=True\)"),
+    "a compiled module": (
+        2,
+        lambda: fit(module=torch.compile(Regressor(), backend="eager")),
+        UnsupportedError,
+        r"MeshStrategy\(compile=True\)",
+    ),
     "a strategy used twice": (2, lambda: same_strategy("auto"), ConfigError, "Make a new one"),
     "a strategy used twice with an accelerator": (2, lambda: same_strategy("cpu"), ConfigError, "Make a new one"),
     "a module used twice": (2, same_module, ConfigError, "cannot be given to two Trainers"),
@@ -116,7 +129,12 @@ CASES: dict[str, tuple[int, Callable[[], None], type[Exception], str]] = {
     "16-true": (2, lambda: fit(precision="16-true"), ConfigError, "16-true"),
     "a plugin and a flag": (2, plugin_and_flag, ConfigError, "precision='64-true'"),
     "sync_batchnorm on a CPU": (2, lambda: fit(sync_batchnorm=True), UnsupportedError, "sync_batchnorm=False"),
-    "validation by the clock": (2, lambda: fit(val_check_interval="00:00:01:00"), UnsupportedError, "val_check_interval of 60 s"),
+    "validation by the clock": (
+        2,
+        lambda: fit(val_check_interval="00:00:01:00"),
+        UnsupportedError,
+        "val_check_interval of 60 s",
+    ),
 }
 
 
@@ -130,7 +148,9 @@ def test_every_rank_refuses_before_training(case: str) -> None:
 
 
 def test_ranks_that_choose_different_checkpoints_say_so(tmp_path: Path) -> None:
-    run_ranks_expecting(other_path_on_one_rank, 2, tmp_path, error=CheckpointError, match=r"run\.ckpt', None\]", timeout=10)
+    run_ranks_expecting(
+        other_path_on_one_rank, 2, tmp_path, error=CheckpointError, match=r"run\.ckpt', None\]", timeout=10
+    )
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -176,7 +196,10 @@ def test_sized_loaders_of_different_lengths_are_refused_before_training() -> Non
 
 def test_iterables_of_different_lengths_end_in_one_error_at_that_batch() -> None:
     run_ranks_expecting(
-        lambda: fit(data=DataLoader(Lengths(), batch_size=1)), 3, error=TopologyError, match=r"Ranks \[0\] have no batch 4"
+        lambda: fit(data=DataLoader(Lengths(), batch_size=1)),
+        3,
+        error=TopologyError,
+        match=r"Ranks \[0\] have no batch 4",
     )
 
 
@@ -222,7 +245,9 @@ def test_the_trainer_of_pytorch_lightning_shows_what_to_import() -> None:
 
 
 def test_an_unknown_preset_is_refused_by_lightning() -> None:
-    run_ranks_expecting(lambda: trainer("zero9"), 2, error=ValueError, match="invalid strategy name: `strategy='zero9'`")
+    run_ranks_expecting(
+        lambda: trainer("zero9"), 2, error=ValueError, match="invalid strategy name: `strategy='zero9'`"
+    )
 
 
 def fits_nevertheless(folder: Path) -> int:

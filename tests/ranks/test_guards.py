@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-
-import meshbolt
-from meshbolt.engine import Engine
-from meshbolt.environment import Environment
-from meshbolt.testing import run_ranks, run_ranks_expecting
 from tests.ranks.engine_support import (
     CPU,
     Block,
@@ -31,6 +24,13 @@ from tests.ranks.engine_support import (
     trained,
     whole,
 )
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import meshbolt
+from meshbolt.engine import Engine
+from meshbolt.environment import Environment
+from meshbolt.testing import run_ranks, run_ranks_expecting
 
 STAGES = (0, 1, 2, 3)
 # The same twice: once by torch's collectives, once by the faster ones.
@@ -184,8 +184,12 @@ def test_what_nobody_changes_is_not_rounded_by_a_gather_in_16_bits() -> None:
 
 def dropped_inside_a_window(replicate: int) -> None:
     for stage in STAGES if replicate == 1 else STAGES[1:]:
-        for precision, dtype in (("32-true", torch.float64), ("bf16-mixed", torch.bfloat16)):
-            module, reference = pair(dtype=torch.promote_types(dtype, torch.float32))
+        for precision, stored, dtype in (
+            ("32-true", torch.float64, torch.float64),
+            ("bf16-mixed", torch.float32, torch.bfloat16),
+            ("bf16-true", torch.bfloat16, torch.bfloat16),  # gradients are summed in another dtype than parameters have
+        ):
+            module, reference = pair(dtype=stored)
             engine = engine_of(module, stage, replicate=replicate, precision=precision)
             optimizer = sgd(module)
             engine.check_optimizer(optimizer)
@@ -201,6 +205,100 @@ def dropped_inside_a_window(replicate: int) -> None:
 @pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
 def test_gradients_dropped_inside_a_window_do_not_come_back(ranks: int, replicate: int) -> None:
     run_ranks(dropped_inside_a_window, ranks, replicate)
+
+
+def dropped_by_one_of_two(replicate: int) -> None:
+    """One optimizer drops its gradients inside a window, the other one goes on; they share the root and a block."""
+    for stage in STAGES if replicate == 1 else STAGES[1:]:
+        for set_to_none in (True, False):
+            module, reference = pair()
+            engine = engine_of(module, stage, replicate=replicate)
+            backward(engine, 0, window=2)
+            reference_backward(reference, 0, window=2)
+            for parameters in (engine.parameters_by_name, dict(reference.named_parameters())):
+                others = [
+                    p for name, p in parameters.items() if name not in ("into.weight", "blocks.0.up.weight", "scale")
+                ]
+                torch.optim.SGD(others, lr=0.1).zero_grad(set_to_none=set_to_none)
+            backward(engine, 1, window=2)
+            reference_backward(reference, 1, window=2)
+            for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
+                torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+def test_gradients_dropped_by_one_of_two_optimizers_leave_the_others(ranks: int, replicate: int) -> None:
+    run_ranks(dropped_by_one_of_two, ranks, replicate)
+
+
+def seen_inside_a_window(replicate: int) -> None:
+    for stage in STAGES if replicate == 1 else STAGES[1:]:
+        module, reference = pair()
+        engine = engine_of(module, stage, replicate=replicate)
+        backward(engine, 0, window=2)
+        reference_backward(reference, 0, window=2)
+        for name, parameter in engine.parameters_by_name.items():
+            if parameter.dim():
+                torch.testing.assert_close(
+                    whole(parameter.grad), reference.get_parameter(name).grad, rtol=0, atol=1e-12
+                )
+        optimizer = sgd(module)
+        parameters = list(engine.parameters_by_name.values())
+        # The number without dimensions is averaged at the window's end in every stage.
+        for use, arguments in (
+            (engine.step, (optimizer,)),
+            (engine.grad_norm, ()),
+            (engine.clip_norm, (parameters, 1.0)),
+            (engine.clip_value, (parameters, 1.0)),
+        ):
+            with pytest.raises(meshbolt.UnsupportedError, match="inside a window"):
+                use(*arguments)
+        backward(engine, 1, window=2)
+        engine.step(optimizer)
+
+
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+def test_gradients_inside_a_window_are_shown_as_they_are_and_not_used(ranks: int, replicate: int) -> None:
+    run_ranks(seen_inside_a_window, ranks, replicate)
+
+
+class Alternating(Net):
+    """Uses one of two layers of a shape in each block: in odd batches the other one."""
+
+    odd = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.other = nn.Linear(10, 13)
+            block.forward = functools.partial(self.run_block, block)
+
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        return x + block.down(F.gelu((block.other if self.odd else block.up)(x)))
+
+
+def alternate(stage: int, replicate: int) -> None:
+    module, reference = made(Alternating), made(Alternating)
+    engine = engine_of(module, stage, replicate=replicate)
+    for index in range(2):
+        module.odd = reference.odd = bool(index)
+        backward(engine, index, window=2)
+        reference_backward(reference, index, window=2)
+    for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(whole(ours.grad), theirs.grad, rtol=0, atol=1e-12)
+
+
+def test_batches_of_a_window_may_use_different_layers_unless_copies_of_shards_would_mix_them() -> None:
+    """torch sums the shards of a window's batches by their place in a buffer, which here is that of another layer."""
+    run_ranks(alternate_in_all_stages, 2)
+    run_ranks(alternate, 4, 1, 2)
+    for stage in (2, 3):
+        run_ranks_expecting(alternate, 4, stage, 2, error=meshbolt.UnsupportedError, match="'blocks.0'.*every batch")
+
+
+def alternate_in_all_stages() -> None:
+    for stage in STAGES:
+        alternate(stage, 1)
 
 
 def zeroed_not_dropped(dtype: torch.dtype) -> None:
@@ -247,7 +345,7 @@ def test_the_fast_path_gives_the_bits_of_the_plain_one(ranks: int, replicate: in
 # Exceptions -------------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
+class StopError(Exception):
     """What goes wrong on all ranks."""
 
 
@@ -261,14 +359,14 @@ class Stopping(Net):
         for block in self.blocks[:2]:
             x = block(x)
         if self.where == "forward":
-            raise Stop
+            raise StopError
         if self.where == "backward":
             x.register_hook(self.stop)
         return self.out(self.blocks[2](x)) * self.scale
 
     @staticmethod
     def stop(_: Tensor) -> None:
-        raise Stop
+        raise StopError
 
 
 def goes_on_after(where: str) -> None:
@@ -281,7 +379,7 @@ def goes_on_after(where: str) -> None:
             trained(engine, ours, steps=2, window=2)
             backward(engine, 4, window=2)
             module.where = where
-            with pytest.raises(Stop):
+            with pytest.raises(StopError):
                 backward(engine, 5, window=2)
             module.where = ""
             if where == "forward":
@@ -454,7 +552,9 @@ def shard_other_modules(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["shape", "count", "frozen"])
 def test_ranks_with_different_modules_are_told_so_on_every_rank(kind: str) -> None:
-    run_ranks_expecting(shard_other_modules, 3, kind, error=meshbolt.TopologyError, match="Ranks have different modules")
+    run_ranks_expecting(
+        shard_other_modules, 3, kind, error=meshbolt.TopologyError, match="Ranks have different modules"
+    )
 
 
 def shard_nothing() -> None:
@@ -505,12 +605,15 @@ def test_ranks_that_take_different_branches_compute_with_mixed_weights_unless_wa
     """The first half shows why the second is needed: nothing but the numbers tells."""
     plain = Branching().double()
     ones(plain)
-    expected = [float(branch(torch.ones(2, 10, dtype=torch.float64)).sum()) for branch in plain.branches]
+    with torch.no_grad():
+        expected = [float(branch(torch.ones(2, 10, dtype=torch.float64)).sum()) for branch in plain.branches]
     found = run_ranks(diverge, 2, False, 3)
     assert found[0] != expected[0]
     assert found[1] != expected[1]
     for stage in (1, 3):
-        messages = run_ranks_expecting(diverge, 2, True, stage, error=meshbolt.TopologyError, match="different branches")
+        messages = run_ranks_expecting(
+            diverge, 2, True, stage, error=meshbolt.TopologyError, match="different branches"
+        )
         assert all("'branches.0'" in message and "'branches.1'" in message for message in messages)
 
 

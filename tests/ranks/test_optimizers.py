@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ranks.engine_support import engine_of, largest_difference, made, pair, reference_trained, trained, whole
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,6 @@ import meshbolt
 from meshbolt.engine.optimizer import ELEMENTWISE, REFUSED
 from meshbolt.engine.state import optimizer_state
 from meshbolt.testing import run_ranks, run_ranks_expecting
-from tests.ranks.engine_support import engine_of, largest_difference, made, pair, reference_trained, trained, whole
 
 # Every class of the table, and every option that changes what it computes; those that take a step are tried in each form.
 VARIANTS: list[tuple[type[Optimizer], dict[str, Any]]] = [
@@ -56,7 +56,11 @@ def trains_as_whole(make: Callable[[Iterable[nn.Parameter]], Optimizer], stage: 
     for name, parameter in reference.named_parameters():
         for key, value in theirs.state[parameter].items():
             found = whole(state[name][key])
-            assert torch.allclose(torch.as_tensor(found), torch.as_tensor(value), rtol=0, atol=1e-12), (label, name, key)
+            assert torch.allclose(torch.as_tensor(found), torch.as_tensor(value), rtol=0, atol=1e-12), (
+                label,
+                name,
+                key,
+            )
 
 
 def every_form(chosen: list[tuple[type[Optimizer], dict[str, Any]]]) -> None:

@@ -26,7 +26,11 @@ class WriteSample(pl.Callback):
         """Write on every rank, since each holds a part of the weights, and print on rank 0."""
         text = self._write(pl_module)
         if trainer.is_global_zero:
-            print(f"\nsample:\n{text}\n", flush=True)
+            # A model that has learnt little writes control codes, too, which a terminal would obey.
+            shown = "".join(
+                letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text
+            )
+            print(f"\nsample:\n{shown}\n", flush=True)
 
     def _write(self, model: Any) -> str:
         was_training = model.training

@@ -302,8 +302,8 @@ class Engine:
     def _used_outside_of_its_unit(self) -> UnsupportedError:
         some = ", ".join(repr(name) for name in list(self._units)[:3])
         return UnsupportedError(
-            f"A parameter was used while it was sharded. What is inside a unit (here {some}{', ...' * (len(self._units) > 3)}) is "
-            "gathered for that unit's forward only, so call the unit itself, not a layer in it. If a layer has to be used from "
+            f"A parameter was used while it was sharded. What is inside a unit (here among others {some}) is gathered for that "
+            "unit's forward only, so call the unit itself, not a layer in it. If a layer has to be used from "
             "elsewhere, name units that leave it out: zero=Zero(unit=[...]) with class names or module paths."
         )
 

@@ -79,7 +79,9 @@ class Window:
         self._show_all()
 
     def after_error(self) -> None:
-        """Show again what a forward or backward that was cut short had taken back, so that it can be dropped or gone on with."""
+        """Show again what a backward that was cut short had taken back, so that it can be dropped or gone on with."""
+        if self._shown:
+            return  # it was a forward
         self._used |= self._used_first or set()
         self._show_all()
         self._is_open = self._is_open or bool(self._shown)

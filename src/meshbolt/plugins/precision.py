@@ -59,13 +59,13 @@ class MeshPrecision(trainer_plugins.Precision):
             tensor = self.loss_scaler.scale(tensor)
         return super().pre_backward(tensor, module)
 
-    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Run backward on the loss, inside the engine."""
         with self.engine.backward(tensor) as loss:
             super().backward(loss, model, optimizer, *args, **kwargs)
 
     def optimizer_step(  # type: ignore[override]
-        self, optimizer: Optimizer, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
+        self, optimizer: Any, model: pl.LightningModule, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
         """Run the closure (forward and backward), the hooks and clipping, then step on the shards."""
         result = closure()

@@ -24,45 +24,62 @@ _log = logging.getLogger(__name__)
 
 
 class Attendance:
-    """One roll call among the ranks of the default process group."""
+    """The roll call among the ranks of the default process group; once for each exception."""
 
-    def __init__(self, *, number: int, steps: int, timeout: timedelta) -> None:
-        """Prepare a roll call.
+    def __init__(self, *, timeout: timedelta) -> None:
+        """Prepare.
 
         Args:
-            number: how many exceptions this rank has met, this one included; equal on ranks that meet.
-            steps: optimizer steps taken; ranks that differ hold weights of different steps, which do not belong together.
-            timeout: how long a collective waits; the roll call takes a tenth of it, and at most half a minute.
+            timeout: how long a collective waits; a roll call takes a tenth of it, and at most half a minute.
         """
-        self._prefix = f"meshbolt/exception/{number}/{steps}"
         self._timeout = timeout
         self._patience = min(timeout * _SHARE_OF_TIMEOUT, _LONGEST_WAIT)
+        self._number = 0
+        self._was_called = False
+        self._group: dist.ProcessGroup | None = None
 
-    def group(self) -> dist.ProcessGroup | None:
-        """Return a fresh group of all ranks, over which they can act together; None where they are not all here.
+    def forget(self) -> None:
+        """Begin a new run: what was found out in an earlier one counts no more."""
+        self._was_called, self._group = False, None
 
-        Fresh, because the exception may have left the default group with messages that nobody has read.
+    def dismiss(self) -> None:
+        """Do nothing more together."""
+        self._was_called, self._group = True, None
+
+    def group(self, *, steps: int) -> dist.ProcessGroup | None:
+        """Return a group of all ranks, over which they can act together; None where they are not all here.
+
+        A fresh one, because the exception may have left the default group with messages that nobody has read.
+
+        Args:
+            steps: optimizer steps taken; ranks that differ hold weights of different steps, which do not belong together.
         """
-        if not self._all_are_here():
-            seconds = self._patience.total_seconds()
+        if not self._was_called:
+            self._was_called = True
+            self._number += 1
+            self._group = self._call(f"meshbolt/exception/{self._number}/{steps}")
+        return self._group
+
+    def _call(self, prefix: str) -> dist.ProcessGroup | None:
+        if not self._all_are_here(prefix):
             _log.warning(
                 "An exception ended the run on this rank, and other ranks did not meet one at the same step within %.1f s: "
                 "nothing that needs all ranks is done any more, such as saving a checkpoint.",
-                seconds,
+                self._patience.total_seconds(),
             )
             return None
         group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=self._timeout)
         return group
 
-    def _all_are_here(self) -> bool:
+    def _all_are_here(self, prefix: str) -> bool:
         try:
-            return self._verdict(default_store())
+            return self._verdict(default_store(), prefix)
         except RuntimeError:  # the rank that keeps the store is gone
             return False
 
-    def _verdict(self, store: Any) -> bool:
-        verdict = f"{self._prefix}/verdict"
-        if store.add(f"{self._prefix}/present", 1) == dist.get_world_size():
+    def _verdict(self, store: Any, prefix: str) -> bool:
+        verdict = f"{prefix}/verdict"
+        if store.add(f"{prefix}/present", 1) == dist.get_world_size():
             return bool(store.compare_set(verdict, "", _ALL.decode()) == _ALL)
         try:
             store.wait([verdict], self._patience)

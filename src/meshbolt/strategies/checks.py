@@ -91,4 +91,3 @@ def _check_callback(callback: Callback) -> None:
                 f"The callback {type(callback).__name__} cannot be used on a sharded module: "
                 f"{REFUSED_CALLBACKS[kind.__name__]}."
             )
-

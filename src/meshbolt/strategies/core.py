@@ -27,6 +27,7 @@ from meshbolt.engine.random_state import restore_random_state
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
+from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import refuse_checkpoint_io
 from meshbolt.strategies.compat import (
     connect_ranks,
@@ -116,6 +117,7 @@ class MeshCore:
         self._mesh: DeviceMesh | None = None
         self._control_group: dist.ProcessGroup | None = None
         self._engines: dict[nn.Module, Engine] = {}
+        self._attendance = Attendance(timeout=timeout)
         self._chosen_accelerator: Accelerator | None = None
         self._mesh_precision: MeshPrecision | None = None
         # Lightning's two classes take the same arguments in this order, the last under different names.
@@ -137,6 +139,7 @@ class MeshCore:
 
     @accelerator.setter
     def accelerator(self, accelerator: Accelerator) -> None:
+        """Take the accelerator that was chosen."""
         self._chosen_accelerator = accelerator
 
     @property
@@ -147,6 +150,7 @@ class MeshCore:
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
+        """Refuse a plugin: checkpoints are directories."""
         refuse_checkpoint_io(io)
 
     def _get_precision(self) -> MeshPrecision:
@@ -181,6 +185,7 @@ class MeshCore:
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
+        """Take the number of machines."""
         self._nodes = num_nodes
 
     @property
@@ -197,7 +202,9 @@ class MeshCore:
     def root_device(self) -> torch.device:
         """This rank's device."""
         if self.parallel_devices is None:
-            raise ConfigError("The strategy has no devices yet: they are known once a Trainer or Fabric was made with it.")
+            raise ConfigError(
+                "The strategy has no devices yet: they are known once a Trainer or Fabric was made with it."
+            )
         local_rank = self.cluster_environment.local_rank() if self.cluster_environment is not None else 0
         return self.parallel_devices[local_rank]
 
@@ -235,7 +242,9 @@ class MeshCore:
             return
         self._set_ranks()
         if self.cluster_environment is None:
-            raise ConfigError("The strategy has no cluster environment; give it to a Trainer or Fabric before using it.")
+            raise ConfigError(
+                "The strategy has no cluster environment; give it to a Trainer or Fabric before using it."
+            )
         self._plan = resolve(
             self.settings,
             world_size=self.cluster_environment.world_size(),

@@ -89,7 +89,9 @@ def load_tree(
         owner = _owner(key, shape, into.parameters) if key in sharded else None
         tensors[key] = into.live[key] if key in into.live else empty_like_saved(shape, dtype, owner)
     prefix = _random_key("")
-    random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in saved if key.startswith(prefix)}
+    random_state = {
+        key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in saved if key.startswith(prefix)
+    }
     # The files have just been compared with the manifest; nothing is unexpected, since the objects name what is read.
     load_tensors(path, {**tensors, **random_state}, prefix=(), verify=False, group=group)
     tree = {key: join_tensors(value, tensors) for key, value in objects.items()}
@@ -100,9 +102,7 @@ def _random_key(name: str) -> str:
     return f"random.{dist.get_rank()}.{name}"
 
 
-def _owner(
-    key: str, shape: torch.Size, parameters: Mapping[str, Mapping[str, nn.Parameter]]
-) -> nn.Parameter | None:
+def _owner(key: str, shape: torch.Size, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> nn.Parameter | None:
     """Return the parameter that a tensor belongs to: its name ends the key, or stands before the last part of it."""
     for prefix, named in parameters.items():
         parts = key.split(".") if key.startswith(prefix) else []

@@ -49,6 +49,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @precision.setter
     @override
     def precision(self, precision: Precision | None) -> None:
+        """Convert Lightning's plugin to meshbolt's."""
         self._precision = self._set_precision(precision)
 
     @property
@@ -234,7 +235,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         tree = self._load(path, into, weights_only=weights_only, with_random_state=True)
         missing = sorted(set(state) - set(tree))
         if strict and missing:
-            raise CheckpointError(f"{path} does not hold {missing}; it holds {sorted(tree)}. Leave them out, or use strict=False.")
+            raise CheckpointError(
+                f"{path} does not hold {missing}; it holds {sorted(tree)}. Leave them out, or use strict=False."
+            )
         for key, target in state.items():
             if key in tree:
                 state[key] = self._restore(target, tree.pop(key), strict=strict)
@@ -289,5 +292,5 @@ class _WindowControl(BackwardSyncControl):
 
     @override
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+        """Return the context of a batch that the window goes on after."""
         return self._strategy._engines[behind_entry(module)].accumulate() if enabled else nullcontext()
-

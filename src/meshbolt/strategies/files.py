@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from meshbolt.collectives import agree_on_error
+from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.engine.state import load_optimizer_state
 from meshbolt.errors import CheckpointError, UnsupportedError
 
@@ -47,6 +47,25 @@ def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup 
 
     agree_on_error(read, group=group)
     return found
+
+
+def agree_on_path(path: str | None, *, group: dist.ProcessGroup | None) -> str:
+    """Return rank 0's path; each rank has chosen by what it saw on its file system, before it could ask the others.
+
+    Args:
+        path: what this rank is to load; None for nothing.
+        group: of all ranks, for tensors on the CPU.
+
+    Raises:
+        CheckpointError: some ranks are to load a checkpoint, and others nothing; on every rank.
+    """
+    _, paths = same_on_all_ranks(path, group=group)
+    if None in paths and any(paths):
+        raise CheckpointError(
+            f"Ranks are to resume from different checkpoints: {paths} by rank, where None is a rank that found none. All "
+            "ranks must see the same directory: put it on a file system that they share, or give a full ckpt_path."
+        )
+    return str(paths[0])
 
 
 def load_optimizer_states(

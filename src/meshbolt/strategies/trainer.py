@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,18 +19,16 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from meshbolt.checkpoint import remove_directory
-from meshbolt.collectives import same_on_all_ranks
 from meshbolt.engine.load import load_model
 from meshbolt.engine.state import optimizer_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
-from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import check_trainer, refuse_compiled
 from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import redirect_entries
-from meshbolt.strategies.files import load_file, load_optimizer_states
+from meshbolt.strategies.files import agree_on_path, load_file, load_optimizer_states
 from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
@@ -39,6 +38,8 @@ from meshbolt.strategies.hooks import (
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.meta import meta_tensors
 from meshbolt.strategies.requeue import Requeue
+
+_log = logging.getLogger(__name__)
 
 
 class MeshStrategy(MeshCore, ParallelStrategy):
@@ -65,6 +66,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @precision_plugin.setter
     @override
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        """Convert Lightning's plugin to meshbolt's."""
         self._precision_plugin = self._set_precision(precision_plugin)
 
     @property
@@ -94,6 +96,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._asked_weights_only = weights_only
 
     _asked_weights_only: bool | None = None
+    _has_begun = _has_loaded = False
 
     # Set-up, in the order of the calls --------------------------------------------------------------------------------
 
@@ -101,7 +104,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks and build the mesh, after everything that needs no rank was checked."""
         super().setup_environment()
-        self._attended = self._has_loaded = False
+        self._attendance.forget()
+        self._has_begun = self._has_loaded = False
         check_trainer(self._module().trainer, world_size=self.world_size)
         self._connect()
 
@@ -152,7 +156,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Watch for the signal of a cluster whose time for this job is up."""
+        """Begin to train, and to watch for the signal of a cluster whose time for this job is up."""
+        self._has_begun = True
         self._requeue = Requeue(self.cluster_environment, group=self._control_group)
 
     @override
@@ -200,30 +205,22 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
         if name == "_CheckpointConnector.resume_end" and not self._has_loaded:
-            self._agree_on_checkpoint(None)
+            agree_on_path(None, group=self._control_group)
         super().barrier(name)
 
     @override
     def _reachable(self) -> dist.ProcessGroup | None:
         if not self._was_interrupted():
             return super()._reachable()
-        if not self._engines:
-            return None  # the run failed before there was anything to act on together
-        if not self._attended:
-            self._attended = True
-            self._exceptions += 1
-            steps = self._module().trainer.global_step
-            self._survivors = Attendance(number=self._exceptions, steps=steps, timeout=self._timeout).group()
-            self._control_group = self._survivors or self._control_group
-        return self._survivors
+        if not self._has_begun:
+            return None  # what would be saved is not even restored yet
+        group = self._attendance.group(steps=self._module().trainer.global_step)
+        self._control_group = group or self._control_group
+        return group
 
     def _was_interrupted(self) -> bool:
         module = self.lightning_module
         return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
-
-    _attended = False
-    _exceptions = 0
-    _survivors: dist.ProcessGroup | None = None
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -251,13 +248,22 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
-        if self._reachable() is not None:
+        if self._reachable() is None:
+            return
+        try:
             self._save(filepath, checkpoint, storage_options=storage_options)
+        except CheckpointError as error:
+            if not self._was_interrupted():
+                raise
+            # The exception that ended the run is the one to be seen; and nothing may be deleted in favour of this save.
+            _log.error("%s", error)
+            self._attendance.dismiss()
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint directory into the shards, or a plain Lightning file to be divided among them."""
-        path = self._agree_on_checkpoint(str(checkpoint_path))
+        self._has_loaded = True
+        path = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
         self.engine.settle()
         if Path(path).is_file():
@@ -270,19 +276,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             leave_out=frozenset() if is_fit else frozenset({"optimizer_states"}),
         )
         return self._load(path, into, weights_only=weights_only, with_random_state=is_fit)
-
-    def _agree_on_checkpoint(self, path: str | None) -> str:
-        """Return rank 0's path; each rank has chosen by what it saw on its file system, before it could ask the others."""
-        self._has_loaded = True
-        _, paths = same_on_all_ranks(path, group=self._control_group)
-        if None in paths and any(paths):
-            raise CheckpointError(
-                f"Ranks are to resume from different checkpoints: {paths} by rank, where None is a rank that found none. All "
-                "ranks must see the same directory: put it on a file system that they share, or give a full ckpt_path."
-            )
-        return str(paths[0])
-
-    _has_loaded = False
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

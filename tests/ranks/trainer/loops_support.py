@@ -66,7 +66,7 @@ class Regressor(pl.LightningModule):
     def validation_step(self, batch: Any, _index: int) -> None:
         self.log("val", self.loss(batch), sync_dist=True, batch_size=len(batch[0]))
 
-    def test_step(self, batch: Any, _index: int) -> None:
+    def test_step(self, batch: Any, index: int) -> None:
         self.log("test", self.loss(batch), sync_dist=True, batch_size=len(batch[0]))
 
     def predict_step(self, batch: Any, _index: int) -> Tensor:

@@ -156,7 +156,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], *, label: Any =
             assert found[name] == value, (label, name, found[name], value)
             continue
         torch.testing.assert_close(
-            found[name].double(), value.double(), rtol=0, atol=atol, msg=lambda text, name=name: f"{label}, {name}: {text}"
+            found[name].double(),
+            value.double(),
+            rtol=0,
+            atol=atol,
+            msg=lambda text, name=name: f"{label}, {name}: {text}",
         )
 
 

@@ -7,14 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-from meshbolt import UnsupportedError
-from meshbolt.callbacks import ExponentialMovingAverage
-from meshbolt.testing import run_ranks, run_ranks_expecting
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     BATCH,
@@ -27,6 +20,12 @@ from tests.ranks.trainer.loops_support import (
     trainer,
     weights,
 )
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from meshbolt import UnsupportedError
+from meshbolt.callbacks import ExponentialMovingAverage
+from meshbolt.testing import run_ranks, run_ranks_expecting
 
 pytestmark = ADVICE
 
@@ -202,7 +201,9 @@ def evaluated_without_average(folder: Path) -> list[float]:
     owner = trainer("zero3", callbacks=[average])
     owner.fit(module, batches(), batches())
     owner.save_checkpoint(folder / "weights.ckpt", weights_only=True)
-    plain = trainer("zero3").validate(Regressor(), batches(), ckpt_path=folder / "weights.ckpt", verbose=False)[0]["val"]
+    plain = trainer("zero3").validate(Regressor(), batches(), ckpt_path=folder / "weights.ckpt", verbose=False)[0][
+        "val"
+    ]
     if owner.is_global_zero:
         with pytest.warns(UserWarning, match="holds no average"):
             found = owner.validate(module, batches(), ckpt_path=folder / "weights.ckpt", verbose=False)[0]["val"]

@@ -10,11 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
-
-from meshbolt import CheckpointError, MeshStrategy, UnsupportedError, Zero
-from meshbolt.plugins import MixedPrecision
-from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     Regressor,
@@ -27,6 +22,11 @@ from tests.ranks.trainer.loops_support import (
     weights,
     whole,
 )
+from torch import nn
+
+from meshbolt import CheckpointError, MeshStrategy, UnsupportedError, Zero
+from meshbolt.plugins import MixedPrecision
+from meshbolt.testing import run_ranks
 
 pytestmark = ADVICE
 

@@ -7,9 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor, nn
-
-from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     BATCH,
@@ -23,6 +20,9 @@ from tests.ranks.trainer.loops_support import (
     weights,
     whole,
 )
+from torch import Tensor, nn
+
+from meshbolt.testing import run_ranks
 
 pytestmark = ADVICE
 SAMPLE = torch.linspace(-1, 1, 14).reshape(2, 7)

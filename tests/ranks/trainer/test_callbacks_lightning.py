@@ -22,10 +22,6 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities.model_summary import summarize
-from torch import Tensor, nn
-
-from meshbolt import MeshStrategy, UnsupportedError
-from meshbolt.testing import run_ranks, run_ranks_expecting
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     BATCH,
@@ -38,6 +34,10 @@ from tests.ranks.trainer.loops_support import (
     trainer,
     weights,
 )
+from torch import Tensor, nn
+
+from meshbolt import MeshStrategy, UnsupportedError
+from meshbolt.testing import run_ranks, run_ranks_expecting
 
 pytestmark = ADVICE
 Make = Callable[..., pl.Trainer]
@@ -104,7 +104,9 @@ def monitored(make: Make, folder: Path, options: dict[str, Any]) -> list[dict[st
     callbacks = [LearningRateMonitor(logging_interval="step", log_momentum=True), DeviceStatsMonitor(cpu_stats=True)]
     owner = make(callbacks=callbacks, logger=CSVLogger(folder), log_every_n_steps=1, **options)
     owner.fit(Regressor(), batches(batch_size=6 // owner.world_size), batches())
-    return list(csv.DictReader((folder / "lightning_logs/version_0/metrics.csv").open())) if owner.is_global_zero else []
+    return (
+        list(csv.DictReader((folder / "lightning_logs/version_0/metrics.csv").open())) if owner.is_global_zero else []
+    )
 
 
 def test_learning_rates_and_device_statistics_are_logged_as_in_one_process(tmp_path: Path) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 from torch import Tensor
 
 from meshbolt.testing import run_ranks
-from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 
 pytestmark = ADVICE
 

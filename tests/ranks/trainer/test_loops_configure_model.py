@@ -14,12 +14,12 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from meshbolt import ConfigError
 from meshbolt.testing import run_ranks, run_ranks_expecting
-from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 
 pytestmark = ADVICE
 MIB, M_MMAP_THRESHOLD = 2**20, -3

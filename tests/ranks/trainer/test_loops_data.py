@@ -9,11 +9,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset, IterableDataset
-from torchmetrics import MeanSquaredError, PearsonCorrCoef
-
-from meshbolt import MeshStrategy, Zero
-from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     BATCH,
@@ -29,6 +24,11 @@ from tests.ranks.trainer.loops_support import (
     trainer,
     weights,
 )
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchmetrics import MeanSquaredError, PearsonCorrCoef
+
+from meshbolt import MeshStrategy, Zero
+from meshbolt.testing import run_ranks
 
 pytestmark = ADVICE
 FIRST_NUMBERS = sorted(round(float(x[0]), 5) for x, _ in dataset())

@@ -8,8 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-
-from meshbolt.testing import run_ranks
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     BATCH,
@@ -24,6 +22,8 @@ from tests.ranks.trainer.loops_support import (
     trainer,
     weights,
 )
+
+from meshbolt.testing import run_ranks
 
 pytestmark = ADVICE
 Make = Callable[..., pl.Trainer]

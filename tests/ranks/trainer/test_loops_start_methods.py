@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
     import sys
     import warnings
 
@@ -88,16 +88,14 @@ SCRIPT = '''
 
     if __name__ == "__main__":
         main(*sys.argv[1:])
-'''
+"""
 
 
 CASES = [("fork", "Plain"), ("fork", "OnMeta"), ("spawn", "Plain"), ("popen", "Plain")]
 
 
 @pytest.mark.parametrize(("start_method", "kind"), CASES)
-def test_trained_weights_come_back_to_the_process_that_called_fit(
-    tmp_path: Path, start_method: str, kind: str
-) -> None:
+def test_trained_weights_come_back_to_the_process_that_called_fit(tmp_path: Path, start_method: str, kind: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ranks.trainer.optimisation_support import SHARDED, STAGES, Batch, Net, assert_fits_as_alone, hsdp
 from torch import Tensor
 
 from meshbolt.testing import run_ranks
-from tests.ranks.trainer.optimisation_support import SHARDED, STAGES, Batch, Net, assert_fits_as_alone, hsdp
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -114,3 +114,57 @@ class OwnHooks(Net):
 
 def test_hooks_that_a_module_takes_over_do_what_they_do_in_one_process() -> None:
     run_ranks(assert_fits_as_alone, 2, OwnHooks, timeout=60)
+
+
+class CallsFromHooks(Net):
+    """Calls itself from hooks, with gradients on, and changes weights there: nothing of it goes through training_step."""
+
+    def probe(self) -> None:
+        x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6)
+        self.seen.append(self(x).detach().sum())
+        self.seen.append(self.shift.detach().sum())
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        self.probe()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.probe()
+
+    def on_train_epoch_end(self) -> None:
+        self.probe()
+        with torch.no_grad():
+            self.into.weight.mul_(0.5)
+            self.blocks[1].up.weight.clamp_(-0.1, 0.1)
+        self.probe()
+
+
+def calls_from_hooks() -> None:
+    assert_fits_as_alone(CallsFromHooks)
+    assert_fits_as_alone(CallsFromHooks, accumulate_grad_batches=2)
+
+
+def test_a_module_that_calls_itself_from_hooks_fits_as_one_process() -> None:
+    run_ranks(calls_from_hooks, 2, timeout=60)
+
+
+class EditsItself(Net):
+    """Normalises weights at the start of each step, and clamps others after each batch."""
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        with torch.no_grad():
+            self.into.weight.copy_(self.into.weight / self.into.weight.norm())
+            self.blocks[0].down.weight.mul_(0.9)
+        return super().training_step(batch, index)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        for parameter in (self.shift, self.blocks[2].up.bias, self.out.weight):
+            parameter.data.clamp_(-0.2, 0.2)
+
+
+def edits_itself() -> None:
+    assert_fits_as_alone(EditsItself)
+    assert_fits_as_alone(EditsItself, accumulate_grad_batches=2)
+
+
+def test_weights_that_a_module_changes_by_hand_stay_changed() -> None:
+    run_ranks(edits_itself, 2, timeout=60)

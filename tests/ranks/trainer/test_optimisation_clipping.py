@@ -8,10 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import grad_norm
-from torch import Tensor, nn
-
-import meshbolt
-from meshbolt.testing import run_ranks, run_ranks_expecting
 from tests.ranks.trainer.optimisation_support import (
     STAGES,
     Net,
@@ -20,6 +16,10 @@ from tests.ranks.trainer.optimisation_support import (
     hsdp,
     made,
 )
+from torch import Tensor, nn
+
+import meshbolt
+from meshbolt.testing import run_ranks, run_ranks_expecting
 
 
 class Norms(Net):
@@ -164,5 +164,8 @@ def fit_with_an_early_hook() -> None:
 
 def test_hooks_that_would_never_run_are_refused() -> None:
     run_ranks_expecting(
-        fit_with_an_early_hook, 2, error=meshbolt.UnsupportedError, match=r"'blocks\.1\.up\.weight'.*register_post_accumulate"
+        fit_with_an_early_hook,
+        2,
+        error=meshbolt.UnsupportedError,
+        match=r"'blocks\.1\.up\.weight'.*register_post_accumulate",
     )

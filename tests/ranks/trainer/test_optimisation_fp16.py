@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks.trainer.optimisation_support import Batch, Net, Strategy, fitted, hsdp, whole
 from torch import Tensor
 
 from meshbolt.plugins import MixedPrecision
 from meshbolt.testing import run_ranks
-from tests.ranks.trainer.optimisation_support import Batch, Net, Strategy, fitted, hsdp, whole
 
 BAD = 2  # the batch, or window, in which the gradients of one rank overflow
 

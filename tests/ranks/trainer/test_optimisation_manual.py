@@ -7,12 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from meshbolt.testing import run_ranks
 from tests.ranks.trainer.optimisation_support import (
-    SHARDED,
-    STAGES,
     Batch,
     Block,
     Net,
@@ -20,6 +15,9 @@ from tests.ranks.trainer.optimisation_support import (
     hsdp,
     whole,
 )
+from torch import Tensor, nn
+
+from meshbolt.testing import run_ranks
 
 
 class Manual(Net):

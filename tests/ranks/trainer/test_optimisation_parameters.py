@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torch._dynamo
 from lightning.pytorch.callbacks import BaseFinetuning
+from tests.ranks.trainer.optimisation_support import (
+    SHARDED,
+    STAGES,
+    Batch,
+    Block,
+    Net,
+    assert_fits_as_alone,
+    fitted,
+    made,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import meshbolt
 from meshbolt.testing import run_ranks
-from tests.ranks.trainer.optimisation_support import SHARDED, STAGES, Batch, Block, Net, assert_fits_as_alone, fitted, made
 
 
 class Frozen(Net):
@@ -242,3 +253,37 @@ def built_late() -> list[float]:
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_modules_built_on_meta_start_and_train_as_plain_ones(ranks: int) -> None:
     run_ranks(built_late, ranks, timeout=60)
+
+
+def compiled(stages: dict[int, str]) -> None:
+    for stage, recompute in stages.items():
+        strategy = functools.partial(meshbolt.MeshStrategy, zero=stage, compile=True, recompute=recompute)
+        assert_fits_as_alone(Net, (strategy,), max_epochs=1)
+        # Blocks share one graph, and gathering them is no part of it.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert not torch._dynamo.utils.counters["graph_break"]
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+
+
+def traced(stages: dict[int, str]) -> None:
+    # The same graphs without a compiler behind them: seconds instead of a minute.
+    nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    compiled(stages)
+
+
+# torch's compiler looks at the gradients of tensors that have none.
+compiling = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@compiling
+def test_compiled_blocks_are_one_graph_and_train_as_in_one_process() -> None:
+    run_ranks(traced, 2, {2: "full", 3: "none"}, timeout=60)
+
+
+# The compiler behind it warns of its own use of torch.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.full
+@pytest.mark.timeout(400)
+def test_blocks_compiled_by_torchs_default_backend_train_as_in_one_process() -> None:
+    run_ranks(compiled, 2, {0: "none", 1: "selective", 2: "none", 3: "full"}, timeout=300)

@@ -74,7 +74,7 @@ def test_the_sample_is_written_on_every_rank_and_printed_on_the_first(
         def generate(self, prompt: str, *, num_bytes: int) -> str:
             assert not self.training
             self.calls += 1
-            return prompt + "x" * num_bytes
+            return prompt + "x" * num_bytes + "\x1b[2J\r\nend"
 
     class OnRank(pl.Trainer):
         is_global_zero = rank_zero
@@ -84,4 +84,5 @@ def test_the_sample_is_written_on_every_rank_and_printed_on_the_first(
 
     assert model.calls == 1
     assert model.training
-    assert ("abxxx" in capsys.readouterr().out) == rank_zero
+    shown = "\nsample:\nabxxx\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}\nend\n\n"
+    assert capsys.readouterr().out == (shown if rank_zero else "")

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import lightning.pytorch as pl
 import torch.distributed as dist
 from typing_extensions import Unpack
 
+from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.testing.outcomes import RankFailure
 from meshbolt.testing.parity.case import Case, Data, Loop, ModuleFactory, Strategy
-from meshbolt.testing.parity.meshed import run_meshed
+from meshbolt.testing.parity.in_fabric import run_fabric
+from meshbolt.testing.parity.in_trainer import run_trainer
+from meshbolt.testing.parity.loaders import seed
 from meshbolt.testing.parity.record import Record
 from meshbolt.testing.parity.reference import run_reference
 from meshbolt.testing.parity.report import ParityError, ParityReport, compare, limits_for
 from meshbolt.testing.ranks import run_ranks
+from meshbolt.zero import Zero
 
 
 class TrainerArguments(TypedDict, total=False):
@@ -69,8 +75,8 @@ def assert_parity(
     Raises:
         ParityError: it does not; the message names what differs most, with both values.
         RankFailure: a rank raised an error.
-        ConfigError: the arguments make no sense together.
-        UnsupportedError: the module optimizes manually.
+        ConfigError: the arguments make no sense together, or the strategy refuses its own.
+        UnsupportedError: the module optimizes manually, or has what the strategy cannot train.
 
     Example:
         >>> print(assert_parity(MyModule(), my_dataset, "zero3", ranks=2, accumulate_grad_batches=2))
@@ -88,7 +94,7 @@ def assert_parity(
         **trainer,
     )
     meshed = meshed_records([case], timeout=timeout)[0]
-    reference = reference_records([(case, meshed.accumulates_rounded)], timeout=timeout)[0]
+    reference = reference_records([(case, meshed.zero)], timeout=timeout)[0]
     return check(case, meshed, reference)
 
 
@@ -114,7 +120,7 @@ def meshed_records(cases: Sequence[Case], *, timeout: float) -> list[Record]:
         cases: to run.
         timeout: seconds that a collective waits for its peers.
     """
-    by_rank = run_ranks(_all_meshed, cases[0].ranks, cases, timeout=timeout)
+    by_rank = _run_ranks(_all_meshed, cases[0].ranks, cases, timeout=timeout)
     records = []
     for parts in zip(*by_rank, strict=True):
         whole: Record = parts[0]
@@ -125,23 +131,46 @@ def meshed_records(cases: Sequence[Case], *, timeout: float) -> list[Record]:
     return records
 
 
-def reference_records(cases: Sequence[tuple[Case, bool]], *, timeout: float) -> list[Record]:
+def reference_records(cases: Sequence[tuple[Case, Zero]], *, timeout: float) -> list[Record]:
     """Run the references of cases, one after the other in one process.
 
     Args:
-        cases: each with `accumulates_rounded` of the record it is for.
+        cases: each with how its ranks divide the module.
         timeout: seconds for all of them.
     """
-    return run_ranks(_all_references, 1, cases, timeout=timeout)[0]
+    return _run_ranks(_all_references, 1, cases, timeout=timeout)[0]
+
+
+def _run_ranks(fn: Callable[..., list[Record]], n: int, cases: Sequence[Any], *, timeout: float) -> list[list[Record]]:
+    try:
+        return run_ranks(fn, n, cases, timeout=timeout)
+    except RankFailure as failure:
+        for kind in (ConfigError, UnsupportedError):
+            if all(outcome.raised(kind) for outcome in failure.outcomes):
+                raise kind(failure.outcomes[0].message) from failure
+        raise
 
 
 def _all_meshed(cases: Sequence[Case]) -> list[Record]:
-    records = [run_meshed(case) for case in cases]
+    records = [_run(case) for case in cases]
     if dist.get_rank() > 0:
         # Whole tensors are the same on every rank, and travel once.
         return [Record(losses=record.losses, buffers=record.buffers) for record in records]
     return records
 
 
-def _all_references(cases: Sequence[tuple[Case, bool]]) -> list[Record]:
-    return [run_reference(case, accumulates_rounded=rounded) for case, rounded in cases]
+def _run(case: Case) -> Record:
+    _hush()
+    seed(case.seed)
+    return run_trainer(case) if case.loop == "trainer" else run_fabric(case)
+
+
+def _all_references(cases: Sequence[tuple[Case, Zero]]) -> list[Record]:
+    _hush()
+    return [run_reference(case, zero=zero) for case, zero in cases]
+
+
+def _hush() -> None:
+    """Keep Lightning's notes on hardware and versions out of the test's output."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -102,3 +102,18 @@ class Case:
             return self.precision()
         precision_policy(self.precision)
         return MixedPrecision("16-mixed", "cpu") if self.precision == "16-mixed" else None
+
+    def precision_arguments(self) -> dict[str, Any]:
+        """Return the arguments of a Trainer or of Fabric that stand for the precision."""
+        plugin = self.plugin()
+        return {"precision": self.precision} if plugin is None else {"plugins": [plugin]}
+
+    def make_strategy(self, kind: type[Any]) -> Any:
+        """Return the strategy, or the name of a preset.
+
+        Args:
+            kind: the class to make it of, where the case has arguments only.
+        """
+        if isinstance(self.strategy, Mapping):
+            return kind(**self.strategy)
+        return self.strategy() if callable(self.strategy) else self.strategy

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from meshbolt.zero import Zero
+
 Named = dict[str, torch.Tensor]
 
 
@@ -25,8 +27,7 @@ class Record:
         settings: numbers in the optimizer's groups after the last step, under `lr of group 0`.
         buffers: after the last step, under `norm.running_mean on rank 1`.
         optimizer: class of the optimizer.
-        accumulates_rounded: whether every batch's mean over ranks is rounded to the parameter's dtype before it is added
-            to the window's gradient; it makes a difference in 16 bits only.
+        zero: how the ranks divided the module and its gradients.
     """
 
     initial: Named = field(default_factory=dict)
@@ -37,7 +38,7 @@ class Record:
     settings: Named = field(default_factory=dict)
     buffers: Named = field(default_factory=dict)
     optimizer: str = ""
-    accumulates_rounded: bool = False
+    zero: Zero = field(default_factory=Zero)
 
     def add_loss(self, loss: torch.Tensor, *, batch: int, rank: int) -> None:
         """Note the loss that training_step returned."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,25 +14,27 @@ from torch.optim import Optimizer
 
 from meshbolt.errors import UnsupportedError
 from meshbolt.testing.parity.case import Case
-from meshbolt.testing.parity.meshed import as_it_is, loader_of, loss_of, seed, trainer_arguments
+from meshbolt.testing.parity.in_trainer import trainer_arguments
+from meshbolt.testing.parity.loaders import as_it_is, loader_of, seed
+from meshbolt.testing.parity.observed import loss_of
 from meshbolt.testing.parity.record import Record, whole
 from meshbolt.testing.parity.rounding import Rounding
 from meshbolt.testing.parity.simulated import SimulatedRanks
+from meshbolt.zero import POLICIES, Zero
 
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
-def run_reference(case: Case, *, accumulates_rounded: bool) -> Record:
+def run_reference(case: Case, *, zero: Zero) -> Record:
     """Train in this process alone on what all ranks of the case train on, and return what it saw.
 
     Args:
         case: its strategy is not looked at.
-        accumulates_rounded: as `Record` has it; the one thing in which stages differ in 16 bits.
+        zero: how the ranks divide the module; in 16 bits it decides where they round.
 
     Raises:
         UnsupportedError: the module optimizes manually.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     seed(case.seed)
     module = case.module()
     if not module.automatic_optimization:
@@ -41,7 +42,7 @@ def run_reference(case: Case, *, accumulates_rounded: bool) -> Record:
             f"{type(module).__name__} optimizes manually, and one process cannot play several ranks in the middle of a "
             "training_step. Compare a module with automatic optimization that has the same layers and loss."
         )
-    reference = _Reference(case, module, accumulates_rounded=accumulates_rounded)
+    reference = _Reference(case, module, zero)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
@@ -58,11 +59,12 @@ def run_reference(case: Case, *, accumulates_rounded: bool) -> Record:
 class _Reference(pl.Callback):
     """Plays the ranks in turn wherever a rank would see a batch."""
 
-    def __init__(self, case: Case, module: pl.LightningModule, *, accumulates_rounded: bool) -> None:
+    def __init__(self, case: Case, module: pl.LightningModule, zero: Zero) -> None:
         self._case, self._module = case, module
-        self._accumulates_rounded = accumulates_rounded
-        self.record = Record(accumulates_rounded=accumulates_rounded)
-        self.rounding = Rounding(case)
+        # Replicas exchange their parts once a window, before anything is rounded.
+        self._rounds_every_batch = POLICIES[zero.stage].reduces_every_batch and zero.replicate == 1
+        self.record = Record(zero=zero)
+        self.rounding = Rounding(case, zero)
         self._ranks: SimulatedRanks | None = None
         self._losses: list[torch.Tensor] = []
         self._batches = self._steps = 0
@@ -121,7 +123,7 @@ class _Reference(pl.Callback):
                 scaler = getattr(plugin, "scaler", None)
                 self._module.backward(divided if scaler is None else scaler.scale(divided))
         self._losses.clear()
-        self.ranks.reduce(last=self._batches % window == 0, rounded=self._accumulates_rounded)
+        self.ranks.reduce(last=self._batches % window == 0, rounded=self._rounds_every_batch)
 
     def _all_training_steps(self, batches: list[Any], batch_idx: int) -> torch.Tensor | None:
         self.ranks.new_batch()

@@ -25,7 +25,14 @@ from meshbolt.zero import KeepNorms, Zero, plan_units
 class Rounding:
     """The dtypes of one case's precision."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, zero: Zero) -> None:
+        """Look the dtypes up.
+
+        Args:
+            case: has the precision.
+            zero: how ranks divide the module.
+        """
+        self._zero = zero
         plugin = case.plugin()
         self._flag = case.precision if plugin is None else str(plugin.precision)
         self._autocast = getattr(plugin, "autocast", True)
@@ -36,7 +43,7 @@ class Rounding:
     def prepare(self, module: nn.Module) -> set[nn.Parameter]:
         """Let the module's units cast their inputs where ranks do so, and return the parameters that ranks shard."""
         norms = KeepNorms.ALL if self._autocast else KeepNorms.RUNNING_STATISTICS
-        units = plan_units(module, Zero(), keep_norms=norms if self._used is not None else KeepNorms.NONE)
+        units = plan_units(module, self._zero, keep_norms=norms if self._used is not None else KeepNorms.NONE)
         self._whole = units.whole
         if self._used is not None and not self._autocast:
             for unit in units.units.values():
@@ -98,7 +105,7 @@ class _Bfloat(_GivenBackward, stock.HalfPrecision):
         super().__init__(backward, "bf16-true")
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        # torch's own function keeps the norm in bfloat16, which is off by some thousandths.
+        """Clip by a norm in float64: torch's function keeps it in bfloat16, which is off by some thousandths."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.stack([gradient.double().norm() for gradient in gradients]).norm()
         for gradient in gradients:
@@ -112,10 +119,12 @@ class _Mixed(_GivenBackward, stock.MixedPrecision):
         self._used = torch.bfloat16 if flag == "bf16-mixed" else torch.float16
 
     def convert_input(self, data: Any) -> Any:
+        """Round a batch where autocast does not."""
         return data if self._autocast else _cast(data, self._used)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
+        """Run a forward under autocast, unless it was switched off."""
         if not self._autocast:
             yield
             return

@@ -38,7 +38,7 @@ class SimulatedRanks:
         module: nn.Module,
         *,
         ranks: int,
-        seed: Callable[[int], None],
+        seed: Callable[[int], object],
         used_dtype: UsedDtypes,
         sharded: set[nn.Parameter],
     ) -> None:

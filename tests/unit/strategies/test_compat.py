@@ -1,0 +1,61 @@
+"""What is touched of Lightning's private parts is there, in every version that is supported."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from meshbolt.strategies import compat
+
+
+def quiet(**options: object) -> pl.Trainer:
+    return pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, **options)  # type: ignore[arg-type]
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+
+def test_every_name_is_there() -> None:
+    assert {name for name in compat.__all__ if not hasattr(compat, name)} == set()
+
+
+def test_the_precision_flag_is_read_from_the_trainer() -> None:
+    assert compat.asked_precision(quiet()) == "32-true"
+    assert compat.asked_precision(quiet(precision="bf16-mixed")) == "bf16-mixed"
+    assert compat.asked_precision(quiet(precision=64)) == "64-true"
+
+
+def test_an_interval_of_time_between_validations_is_read_from_the_trainer() -> None:
+    assert compat.time_between_validations(quiet()) is None
+    assert compat.time_between_validations(quiet(val_check_interval=0.5)) is None
+    assert compat.time_between_validations(quiet(val_check_interval=timedelta(minutes=2))) == 120
+
+
+def test_a_compiled_module_is_told_from_a_plain_one() -> None:
+    module = Module()
+    assert not compat.is_compiled(module)
+    assert not compat.is_compiled(None)
+
+    # What Lightning does with a module that torch.compile was given.
+    module._compiler_ctx = {"compiler": "dynamo"}
+    assert compat.is_compiled(module)
+
+
+def test_the_optimizer_is_found_inside_the_wrapper_that_users_see() -> None:
+    plain = torch.optim.SGD(Module().parameters(), lr=1.0)
+
+    assert compat.plain_optimizer(pl.core.optimizer.LightningOptimizer(plain)) is plain
+    assert compat.plain_optimizer(plain) is plain
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "nccl")])
+def test_the_backend_is_the_one_of_the_device(device: str, backend: str) -> None:
+    assert compat.default_backend(torch.device(device)) == backend
+    assert not compat.ranks_are_connected()

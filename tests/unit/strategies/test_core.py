@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch.plugins.precision as trainer_plugins
+import pytest
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from meshbolt import Checkpoint, ConfigError, MeshStrategy, Recompute, UnsupportedError, Zero
+from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
+from meshbolt.plugins import convert_precision
+
+BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        ({"zero": 4}, ConfigError, "zero=4"),
+        ({"zero": True}, ConfigError, "zero=True"),
+        ({"zero": "3"}, ConfigError, "zero='3'"),
+        ({"recompute": "some"}, ConfigError, "recompute='some'"),
+        ({"compile": "max-autotune"}, ConfigError, "compile='max-autotune'"),
+        ({"tensor_parallel": 2}, UnsupportedError, "tensor_parallel=2"),
+        ({"pipeline_parallel": 2}, UnsupportedError, "pipeline_parallel=2"),
+        ({"offload": "cpu"}, UnsupportedError, "offload='cpu'"),
+        ({"checkpoint": Checkpoint(asynchronous=True)}, UnsupportedError, "asynchronous=True"),
+        ({"checkpoint_io": TorchCheckpointIO()}, UnsupportedError, "TorchCheckpointIO"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_an_argument_that_cannot_be_honoured_is_refused_with_its_value(
+    strategy: Callable[..., Any], arguments: dict[str, Any], error: type[Exception], named: str
+) -> None:
+    with pytest.raises(error, match=named):
+        strategy(**arguments)
+
+
+@pytest.mark.parametrize("name", ["TransformerEnginePrecision", "BitsandbytesPrecision", "FSDPPrecision"])
+def test_a_precision_plugin_of_another_kind_is_refused_by_name(name: str) -> None:
+    plugin = object.__new__(getattr(trainer_plugins, name))  # as it would be, were its package installed
+
+    with pytest.raises(UnsupportedError, match=name):
+        convert_precision(plugin)
+
+
+def test_both_strategies_have_the_same_arguments_from_one_place() -> None:
+    assert inspect.signature(MeshStrategy) == inspect.signature(FabricMeshStrategy)
+    assert MeshStrategy.__init__ is FabricMeshStrategy.__init__
+    kinds = {argument.kind for argument in inspect.signature(MeshStrategy).parameters.values()}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_plain_values_and_dataclasses_say_the_same() -> None:
+    plain = MeshStrategy(zero=2, recompute="full")
+    written = MeshStrategy(
+        zero=Zero(2), recompute=Recompute("full"), checkpoint=Checkpoint(), timeout=timedelta(hours=1)
+    )
+
+    assert plain.settings == written.settings
+
+
+def test_what_is_known_late_says_when() -> None:
+    strategy = MeshStrategy()
+
+    for early in ("plan", "device_mesh", "engine", "root_device"):
+        with pytest.raises(ConfigError, match=r"`setup` or later|not set up yet|Trainer or Fabric"):
+            getattr(strategy, early)
+
+
+def test_the_text_of_a_strategy_is_the_call_that_makes_it_and_what_it_is_for() -> None:
+    assert repr(MeshStrategy(zero=2)).startswith("meshbolt.MeshStrategy(zero=2) for lightning.pytorch.Trainer")
+    assert repr(FabricMeshStrategy(zero=Zero(3, replicate=2))) == (
+        "meshbolt.fabric.MeshStrategy(zero=Zero(stage=3, replicate=2, unit='auto', reduce_dtype='auto')) "
+        "for lightning.fabric.Fabric"
+    )

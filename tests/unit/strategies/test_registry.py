@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry
+
+from meshbolt import MeshStrategy
+from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
+from meshbolt.strategies import PRESETS, register_presets
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_call_it_is_described_as_in_both_registries(name: str) -> None:
+    for registry, kind in ((StrategyRegistry, MeshStrategy), (STRATEGY_REGISTRY, FabricMeshStrategy)):
+        strategy = registry.get(name)
+
+        assert type(strategy) is kind
+        assert strategy.settings == kind(**PRESETS[name]).settings
+        assert registry[name]["description"] == f"MeshStrategy(zero={strategy.settings.zero.stage})"
+
+
+def test_presets_can_be_registered_again() -> None:
+    register_presets(MeshStrategy, FabricMeshStrategy)
+
+    assert {name for name in StrategyRegistry.available_strategies() if name.startswith("zero")} == set(PRESETS)
