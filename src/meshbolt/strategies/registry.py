@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lightning.fabric.strategies import STRATEGY_REGISTRY as FABRIC_REGISTRY
-from lightning.pytorch.strategies import StrategyRegistry as TRAINER_REGISTRY
+from lightning.pytorch.strategies import StrategyRegistry
 
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -28,5 +28,5 @@ def register_presets(trainer_strategy: type, fabric_strategy: type) -> None:
     """
     for name, arguments in PRESETS.items():
         written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        for registry, strategy in ((TRAINER_REGISTRY, trainer_strategy), (FABRIC_REGISTRY, fabric_strategy)):
+        for registry, strategy in ((StrategyRegistry, trainer_strategy), (FABRIC_REGISTRY, fabric_strategy)):
             registry.register(name, strategy, description=f"MeshStrategy({written})", override=True, **arguments)

@@ -1,4 +1,4 @@
-"""ModelCheckpoint and its kin with checkpoint directories: what appears, what is deleted, what is loaded again, and how exactly."""
+"""ModelCheckpoint and its kin with checkpoint directories: what appears, is deleted, is loaded again, and how exactly."""
 
 from __future__ import annotations
 

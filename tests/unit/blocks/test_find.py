@@ -56,5 +56,5 @@ def test_modules_are_chosen_by_path_and_by_class():
 
 
 def test_a_name_that_selects_nothing_is_refused_with_the_closest_one():
-    with pytest.raises(ConfigError, match="'Blok' is neither.*did you mean 'Block'"):
+    with pytest.raises(ConfigError, match=r"'Blok' is neither.*did you mean 'Block'"):
         modules_by_name_or_class(nn.ModuleList([Block()]), ["Blok"], setting="Zero.unit")

@@ -61,7 +61,7 @@ def test_a_model_without_blocks_cannot_recompute():
 
 
 def test_unknown_modes_and_intervals_are_refused():
-    with pytest.raises(ConfigError, match="'ful' is not a mode.*did you mean 'full'"):
+    with pytest.raises(ConfigError, match=r"'ful' is not a mode.*did you mean 'full'"):
         Recompute("ful")
     with pytest.raises(ConfigError, match="every=0"):
         Recompute("full", every=0)
