@@ -159,8 +159,11 @@ def on_gradient(unit: FSDPModule, seen: Callable[[nn.Parameter], None]) -> None:
     """
     for group in _groups(unit):
         for fsdp_param in group.fsdp_params:
-            hook = functools.partial(_tell, seen, fsdp_param)
-            fsdp_param.unsharded_param.register_post_accumulate_grad_hook(hook)
+            whole = fsdp_param.unsharded_param
+            wanted = whole.requires_grad
+            whole.requires_grad_(True)  # only then torch takes a hook; it may be trained later
+            whole.register_post_accumulate_grad_hook(functools.partial(_tell, seen, fsdp_param))
+            whole.requires_grad_(wanted)
 
 
 def _tell(seen: Callable[[nn.Parameter], None], fsdp_param: Any, _: torch.Tensor) -> None:
