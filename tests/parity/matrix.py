@@ -263,13 +263,15 @@ def all_rows() -> tuple[Row, ...]:
 
 
 def _comparable(row: Row) -> Row:
-    """Return the row, or one whose roundings one process can follow.
+    """Return the row, or one that runs and whose roundings one process can follow.
 
     torch reduces a unit's gradients after each of its calls, so that stages 0 and 1 reduce a window in two parts where a
     unit is called twice. The sum is the same, but `bf16-true` rounds each part.
     """
     twice = row.feature == "shared" and row.precision == "bf16-true"
-    return replace(row, window=1) if twice else row
+    # Replicas of stages 2 and 3 refuse a window whose batches use different parameters (see docs/stages.md).
+    refused = row.feature == "sometimes" and row.strategy in ("hsdp2", "hsdp3")
+    return replace(row, window=1) if twice or refused else row
 
 
 def selected_rows(rows: Iterable[Row], *, count: int, seed: int) -> frozenset[Row]:

@@ -65,7 +65,14 @@ class ClosingTable(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the time of validation out."""
         if self._laps is not None:
+            self._laps.stamp()
             self._laps.pause()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        if self._laps is not None:
+            self._laps.stamp()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -85,7 +92,7 @@ class ClosingTable(pl.Callback):
             ("ranks", describe_ranks(trainer)),
             ("precision", str(trainer.precision)),
             ("steps", f"{trainer.global_step:,}"),
-            ("step time, median", format_seconds(step_seconds) if step_seconds else "unknown before the second step"),
+            ("step time, median", format_seconds(step_seconds) if step_seconds else "no step was taken"),
             *self._rate(trainer, step_seconds),
             (f"peak memory of a rank ({where})", f"{lowest} least, {mean} mean, {highest} most"),
         ]

@@ -53,11 +53,20 @@ def test_a_step_is_a_whole_window_and_a_slow_validation_is_not_in_it(capsys: pyt
     assert float(rows["tokens/s, all ranks"].replace(",", "")) == pytest.approx(20 / step_seconds, rel=0.05)
 
 
-def test_one_step_is_too_few_to_measure_and_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(callbacks=[ClosingTable()], enable_progress_bar=False).fit(Module(), tokens(1), tokens(1))
+def test_a_validation_after_every_step_leaves_the_steps_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    fitting = trainer(callbacks=[ClosingTable()], enable_progress_bar=False, val_check_interval=1)
+    fitting.fit(Module(), tokens(3), tokens(1))
     rows = table(capsys.readouterr().out)
 
-    assert rows["step time, median"] == "unknown before the second step"
+    assert rows["step time, median"].endswith("ms")
+    assert "tokens/s, all ranks" in rows
+
+
+def test_a_fit_without_a_step_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(callbacks=[ClosingTable()], enable_progress_bar=False, max_steps=0).fit(Module(), tokens(1), tokens(1))
+    rows = table(capsys.readouterr().out)
+
+    assert rows["step time, median"] == "no step was taken"
     assert "tokens/s, all ranks" not in rows
 
 
