@@ -1,8 +1,12 @@
 """If these fail, the faster collectives corrupt gradients or weights silently."""
 
+import functools
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
+from tests.ranks.engine_support import backward, batch, engine_of, loss_of, made, trained, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -11,6 +15,7 @@ from meshbolt import compat
 from meshbolt.collectives import DeferredReductions, Prefetch
 from meshbolt.collectives import prefetch as prefetch_module
 from meshbolt.collectives import reduce_scatter as reduce_scatter_module
+from meshbolt.environment import Environment
 from meshbolt.testing import run_ranks
 
 
@@ -76,6 +81,72 @@ def test_windows_give_what_torchs_own_path_gives(reshard, dtype, limit_bytes):
 def test_three_ranks_sum_in_another_order_and_agree_to_rounding():
     # gloo sums along a ring, we sum by rank: the last bit of float32 may differ.
     assert max(run_ranks(plain_and_fast, 3, False, torch.float32, 2**24)) < 1e-6
+
+
+def deferred(stage, dtype):
+    engine = engine_of(made(dtype=dtype), stage)
+    reductions, seen = engine._fast._reductions, []
+    launch = reductions.launch
+    reductions.launch = lambda transfer, *, defer: (seen.append(defer), launch(transfer, defer=defer))
+    trained(engine, torch.optim.SGD(engine.module.parameters(), lr=0.1), window=2)
+    return seen
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_reductions_of_float32_are_deferred_and_those_that_torch_divides_are_not(stage):
+    assert set(run_ranks(deferred, 2, stage, torch.float32)[0]) == {True}
+    assert set(run_ranks(deferred, 2, stage, torch.float64)[0]) == {False}
+
+
+def trained_in_windows(stage, *, fast):
+    module = made(dtype=torch.float32)
+    engine = engine_of(module, stage, environment=Environment(fast_path=fast))
+    entered = []
+    for unit in engine._all_units:
+        for group in compat._groups(unit):
+            group.pre_forward = functools.partial(counted, group.pre_forward, entered)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for index in range(9):
+        last = index % 3 == 2
+        with nullcontext() if last else engine.accumulate(covers_forward=True):
+            loss = engine.call(loss_of, module, batch(index, dist.get_rank(), torch.float32))
+            with engine.backward(loss) as prepared:
+                prepared.backward()
+        if last:
+            engine.step(optimizer)
+            optimizer.zero_grad()
+    engine.settle()
+    return len(entered) / len(engine._all_units), [whole(parameter) for parameter in module.parameters()]
+
+
+def counted(function, calls, *args):
+    calls.append(1)
+    return function(*args)
+
+
+def quiet_and_loud(stage):
+    (few, ours), (all_of_them, theirs) = (trained_in_windows(stage, fast=fast) for fast in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    return few, all_of_them
+
+
+def test_hooks_rest_in_batches_that_communicate_no_gradients():
+    # Of nine batches in windows of three: the last of each, and the very first, in which torch sets itself up.
+    assert run_ranks(quiet_and_loud, 2, 1) == [(4, 9)] * 2
+    assert run_ranks(quiet_and_loud, 2, 2) == [(9, 9)] * 2
+
+
+def labels_in_a_profile():
+    engine = engine_of(made(dtype=torch.float32), 2)
+    backward(engine, 0, dtype=torch.float32)
+    with torch.profiler.profile() as profile:
+        backward(engine, 1, dtype=torch.float32)
+    return {event.key.split(" ")[0] for event in profile.key_averages()}
+
+
+def test_a_profiler_sees_torchs_labels_still():
+    labels = {"FSDP::all_gather", "FSDP::pre_forward", "FSDP::post_forward", "FSDP::post_backward_reduce"}
+    assert labels <= run_ranks(labels_in_a_profile, 2)[0]
 
 
 def edited_shards_are_gathered():

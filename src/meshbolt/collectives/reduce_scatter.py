@@ -51,7 +51,10 @@ class _Transfer:
     def finish(self) -> None:
         """Wait for the transfer and sum what arrived into the output."""
         self.work.wait()
-        torch.sum(self.received.view(-1, self.output.numel()), dim=0, out=self.output)
+        first, second, *others = self.received.view(-1, self.output.numel())
+        torch.add(first, second, out=self.output)
+        for other in others:
+            self.output.add_(other)
         if self.scale is not None:
             self.output.mul_(self.scale)
 
@@ -148,4 +151,4 @@ class _AllToAllReduceScatter(ReduceScatter):
         work = dist.all_to_all_single(received, input_tensor, group=group, async_op=True)
         scale = 1.0 / group.size() if op == dist.ReduceOp.AVG else None
         transfer = _Transfer(work, received, input_tensor, output_tensor, scale)
-        self._reductions.launch(transfer, defer=compat.gradients_land_in_place(self._unit))
+        self._reductions.launch(transfer, defer=compat.gradients_land_in_place(self._unit, output_tensor.dtype))

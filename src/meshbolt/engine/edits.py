@@ -11,6 +11,7 @@ rank takes its own part, and nothing is communicated: like any code that changes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -31,12 +32,14 @@ class Edits:
         Args:
             module: sharded, with nothing gathered.
         """
-        self._places: dict[nn.Parameter, tuple[nn.Module, str]] = {
-            parameter: (child, key)
+        self._places: dict[nn.Parameter, tuple[dict[str, nn.Parameter | None], str]] = {
+            parameter: (child._parameters, key)
             for child in module.modules()
             for key, parameter in child._parameters.items()
             if parameter is not None
         }
+        # This rank's part of each whole copy, and the copy: torch empties and fills the same tensor, so a view of it stays good.
+        self._parts: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
         self._trained = {parameter: parameter.requires_grad for parameter in self._places}
 
     @torch.no_grad()
@@ -62,23 +65,40 @@ class Edits:
         for unit in units:
             for shard in compat.managed_parameters(unit):
                 whole = self._whole(shard)
-                if whole.requires_grad != shard.requires_grad:
+                if whole is not shard and whole.requires_grad != shard.requires_grad:
                     wanted = not self._trained[shard]
                     shard.requires_grad_(wanted)
                     whole.requires_grad_(wanted)
                 self._trained[shard] = shard.requires_grad
 
+    def shards_of(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Return the shards of parameters, whose gradients are the ones that count.
+
+        Args:
+            parameters: each a shard, or what stands in the module while it is gathered.
+        """
+        standing = {id(self._whole(shard)): shard for shard in self._places}
+        return [standing.get(id(parameter), parameter) for parameter in parameters]
+
     def _whole(self, shard: nn.Parameter) -> nn.Parameter:
         """Return what stands in the module now: the whole copy, or the shard where it is not gathered."""
-        child, key = self._places[shard]
-        whole = child._parameters[key]
+        standing, key = self._places[shard]
+        whole = standing[key]
         return shard if whole is None else whole
+
+    def _part(self, whole: torch.Tensor, shard: nn.Parameter) -> torch.Tensor:
+        """Return this rank's part of a whole copy."""
+        known, part = self._parts.get(shard, (None, None))
+        if part is None or known is not whole:
+            part = local_part(whole.detach(), like=cast("DTensor", shard))
+            self._parts[shard] = whole, part
+        return part
 
     def _keep(self, shard: nn.Parameter) -> None:
         whole = self._whole(shard)
         if whole is shard or whole.shape != shard.shape or not isinstance(shard, DTensor):
             return
-        mine, part = local_tensor(shard), local_part(whole.detach(), like=shard)
+        mine, part = local_tensor(shard), self._part(whole, shard)
         as_gathered = mine.to(part.dtype)
         # A CPU knows at once whether anything differs; a GPU is not waited for.
         if mine.device.type != "cpu" or not torch.equal(part, as_gathered):

@@ -19,13 +19,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from meshbolt import compat
-from meshbolt.collectives import DeferredReductions, Prefetch, usable_fast_path
 from meshbolt.config import Plan
 from meshbolt.engine import optimizer as optimizers
 from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
 from meshbolt.engine.compose import compose
 from meshbolt.engine.debug import BranchWatch
 from meshbolt.engine.edits import Edits
+from meshbolt.engine.fast_path import FastPath, wants_fast_path
 from meshbolt.engine.window import Window
 from meshbolt.errors import UnsupportedError
 from meshbolt.zero import ReplicatedParameters
@@ -51,6 +51,9 @@ class Engine:
             device: this rank's device.
         """
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
+        fast = wants_fast_path(plan)
+        if fast:
+            compat.lighten_hooks()
         composed = compose(module, plan=plan, mesh=mesh, device=device)
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
@@ -61,15 +64,15 @@ class Engine:
         self._edits = Edits(module)
         # Units that user code has seen gathered since edits were last looked for.
         self._exposed: list[FSDPModule] = []
-        self._reductions, self._prefetch = self._fast_path()
+        self._fast = FastPath(module, units=self._units, root=self._root, plan=plan) if fast else None
         self._window = Window(
             {**composed.units, "the root": composed.root},
             whole=composed.whole,
             keeps_parts=plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1,
         )
         self._is_last_batch = True
-        self._inside = self._reentered = self._forward_is_due = False
-        self._primed = False
+        self._settled = 0
+        self._covers_forward = self._inside = self._reentered = self._primed = False
 
     @property
     def inside(self) -> bool:
@@ -97,7 +100,8 @@ class Engine:
         self.sync_requires_grad()
         self._exposed = [self._root, *(unit for unit in self._units.values() if compat.is_gathered(unit))]
         self._inside, self._reentered = True, False
-        self._forward_is_due = training
+        if training and self._fast is not None:
+            self._fast.enter_forward(keeps_gradients=self._covers_forward and not self._is_last_batch)
         try:
             return self._root(functools.partial(self._run, function, *args, **kwargs))  # type: ignore[operator]
         except Exception as error:
@@ -113,14 +117,19 @@ class Engine:
                 self._free()
 
     @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Treat the batches inside as ones that the window goes on after: stage 0 and 1 do not communicate gradients."""
-        before, self._is_last_batch = self._is_last_batch, False
+    def accumulate(self, *, covers_forward: bool = False) -> Iterator[None]:
+        """Treat the batches inside as ones that the window goes on after: stage 0 and 1 do not communicate gradients.
+
+        Args:
+            covers_forward: each forward inside has its only backward inside as well, so that less has to be watched.
+        """
+        before = self._is_last_batch, self._covers_forward
+        self._is_last_batch, self._covers_forward = False, covers_forward
         self._apply_window()
         try:
             yield
         finally:
-            self._is_last_batch = before
+            self._is_last_batch, self._covers_forward = before
             self._apply_window()
 
     def before_backward(self, loss: torch.Tensor) -> torch.Tensor:
@@ -131,25 +140,24 @@ class Engine:
         """
         if self._watch is not None:
             self._watch.announce("backward")
-        # Backward frees what it has used. In manual optimisation user code has run with anything gathered.
-        self._edits.keep(self._all_units if self._inside else self._exposed)
+        if self._is_last_batch or self.plan.stage.reshards_after_forward:
+            # Backward frees what it has used. In manual optimisation user code has run with anything gathered.
+            self._edits.keep(self._all_units if self._inside else self._exposed)
         if self._inside:
             # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
             loss = self._root(lambda: loss)  # type: ignore[operator]
         self.sync_requires_grad()
-        if self._prefetch is not None:
-            self._prefetch.end_forward()
         if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
             self._gather_unused()
         self._window.before_backward()
-        if self._reductions is not None:
-            self._reductions.before_backward()
+        if self._fast is not None:
+            self._fast.before_backward()
         return loss
 
     def after_backward(self) -> None:
         """Finish a backward: afterwards the gradients of this window are where its policy says."""
-        if self._reductions is not None:
-            self._reductions.after_backward()
+        if self._fast is not None:
+            self._fast.after_backward()
         self._window.after_backward(last=self._is_last_batch)
         if self._is_last_batch:
             self._replicated.average_gradients()
@@ -180,9 +188,21 @@ class Engine:
         self._edits.keep(self._all_units)
         self._free()
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Hold parameters as shards for a while; inside a call, the root is gathered again after it for the code that goes on."""
+        self.settle()
+        self._settled += 1
+        try:
+            yield
+        finally:
+            self._settled -= 1
+        if not self._settled:
+            self._reenter()
+
     def _free(self) -> None:
-        if self._prefetch is not None:
-            self._prefetch.drop()
+        if self._fast is not None:
+            self._fast.drop()
         for unit in self._all_units:
             compat.drop_pending_gather(unit)
             compat.reshard(unit)
@@ -193,20 +213,15 @@ class Engine:
 
     def clip_norm(self, parameters: Iterable[nn.Parameter], max_norm: float, **options: Any) -> torch.Tensor:
         """Clip gradients by their norm over all ranks; see `clip_norm_`."""
-        chosen = list(parameters)
+        chosen = self._edits.shards_of(parameters)
         self._window.refuse_inside(chosen, what="clipped")
-        self.settle()
-        norm = clip_norm_(chosen, max_norm, **options)
-        self._reenter()
-        return norm
+        return clip_norm_(chosen, max_norm, **options)
 
     def clip_value(self, parameters: Iterable[nn.Parameter], value: float) -> None:
         """Clip every gradient to [-value, value]."""
-        chosen = list(parameters)
+        chosen = self._edits.shards_of(parameters)
         self._window.refuse_inside(chosen, what="clipped")
-        self.settle()
         clip_value_(chosen, value)
-        self._reenter()
 
     def grad_norm(self, parameters: Iterable[nn.Parameter] | None = None, *, norm_type: float = 2.0) -> torch.Tensor:
         """Return the norm of the gradients over all ranks.
@@ -215,12 +230,9 @@ class Engine:
             parameters: sharded parameters; None for all of the module.
             norm_type: p of the p-norm, or infinity.
         """
-        chosen = list(self.parameters_by_name.values() if parameters is None else parameters)
+        chosen = self._edits.shards_of(self.parameters_by_name.values() if parameters is None else parameters)
         self._window.refuse_inside(chosen, what="measured")
-        self.settle()
-        norm = global_norm(chosen, norm_type=norm_type)
-        self._reenter()
-        return norm
+        return global_norm(chosen, norm_type=norm_type)
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that cannot train this module; see `optimizers.check_optimizer`."""
@@ -235,29 +247,10 @@ class Engine:
         """
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         self._window.refuse_inside(parameters, what="used for a step")
-        self.settle()
-        result = optimizers.step(optimizer, **kwargs)
-        self._reenter()
-        return result
+        with self.settled():
+            return optimizers.step(optimizer, **kwargs)
 
     # Inside -----------------------------------------------------------------------------------------------------------
-
-    def _fast_path(self) -> tuple[DeferredReductions | None, Prefetch | None]:
-        plan = self.plan
-        backend = str(dist.get_backend())
-        proved = usable_fast_path(device_type=plan.device_type, backend=backend, shards=plan.mesh.dp_shard > 1)
-        if not (proved and plan.environment.fast_path):
-            return None, None
-        prefetch = Prefetch(self._units, keeps_gathered=not plan.stage.reshards_after_forward)
-        for child in _outside_of_units(self.module, frozenset(self._modules(self._units).values())):
-            child.register_forward_pre_hook(self._begin_forward, prepend=True)
-        return DeferredReductions(self._all_units), prefetch
-
-    def _begin_forward(self, *_: object) -> None:
-        """Gather ahead from the first layer that runs, not before: `training_step` may change parameters before that."""
-        if self._forward_is_due and self._prefetch is not None:
-            self._forward_is_due = False
-            self._prefetch.enter_step()
 
     def _apply_window(self) -> None:
         stage, last = self.plan.stage, self._is_last_batch
@@ -310,22 +303,14 @@ class Engine:
     def _recover(self) -> None:
         # What waits for ranks that are gone fails in turn; the error that is on its way says more.
         with suppress(RuntimeError):
-            if self._reductions is not None:
-                self._reductions.reset()
+            if self._fast is not None:
+                self._fast.reset()
             compat.reset_after_error(self._root)
             self._window.after_error()
 
     @staticmethod
     def _modules(units: Any) -> dict[str, nn.Module]:
         return dict(units)
-
-
-def _outside_of_units(module: nn.Module, units: frozenset[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the modules inside a module down to its units, and those, but nothing inside of them."""
-    for child in module.children():
-        yield child
-        if child not in units:
-            yield from _outside_of_units(child, units)
 
 
 def _world() -> dist.ProcessGroup:

@@ -94,7 +94,7 @@ def _on_local_shards(optimizer: Optimizer) -> Iterator[None]:
     for parameter, stand_in in pairs:
         if parameter in state:
             # Adagrad makes its state at construction, from the DTensors it is given.
-            state[stand_in] = {key: _local_value(value) for key, value in state.pop(parameter).items()}
+            state[stand_in] = _local_values(state.pop(parameter))
     for group, params in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [stand_ins[p] for p in params]
     try:
@@ -107,8 +107,10 @@ def _on_local_shards(optimizer: Optimizer) -> Iterator[None]:
                 state[parameter] = state.pop(stand_in)
 
 
-def _local_value(value: Any) -> Any:
-    return local_tensor(value) if isinstance(value, torch.Tensor) else value
+def _local_values(values: dict[str, Any]) -> dict[str, Any]:
+    if not any(isinstance(value, DTensor) for value in values.values()):
+        return values
+    return {key: local_tensor(value) if isinstance(value, DTensor) else value for key, value in values.items()}
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:

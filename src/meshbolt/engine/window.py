@@ -36,7 +36,9 @@ class Window:
         self._whole = list(whole)
         self._keeps_parts = keeps_parts
         self._watched: set[str] = set()
-        self._shown: dict[nn.Parameter, torch.Tensor] = {}
+        self._shown: dict[nn.Parameter, DTensor] = {}
+        # The last of each, which the next batch of a window shows again: torch adds to the same tensor.
+        self._faces: dict[nn.Parameter, DTensor] = {}
         # What stood in a shown one's place: gradients of an earlier window that nobody has used or dropped.
         self._summed: dict[nn.Parameter, torch.Tensor] = {}
         self._is_open = False
@@ -75,6 +77,7 @@ class Window:
             self._check_used()
         if last:
             self._used_first = None
+            self._faces.clear()
             return
         self._show_all()
 
@@ -112,16 +115,19 @@ class Window:
             )
 
     def _show(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
-        shard = cast("DTensor", parameter)
-        is_part = gradient.shape == local_tensor(shard).shape and self._keeps_parts
-        placements = [Partial("avg"), *shard.placements[1:]] if is_part else [Partial("avg")] * len(shard.placements)
         if parameter.grad is not None:
             self._summed[parameter] = parameter.grad
-        if gradient.dtype != shard.dtype:
-            parameter.grad_dtype = None  # 16-bit parameters, whose gradients are summed in 32
-        parameter.grad = self._shown[parameter] = DTensor.from_local(
-            gradient, shard.device_mesh, placements, run_check=False, shape=shard.shape, stride=shard.stride()
-        )
+        face = self._faces.get(parameter)
+        if face is None or local_tensor(face) is not gradient:
+            face = self._faces[parameter] = self._face(cast("DTensor", parameter), gradient)
+            if gradient.dtype != parameter.dtype:
+                parameter.grad_dtype = None  # 16-bit parameters, whose gradients are summed in 32
+        parameter.grad = self._shown[parameter] = face
+
+    def _face(self, shard: DTensor, gradient: torch.Tensor) -> DTensor:
+        is_part = gradient.shape == local_tensor(shard).shape and self._keeps_parts
+        placements = [Partial("avg"), *shard.placements[1:]] if is_part else [Partial("avg")] * len(shard.placements)
+        return compat.distributed_tensor(gradient, like=shard, placements=placements)
 
     def _check_used(self) -> None:
         if self._used_first is None:

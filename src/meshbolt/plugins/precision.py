@@ -69,13 +69,14 @@ class MeshPrecision(trainer_plugins.Precision):
     ) -> Any:
         """Run the closure (forward and backward), the hooks and clipping, then step on the shards."""
         result = closure()
-        self.engine.settle()
-        if result is None and model.automatic_optimization and self.loss_scaler is not None:
+        # Hooks see the shards, which have the gradients.
+        with self.engine.settled():
+            if result is None and model.automatic_optimization and self.loss_scaler is not None:
+                self._after_closure(model, optimizer)
+                return result  # training_step skipped this batch: there are no gradients to unscale
+            self.unscale(optimizer)
             self._after_closure(model, optimizer)
-            return result  # training_step skipped this batch: there are no gradients to unscale
-        self.unscale(optimizer)
-        self._after_closure(model, optimizer)
-        stepped = self.step(optimizer, self.engine, **kwargs)
+            stepped = self.step(optimizer, self.engine, **kwargs)
         return stepped if result is None else result
 
     def _after_closure(self, model: pl.LightningModule, optimizer: Any) -> None:
@@ -123,10 +124,10 @@ class MeshPrecision(trainer_plugins.Precision):
     skipped_last_step: bool = False
 
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clip by norm or by value, over all ranks and on unscaled gradients."""
-        self.engine.settle()
-        self.unscale(optimizer)
-        super().clip_gradients(optimizer, *args, **kwargs)
+        """Clip by norm or by value, over all ranks and on unscaled gradients; without gradients there is nothing to unscale."""
+        if any(parameter.grad is not None for parameter in _parameters(optimizer)):
+            self.unscale(optimizer)
+            super().clip_gradients(optimizer, *args, **kwargs)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         """Clip the gradients of an optimizer by their common norm, and report the norm."""

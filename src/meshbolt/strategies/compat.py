@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -36,6 +38,7 @@ __all__ = [
     "default_backend",
     "default_store",
     "is_compiled",
+    "note_termination_instead",
     "plain_optimizer",
     "ranks_are_connected",
     "reduce_over_ranks",
@@ -101,3 +104,21 @@ def time_between_validations(trainer: pl.Trainer) -> float | None:
 def asked_precision(trainer: pl.Trainer) -> str:
     """Return the Trainer's precision flag; "32-true" also where none was given."""
     return str(trainer._accelerator_connector._precision_flag)
+
+
+def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> None:
+    """Replace the part of Lightning's SIGTERM handler that broadcasts from within the handler.
+
+    Args:
+        trainer: whose handlers are registered already.
+        note: called instead, after the processes that this one has started were signalled.
+    """
+    connector = trainer._signal_connector
+
+    def noted(signum: int, _frame: Any) -> None:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signum)
+        note()
+
+    handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
+    handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]

@@ -314,6 +314,8 @@ class MeshCore:
     def module_to_device(self, *_: Any) -> None:
         """Do nothing: parameters reach their device when they are sharded."""
 
+    model_to_device = module_to_device  # the Trainer's name for it
+
     @contextmanager
     def gathered(
         self, module: nn.Module, *, optimizer: Optimizer | None = None

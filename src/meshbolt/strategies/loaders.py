@@ -14,6 +14,10 @@ from meshbolt.errors import TopologyError
 
 _BATCH, _END, _ERROR = 1, 0, -1
 
+# Gloo passes a number from rank to rank, some 30 microseconds each. With more ranks than this, loaders of known length are
+# left to themselves: a rank whose dataset fails ends its process, and the launcher the others.
+MOST_RANKS_WATCHED = 64
+
 
 def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
     """Check a loader before it is used, and watch it while it is.
@@ -34,12 +38,13 @@ def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
             f"The dataset has {samples} samples for {group.size()} data-parallel ranks, so some ranks would train on "
             f"copies. Use at least {group.size()} samples, or fewer ranks."
         )
-    if not same and all(isinstance(length, int) for length in lengths):
+    sized = all(isinstance(length, int) for length in lengths)
+    if sized and not same:
         raise TopologyError(
             f"Ranks have different numbers of batches: {lengths} by rank. Every rank must make as many steps as the "
             "others. Use a DistributedSampler (Lightning's default), drop the rest with drop_last=True, or pad."
         )
-    return AgreedLoader(loader, group=group)
+    return loader if sized and group.size() > MOST_RANKS_WATCHED else AgreedLoader(loader, group=group)
 
 
 class AgreedLoader:

@@ -37,7 +37,7 @@ from meshbolt.strategies.hooks import (
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.meta import meta_tensors
-from meshbolt.strategies.requeue import Requeue
+from meshbolt.strategies.signals import Signals
 
 _log = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     _asked_weights_only: bool | None = None
     _has_begun = _has_loaded = False
+    _fits = 0
 
     # Set-up, in the order of the calls --------------------------------------------------------------------------------
 
@@ -148,22 +149,19 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             self.engine.check_optimizer(optimizer)
             optimizer.register_step_pre_hook(lambda *_: self.engine.settle())
 
-    @override
-    def model_to_device(self) -> None:
-        """Do nothing: parameters reach their device when they are sharded."""
-
     # Steps ------------------------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self) -> None:
-        """Begin to train, and to watch for the signal of a cluster whose time for this job is up."""
+        """Begin to train, and to watch for signals that end the job."""
         self._has_begun = True
-        self._requeue = Requeue(self.cluster_environment, group=self._control_group)
+        self._fits += 1
+        self._signals = Signals(self._module().trainer, number=self._fits)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Give way to that signal, between two steps."""
-        self._requeue.before_window(self._module().trainer, batch_idx)
+        """Act on those signals, between two steps."""
+        self._signals.before_batch(batch_idx)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +191,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @contextmanager
     def block_backward_sync(self) -> Generator[None, None, None]:
         """Lightning's word that the batch is not the window's last."""
-        with self.engine.accumulate():
+        with self.engine.accumulate(covers_forward=self._module().automatic_optimization):
             yield
 
     @override

@@ -105,7 +105,7 @@ def test_the_average_is_that_of_torch_in_one_process(strategy: str, setting: tup
 
 def fit_and_save(folder: Path, strategy: str, epochs: int, resume: bool) -> dict[str, Any]:
     pl.seed_everything(0, verbose=False)
-    module, average = Regressor(), ExponentialMovingAverage(0.8, every_n_steps=3)
+    module, average = Regressor(), ExponentialMovingAverage(0.8, every_n_steps=5)
     owner = trainer(strategy, max_epochs=epochs, callbacks=[average])
     owner.fit(module, batches(), batches(), ckpt_path=folder / "run.ckpt" if resume else None)
     owner.save_checkpoint(folder / ("resumed.ckpt" if resume else "run.ckpt"))

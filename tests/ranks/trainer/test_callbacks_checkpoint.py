@@ -26,7 +26,7 @@ from torch import nn
 
 from meshbolt import CheckpointError, MeshStrategy, UnsupportedError, Zero
 from meshbolt.plugins import MixedPrecision
-from meshbolt.testing import run_ranks
+from meshbolt.testing import run_ranks, run_ranks_expecting
 
 pytestmark = ADVICE
 
@@ -306,3 +306,32 @@ def hparams_saved(folder: Path) -> Any:
 
 def test_hyperparameters_are_saved_and_handed_to_the_hook(tmp_path: Path) -> None:
     assert run_ranks(hparams_saved, 2, tmp_path) == [{"lr": 0.25, "dropout": 0.5}] * 2
+
+
+def linked(folder: Path) -> list[float]:
+    saving = ModelCheckpoint(folder, "{epoch}", monitor="val", save_top_k=-1, save_last="link")
+    module, owner = Regressor(), trainer("zero3", callbacks=[saving])
+    owner.fit(module, batches(), batches())
+    trained = weights(module)
+    owner.validate(module, batches(), ckpt_path=folder / "epoch=0.ckpt", verbose=False)
+    apart = difference(trained, weights(module))
+    owner.validate(module, batches(), ckpt_path="last", verbose=False)
+    return [apart, difference(trained, weights(module))]
+
+
+def test_a_last_checkpoint_that_is_a_link_is_followed(tmp_path: Path) -> None:
+    for apart, again in run_ranks(linked, 2, tmp_path):
+        assert apart > 1e-3
+        assert again == 0
+    assert (tmp_path / "last.ckpt").is_symlink()
+
+
+def save_with_options(folder: Path) -> None:
+    owner = trainer("zero2")
+    owner.validate(Regressor(), batches(), verbose=False)
+    owner.save_checkpoint(folder / "run.ckpt", storage_options={"key": "value"})
+
+
+def test_storage_options_are_refused(tmp_path: Path) -> None:
+    run_ranks_expecting(save_with_options, 2, tmp_path, error=UnsupportedError, match="Leave them out")
+    assert names_in(tmp_path) == []

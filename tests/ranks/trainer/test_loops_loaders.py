@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, TensorDataset
 
+from meshbolt.strategies import loaders
 from meshbolt.strategies.loaders import AgreedLoader, checked_loader
 from meshbolt.testing import run_ranks
 
@@ -19,6 +20,16 @@ def alone() -> bool:
 
 def test_one_rank_keeps_its_loader_as_it_is() -> None:
     assert run_ranks(alone, 1) == [True]
+
+
+def in_a_large_world() -> list[bool]:
+    loaders.MOST_RANKS_WATCHED = 1
+    sized, stream = DataLoader(TensorDataset(torch.arange(6))), iter([1, 2])
+    return [checked_loader(loader, group=dist.group.WORLD) is loader for loader in (sized, stream)]
+
+
+def test_in_a_large_world_only_loaders_without_a_length_are_watched() -> None:
+    assert run_ranks(in_a_large_world, 2) == [[True, False]] * 2
 
 
 def agreed() -> dict[str, Any]:

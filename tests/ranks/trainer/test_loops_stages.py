@@ -23,6 +23,7 @@ from tests.ranks.trainer.loops_support import (
     weights,
 )
 
+from meshbolt.callbacks import ExponentialMovingAverage
 from meshbolt.testing import run_ranks
 
 pytestmark = ADVICE
@@ -161,3 +162,28 @@ def test_overfit_batches_shows_each_rank_the_same_batch_again_and_again() -> Non
     assert first == [first[0]] * 3
     assert second == [second[0]] * 3
     assert not set(first[0]) & set(second[0])
+
+
+def two_modules() -> dict[str, Any]:
+    """Fit one module and then another with one Trainer, averaging each."""
+    average, found = ExponentialMovingAverage(0.5), []
+    owner = trainer("zero3", max_epochs=1, callbacks=[average])
+    for seed in (1, 2):
+        pl.seed_everything(seed, verbose=False)
+        owner.fit_loop.max_epochs = owner.current_epoch + 1
+        module = Regressor()
+        owner.fit(module, in_order())
+        found.append(weights(module))
+        with average.averaged(owner):
+            found.append(weights(module))
+    pl.seed_everything(2, verbose=False)
+    fresh, other = Regressor(), trainer("zero3", max_epochs=1, callbacks=[again := ExponentialMovingAverage(0.5)])
+    other.fit(fresh, in_order())
+    found.append(weights(fresh))
+    with again.averaged(other):
+        found.append(weights(fresh))
+    return {"second": difference(found[2], found[4]), "average": difference(found[3], found[5])}
+
+
+def test_a_second_module_in_the_same_trainer_is_fitted_and_averaged_as_in_a_new_one() -> None:
+    assert run_ranks(two_modules, 2) == [{"second": 0, "average": 0}] * 2

@@ -102,3 +102,47 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all(kind: type[Scaled]) -> No
 def test_an_overflow_in_one_copy_of_the_shards_skips_the_step_in_both() -> None:
     by_rank = run_ranks(one_rank_overflows, 4, Scaled, hsdp(1), 2, timeout=60)
     assert all(sums == by_rank[0] for sums in by_rank)
+
+
+class Continues(ScaledByHand):
+    """Goes on after its step, skipped or not, in the same training_step: with a forward that needs the root."""
+
+    def training_step(self, batch: Batch, index: int) -> None:
+        super().training_step(batch, index)
+        self.seen.append(float(self.loss((batch[0].float(), batch[1].float())).detach()))
+
+
+def goes_on() -> None:
+    for stage in ("zero1", "zero3"):
+        torch.manual_seed(7)
+        module = Continues()
+        fitted(module, stage, count=4, max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", init_scale=256.0)])
+        assert len(module.seen) == 4
+
+
+def test_a_step_that_was_skipped_by_hand_leaves_the_module_usable() -> None:
+    run_ranks(goes_on, 2, timeout=60)
+
+
+class SkipsBatches(Net):
+    """Returns nothing for one batch, which Lightning allows on one rank."""
+
+    def training_step(self, batch: Batch, index: int) -> Tensor | None:
+        return None if index == 1 else self.loss((batch[0].float(), batch[1].float()))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, index: int) -> None:
+        self.seen.append(float(self.trainer.callback_metrics["grad_norm"]))
+
+
+def skip_a_batch() -> None:
+    norms = []
+    for plugins in ([MixedPrecision("16-mixed", "cpu", init_scale=256.0)], []):
+        torch.manual_seed(7)
+        module = SkipsBatches()
+        fitted(module, "zero2", count=3, max_epochs=1, plugins=plugins, gradient_clip_val=0.1)
+        norms.append(torch.tensor(module.seen))
+    torch.testing.assert_close(norms[0], norms[1], rtol=0.05, atol=0)
+
+
+def test_gradients_after_a_batch_without_loss_are_unscaled_as_ever() -> None:
+    run_ranks(skip_a_batch, 1)

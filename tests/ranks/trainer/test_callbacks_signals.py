@@ -1,4 +1,4 @@
-"""A SLURM job whose time is up: saved between two steps, at the same one on all ranks, and resumed from there."""
+"""A job whose time is up: saved between two steps, at the same one on all ranks, and resumed from there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
 from torch import Tensor
 
@@ -47,7 +50,6 @@ class Notified(Regressor):
         return super().training_step(batch, index)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # After the third batch of two windows: before the fifth begins.
         checkpoint["batches"] = len(self.steps_seen)
         self.saved = weights(self)
 
@@ -57,7 +59,7 @@ class Notified(Regressor):
 
 def run_out_of_time(folder: Path) -> dict[str, Any]:
     torch.manual_seed(dist.get_rank())
-    module, owner = Notified(at=3), in_a_job(folder)
+    module, owner = Notified(at=1), in_a_job(folder)
     before = signal.getsignal(signal.SIGUSR2)
     owner.fit(module, batches())
     assert signal.getsignal(signal.SIGUSR2) == before
@@ -84,6 +86,58 @@ def test_a_requeued_job_goes_on_where_the_signal_let_it_save(tmp_path: Path) -> 
 
     for out_of_time, resumed in zip(first, second, strict=True):
         assert out_of_time["steps"] == resumed["steps"] == 4
-        assert resumed["batches"] == 4
-        assert int(resumed["begun"].pop("step")) == 2
+        # Notified in the first window, rank 1 tells in the second; rank 0 finds it there or in the next.
+        assert resumed["batches"] == 2 * int(resumed["begun"]["step"])
+        assert int(resumed["begun"].pop("step")) in (2, 3)
         assert difference(resumed["begun"], out_of_time["saved"]) == 0
+
+
+class Terminated(Regressor):
+    """Gets SIGTERM at step 5: in the forward on rank 0, after the step on rank 1."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ranks = set(ranks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.terminate(0)
+        return super().forward(x)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.terminate(1)
+
+    def terminate(self, rank: int) -> None:
+        if self.training and self.global_step == 5 and self.global_rank == rank and rank in self.ranks:
+            self.ranks.remove(rank)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminated(folder: Path, ranks: tuple[int, ...]) -> tuple[int, list[str]]:
+    owner = trainer("zero3", max_epochs=3, callbacks=[OnExceptionCheckpoint(folder)])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException):
+        owner.fit(Terminated(ranks), batches())
+    assert signal.getsignal(signal.SIGTERM) == before
+    return owner.global_step, [place.name for place in folder.iterdir()]
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)], ids=str)
+def test_a_terminated_job_ends_at_the_same_step_on_all_ranks_and_can_be_saved(
+    tmp_path: Path, ranks: tuple[int, ...]
+) -> None:
+    first, second = run_ranks(terminated, 2, tmp_path, ranks)
+
+    assert first == second
+    assert 6 <= first[0] <= 8
+    assert first[1] == ["on_exception.ckpt"]
+
+
+def terminated_alone() -> int:
+    owner = trainer("zero3", max_epochs=3)
+    with pytest.raises(SIGTERMException):
+        owner.fit(Terminated((0,)), batches())
+    return owner.global_step
+
+
+def test_a_single_rank_ends_before_its_next_step() -> None:
+    assert run_ranks(terminated_alone, 1) == [6]
