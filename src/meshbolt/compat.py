@@ -6,8 +6,9 @@ The tests of this file run on every supported version of torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -20,10 +21,13 @@ from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group,
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "AllGather",
     "ReduceScatter",
+    "TorchDispatchMode",
     "casts",
     "distributed_tensor",
     "drop_kept_gradients",
@@ -38,12 +42,17 @@ __all__ = [
     "make_hooks_skippable",
     "managed_parameters",
     "on_gradient",
+    "plain_calls",
     "queue_after_backward",
     "replicate",
     "reset_after_error",
     "reshard",
     "set_async_gather",
+    "set_group_timeout",
+    "tree_leaves",
+    "tree_map",
     "was_gathered",
+    "written_arguments",
 ]
 
 
@@ -297,3 +306,36 @@ def reshard(unit: FSDPModule) -> None:
     """Free the unit's gathered parameters whatever state torch thinks the unit is in (its own `reshard` may decline)."""
     for group in _groups(unit):
         group._to_sharded()
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Set how long a collective of a group waits for its peers.
+
+    Args:
+        group: one that this rank belongs to.
+        timeout: from the next collective on.
+    """
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def plain_calls() -> AbstractContextManager[Any]:
+    """Call torch's functions without asking modes and subclasses that watch them."""
+    return cast("AbstractContextManager[Any]", torch._C.DisableTorchFunction())
+
+
+def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an operation writes to.
+
+    Args:
+        operation: as a dispatch mode gets it.
+        args: its positional arguments.
+        kwargs: its other arguments.
+    """
+    declared = operation._schema.arguments
+    given = [
+        *zip(declared, args, strict=False),
+        *((each, kwargs[each.name]) for each in declared if each.name in kwargs),
+    ]
+    for argument, value in given:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

@@ -139,6 +139,30 @@ def test_two_modules_with_two_optimizers_train_in_fabric_as_in_one_process() -> 
     run_ranks(two_modules, 2, timeout=60)
 
 
+def norms_of_two_modules() -> None:
+    for stage in STAGES:
+        torch.manual_seed(3)
+        modules = (Generator().double(), Net().double())
+        fabric = fabric_of(stage)
+        expected = []
+        for module, width in zip(modules, (10, 6), strict=True):
+            reference = copy.deepcopy(module)
+            model, _ = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+            together = torch.cat([batch(0, rank)[0].repeat(1, 2)[:, :width] for rank in range(fabric.world_size)])
+            reference(together).square().mean().backward()
+            mine = together.chunk(fabric.world_size)[fabric.global_rank]
+            fabric.backward(model(mine).square().mean())
+            expected.append(nn.utils.clip_grad_norm_(reference.parameters(), 1e9))
+        for module, norm in zip(modules, expected, strict=True):
+            assert abs(float(fabric.strategy.grad_norm(module) - norm)) < 1e-12, stage
+        both = torch.linalg.vector_norm(torch.stack(expected))
+        assert abs(float(fabric.strategy.grad_norm() - both)) < 1e-12, stage
+
+
+def test_the_norm_of_gradients_is_of_the_module_asked_for_or_of_all() -> None:
+    run_ranks(norms_of_two_modules, 2, timeout=60)
+
+
 def changed_and_dropped() -> None:
     for stage in STAGES:
         module, reference = pair()

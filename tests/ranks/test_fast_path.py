@@ -110,6 +110,8 @@ def trained_in_windows(stage, *, fast):
         last = index % 3 == 2
         with nullcontext() if last else engine.accumulate(covers_forward=True):
             loss = engine.call(loss_of, module, batch(index, dist.get_rank(), torch.float32))
+            if index % 2:
+                engine.settle()  # as a hook that saves or reads whole parameters does
             with engine.backward(loss) as prepared:
                 prepared.backward()
         if last:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from meshbolt.callbacks.progress import LogProgress
-from meshbolt.cli.building import typed_errors
+from meshbolt.cli.building import Around, ModelMaker, plainly, typed_errors
+from meshbolt.cli.deferral import HELP, Building, CannotDeferError, check_strategy, insist
 from meshbolt.cli.strategy import check_strategy_name
+from meshbolt.engine.random_state import collect_random_state, restore_random_state
 
 EXAMPLE = "example: meshbolt {0} --config configs/gpt_zero2.yaml --trainer.devices 2"
 
 
 class MeshCLI(LightningCLI):
-    """Lightning's command line: model and data by class path, log-safe progress, and a check of the strategy's name."""
+    """Lightning's command line: models built without their values, log-safe progress, and a check of the strategy's name."""
+
+    _building: Building | None = None
 
     @override
     def before_instantiate_classes(self) -> None:
@@ -28,14 +34,51 @@ class MeshCLI(LightningCLI):
         check_strategy_name(self._options(self.config)["trainer"]["strategy"])
 
     @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what Lightning's command line does not have."""
+        parser.add_argument("--meta", type=bool | Literal["auto"], default="auto", help=HELP)
+
+    @override
     def instantiate_classes(self) -> None:
-        """Build what the configuration names."""
-        with typed_errors(self.parser):
+        """Build what the configuration names, the model without its values where that can be."""
+        asked = self._options(self.config)["meta"]
+        before = collect_random_state(torch.device("cpu"))
+        try:
+            self._build_later(asked)
+        except CannotDeferError as error:
+            if asked is True:
+                raise insist(error) from error
+            restore_random_state(before, torch.device("cpu"))
+            self._build()
+            rank_zero_info(f"model: {type(self.model).__name__}, built on the CPU, whole on every rank: {error}.")
+
+    def _build_later(self, asked: Any) -> None:
+        if asked is False:
+            raise CannotDeferError("meta is false")
+        check_strategy(self._options(self.config)["trainer"]["strategy"])
+        self._building = building = Building()
+        try:
+            self._build(around=building.around)
+        except (TypeError, ValueError):
+            if building.refusal is not None:
+                raise building.refusal from None
+            raise
+        finally:
+            self._building = None
+
+    def _build(self, *, around: Around = plainly) -> None:
+        with typed_errors(self.parser, around=around):
+            # In the place of Lightning's own, which would leave nobody between it and the class.
+            self.parser.add_instantiator(ModelMaker(self, around=around), pl.LightningModule)
             super().instantiate_classes()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer; its progress is readable in a log file too, unless another bar was chosen."""
+        if self._building is not None:
+            how_much = self._building.finish(self.model)
+            name = type(self.model).__name__
+            rank_zero_info(f"model: {name}, built on the meta device: {how_much} get values when they are sharded.")
         trainer = self._options(self.config_init)["trainer"]
         callbacks = as_list(trainer["callbacks"])
         if trainer["enable_progress_bar"] is not False and not any(isinstance(each, ProgressBar) for each in callbacks):

@@ -227,10 +227,11 @@ class Engine:
         """Return the norm of the gradients over all ranks.
 
         Args:
-            parameters: sharded parameters; None for all of the module.
+            parameters: parameters, of which those of this module count; None for all of the module.
             norm_type: p of the p-norm, or infinity.
         """
-        chosen = self._edits.shards_of(self.parameters_by_name.values() if parameters is None else parameters)
+        own = dict.fromkeys(self.parameters_by_name.values())
+        chosen = [p for p in self._edits.shards_of(own if parameters is None else parameters) if p in own]
         self._window.refuse_inside(chosen, what="measured")
         return global_norm(chosen, norm_type=norm_type)
 

@@ -36,7 +36,7 @@ class FastPath:
             root: the unit that owns the rest.
             plan: what the engine runs.
         """
-        everything = [*units.values(), root]
+        self._everything = everything = [*units.values(), root]
         self._reductions = DeferredReductions(everything)
         self._prefetch = Prefetch(units, keeps_gathered=not plan.stage.reshards_after_forward)
         self._forward_is_due = self._has_run = self._quiet = False
@@ -59,6 +59,9 @@ class FastPath:
 
     def before_backward(self) -> None:
         """Prepare a backward."""
+        for unit in self._everything if self._quiet else ():
+            # Hooks that rest do not gather again what somebody has freed after the forward.
+            unit.unshard()
         self._prefetch.end_forward()
         self._reductions.before_backward()
 

@@ -2,13 +2,14 @@
 
 A module that was built with real weights is broadcast from rank 0. A module built on the meta device is filled module by
 module in the order of registration, from rank 0's random state, and each unit is sharded as soon as it is full: weights do not
-depend on the number of ranks, and for modules that draw in their layers' constructors they are those of a plain build.
+depend on the number of ranks, and for modules that draw in their layers' constructors they are those of a plain build. Where
+what the constructors do was noted (`deferred.py`), rank 0 does it, and weights are always those of a plain build.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
@@ -16,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from meshbolt.engine.deferred import REMEDY, Deferred, attached, detach
 from meshbolt.engine.pretrained import PretrainedWeights, pretrained_weights
-from meshbolt.errors import ConfigError
+from meshbolt.errors import ConfigError, UnsupportedError
 
 Shard = Callable[[nn.Module], None]
 
@@ -33,8 +35,9 @@ def fill_and_shard(module: nn.Module, units: Mapping[str, nn.Module], shard: Sha
 
     Raises:
         ConfigError: a module on the meta device cannot fill its own tensors.
+        UnsupportedError: a module that was built without its values has changed since in a way that loses some.
     """
-    filler = _Filler(module, device)
+    filler = _Filler(module, device, _noted(module))
     unfinished: list[tuple[str, nn.Module]] = []
     with _random_state_of_rank_zero(device):
         for name, child in module.named_modules():
@@ -47,12 +50,20 @@ def fill_and_shard(module: nn.Module, units: Mapping[str, nn.Module], shard: Sha
             shard(unfinished.pop()[1])
 
 
+def _noted(module: nn.Module) -> Deferred | None:
+    deferred = attached(module)
+    if deferred is not None and (gap := deferred.gap(module)) is not None:
+        raise UnsupportedError(f"{type(module).__name__} was built without its values, and {gap}." + REMEDY)
+    return detach(module)
+
+
 class _Filler:
     """Fills one module's own tensors at a time, keeping tied parameters tied."""
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, deferred: Deferred | None) -> None:
         self._root = module
         self._device = device
+        self._deferred = deferred
         names = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
         # Only tied parameters are remembered: to hold on to all would keep the whole model in memory.
         self._tied = {parameter for parameter, count in names.items() if count > 1}
@@ -63,12 +74,46 @@ class _Filler:
         """Give the module's own tensors, not those of its children, their values."""
         if (weights := pretrained_weights(child)) is not None:
             self._pretrained[name] = weights
+        computed = self._compute(child)
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         if any(tensor.is_meta for _, tensor in own):
-            self._initialise(name, child)
+            self._initialise(name, child, computed)
             return
+        self._read_pretrained(name, child)
         for _, tensor in own:
-            self._broadcast(tensor)
+            if tensor not in computed:
+                self._broadcast(tensor)
+
+    def _compute(self, child: nn.Module) -> set[torch.Tensor]:
+        """Give values to tensors whose making was noted, and return them."""
+        computed: set[torch.Tensor] = set()
+        for key, parameter in list(child.named_parameters(recurse=False)):
+            if not self._is_noted(parameter):
+                continue
+            if parameter not in self._real:
+                real = nn.Parameter(self._value(parameter), requires_grad=parameter.requires_grad)
+                real.__dict__.update(parameter.__dict__)
+                if parameter in self._tied:
+                    self._real[parameter] = real
+            else:
+                real = self._real[parameter]
+            setattr(child, key, real)
+            computed.add(real)
+        for key, buffer in list(child.named_buffers(recurse=False)):
+            if self._is_noted(buffer):
+                child._buffers[key] = value = self._value(buffer)
+                computed.add(value)
+        return computed
+
+    def _is_noted(self, tensor: torch.Tensor) -> bool:
+        return self._deferred is not None and self._deferred.knows(tensor)
+
+    def _value(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._deferred is None:
+            raise AssertionError("Nothing was noted.")
+        value = self._deferred.value(tensor) if dist.get_rank() == 0 else torch.empty_like(tensor, device="cpu")
+        self._broadcast(value)
+        return value
 
     def _broadcast(self, tensor: torch.Tensor) -> None:
         if tensor in self._real:
@@ -81,15 +126,14 @@ class _Filler:
             dist.broadcast(whole, src=0)
             tensor.data.copy_(whole)
 
-    def _initialise(self, name: str, child: nn.Module) -> None:
+    def _initialise(self, name: str, child: nn.Module, computed: set[torch.Tensor]) -> None:
         tied = self._make_real(child)
-        before = {parameter: parameter.detach().clone() for parameter in tied}
+        before: dict[torch.Tensor, torch.Tensor] = {parameter: parameter.detach().clone() for parameter in tied}
         if not self._read_pretrained(name, child):
-            self._call_initialiser(name, child)
+            with _kept(computed):
+                self._call_initialiser(name, child)
             self._read_pretrained(name, child)  # some of its tensors may have weights
-        with torch.no_grad():
-            for parameter, value in before.items():
-                parameter.copy_(value)
+        _put_back(before)
         _check_filled(name, child)
 
     def _make_real(self, child: nn.Module) -> list[nn.Parameter]:
@@ -144,6 +188,19 @@ class _Filler:
             if callable(initialise := getattr(ancestor, "_init_weights", None)):
                 return cast("Callable[[nn.Module], None]", initialise)
         return None
+
+
+@contextmanager
+def _kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    before = {tensor: tensor.detach().clone() for tensor in tensors}
+    yield
+    _put_back(before)
+
+
+@torch.no_grad()
+def _put_back(values: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    for tensor, value in values.items():
+        tensor.copy_(value)
 
 
 def _unfilled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ with real tensors is filled at once, so that the same code serves one process wi
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from meshbolt.engine.deferred import read_into
 from meshbolt.errors import CheckpointError
 
 _ATTRIBUTE = "_meshbolt_pretrained"
@@ -69,9 +71,8 @@ def load_pretrained(module: nn.Module, path: str | os.PathLike[str], *, prefix: 
     if any(own[name].is_meta for name in here):
         setattr(module, _ATTRIBUTE, weights)
         return
-    with torch.no_grad():
-        for name in here:
-            own[name].copy_(weights.read(name))
+    for name in here:
+        read_into(own[name], functools.partial(weights.read, name))
 
 
 def pretrained_weights(module: nn.Module) -> PretrainedWeights | None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from meshbolt.compat import set_group_timeout
 from meshbolt.errors import TopologyError
 from meshbolt.mesh.axes import MeshAxis, MeshShape
 
 
-def build_mesh(shape: MeshShape, *, device_type: str) -> DeviceMesh:
+def build_mesh(shape: MeshShape, *, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
     """Build the mesh with all its axes; to be called once per run, since every call makes new process groups.
 
     Args:
         shape: sizes of the axes.
         device_type: "cpu" or "cuda".
+        timeout: how long a collective along an axis waits for its peers; None for torch's default.
 
     Raises:
         TopologyError: the process group has another number of ranks than the shape.
@@ -25,4 +29,10 @@ def build_mesh(shape: MeshShape, *, device_type: str) -> DeviceMesh:
             "Start as many ranks as the axes multiply to."
         )
     names = tuple(axis.value for axis in MeshAxis)
-    return init_device_mesh(device_type, shape.sizes(), mesh_dim_names=names)
+    mesh = init_device_mesh(device_type, shape.sizes(), mesh_dim_names=names)
+    if timeout is not None:
+        # torch takes it only together with options of one backend. An axis may be the default group, whose timeout was
+        # set by whoever made it.
+        for group in {mesh.get_group(name) for name in names} - {dist.group.WORLD}:
+            set_group_timeout(group, timeout)
+    return mesh

@@ -71,6 +71,25 @@ def refuse_compiled(module: pl.LightningModule | None) -> None:
         )
 
 
+def refuse_skipped_batch(module: pl.LightningModule, output: Any) -> None:
+    """Refuse a training_step without a loss where other ranks may have one, and would wait for this rank in backward.
+
+    Args:
+        module: whose training_step it was.
+        output: what it returned.
+
+    Raises:
+        UnsupportedError: in automatic optimisation on more than one rank, nothing was returned.
+    """
+    trainer = module.trainer
+    if output is None and module.automatic_optimization and trainer.world_size > 1:
+        raise UnsupportedError(
+            f"{type(module).__name__}.training_step returned None on rank {trainer.global_rank} of {trainer.world_size}. A rank "
+            "that skips a batch leaves the others waiting for its gradients. Return a loss without weight instead, such as "
+            "0.0 * loss, or leave such samples out of the dataset."
+        )
+
+
 def refuse_checkpoint_io(io: Any) -> None:
     """Refuse a CheckpointIO plugin.
 

@@ -253,7 +253,7 @@ class MeshCore:
         )
         self._backend = self._backend or default_backend(self.root_device)
         connect_ranks(self.cluster_environment, self._backend, timeout=self._timeout, device=self.root_device)
-        self._mesh = build_mesh(self._plan.mesh, device_type=self.root_device.type)
+        self._mesh = build_mesh(self._plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
         gloo = dist.get_backend() == "gloo"
         self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
 
@@ -305,11 +305,13 @@ class MeshCore:
             self._engines[module] = Engine(module, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
         return self._engines[module]
 
-    def _settle(self) -> dict[nn.Parameter, str]:
-        """Leave nothing gathered, and return the names of all sharded parameters."""
-        for engine in self._engines.values():
-            engine.settle()
-        return {p: name for engine in self._engines.values() for name, p in engine.parameters_by_name.items()}
+    @contextmanager
+    def _settled(self) -> Iterator[dict[nn.Parameter, str]]:
+        """Leave nothing gathered for a while, and yield the names of all sharded parameters."""
+        with ExitStack() as stack:
+            for engine in self._engines.values():
+                stack.enter_context(engine.settled())
+            yield {p: name for engine in self._engines.values() for name, p in engine.parameters_by_name.items()}
 
     def module_to_device(self, *_: Any) -> None:
         """Do nothing: parameters reach their device when they are sharded."""
@@ -336,9 +338,10 @@ class MeshCore:
             ...     model.head.weight.norm()
         """
         optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
-        with gathered(module, names=self._settle(), optimizers=optimizers) as state:
-            yield state
-        take_from_rank_zero(whole_tensors(module, optimizers))
+        with self._settled() as names:
+            with gathered(module, names=names, optimizers=optimizers) as state:
+                yield state
+            take_from_rank_zero(whole_tensors(module, optimizers))
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -355,8 +358,10 @@ class MeshCore:
             module: whose parameters; None for all that are sharded.
             norm_type: p of the p-norm, or infinity.
         """
-        parameters = self._settle() if module is None else module.parameters()
-        return self.engine.grad_norm(list(parameters), norm_type=norm_type)
+        asked = None if module is None else list(module.parameters())
+        engines = self._engines.values() if self._engines else [self.engine]
+        norms = [engine.grad_norm(asked, norm_type=norm_type) for engine in engines]
+        return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), ord=norm_type)
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

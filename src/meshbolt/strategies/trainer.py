@@ -19,11 +19,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from meshbolt.checkpoint import remove_directory
+from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import load_model
 from meshbolt.engine.state import optimizer_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
-from meshbolt.strategies.checks import check_trainer, refuse_compiled
+from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
@@ -109,6 +110,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._has_begun = self._has_loaded = False
         check_trainer(self._module().trainer, world_size=self.world_size)
         self._connect()
+        if (deferred := attached(self._module())) is not None:
+            deferred.watch()  # the user's setup hooks may change the module before it is sharded
 
     @override
     @contextmanager
@@ -166,8 +169,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's training_step with the root's parameters gathered."""
+        module = self._module()
         with self.precision_plugin.train_step_context():
-            return self.engine.call(self._module().training_step, *args, **kwargs)
+            output = self.engine.call(module.training_step, *args, **kwargs)
+        refuse_skipped_batch(module, output)
+        return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -233,15 +239,16 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Return the module's state, sharded parameters as DTensors; nothing where it cannot be saved anyway."""
         if self._reachable() is None:
             return {}
-        self.engine.settle()
-        return self._module().state_dict()
+        with self.engine.settled():
+            return self._module().state_dict()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state by parameter name, sharded as the parameters are; nothing where it cannot be saved."""
         if self._reachable() is None:
             return {}
-        return optimizer_state(plain_optimizer(optimizer), self._settle())
+        with self._settled() as names:
+            return optimizer_state(plain_optimizer(optimizer), names)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
@@ -284,7 +291,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give every optimizer its state back."""
         let_finetuning_catch_up(self._module().trainer)
-        load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], self._settle())
+        with self._settled() as names:
+            load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], names)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
@@ -295,9 +303,12 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""
+        if self.lightning_module is not None and (deferred := attached(self.lightning_module)) is not None:
+            deferred.stop()  # it ended before the module was sharded
         # After an exception, what is gathered may never arrive: its peers are gone.
         with suppress(RuntimeError) if self._was_interrupted() else nullcontext():
-            self._settle()
+            for engine in self._engines.values():
+                engine.settle()
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()

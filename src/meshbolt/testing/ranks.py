@@ -54,7 +54,7 @@ _OUTPUT_TAIL_CHARACTERS = 4000
 
 
 def run_ranks(
-    fn: Callable[..., Result], n: int, *args: Any, timeout: float = 20, start: Start = "fork"
+    fn: Callable[..., Result], n: int, *args: Any, timeout: float = 60, start: Start = "fork"
 ) -> list[Result]:
     """Call `fn(*args)` on `n` ranks and return what each returned, by rank.
 
@@ -86,7 +86,7 @@ def run_ranks_expecting(
     *args: Any,
     error: type[BaseException],
     match: str = "",
-    timeout: float = 20,
+    timeout: float = 60,
     start: Start = "fork",
 ) -> list[str]:
     """Call `fn(*args)` on `n` ranks, check that *every* rank raises `error`, and return the messages, by rank.

@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from meshbolt import ConfigError
+from meshbolt.engine.deferred import Deferred, attach
 from meshbolt.testing import run_ranks, run_ranks_expecting
 
 pytestmark = ADVICE
@@ -70,14 +72,18 @@ class Large(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def growth(whole: bool) -> int:
+def growth(whole: bool, deferred: bool = False) -> int:
     # Large tensors straight from the system and back, so that what is measured is what is held, not a gap in the heap.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     warm = trainer("zero3", max_epochs=1)
     warm.fit(Regressor(), batches())
     watch, before_bytes = Watch(), anonymous_bytes()
     watch.start()
-    module = Large(whole=whole)
+    notes = Deferred()
+    with notes.building() if deferred else nullcontext():
+        module = Large(whole=whole)
+    if deferred:
+        attach(module, notes)
     module.__dict__.update(watch=watch, before_bytes=before_bytes)
     with pytest.raises(StopAsyncIteration):
         trainer("zero3").fit(module, DataLoader(TensorDataset(torch.zeros(8, 1))))

@@ -9,6 +9,7 @@ import torch
 from tests.ranks.trainer.optimisation_support import SHARDED, STAGES, Batch, Net, assert_fits_as_alone, hsdp
 from torch import Tensor
 
+import meshbolt
 from meshbolt.testing import run_ranks
 
 
@@ -168,3 +169,28 @@ def edits_itself() -> None:
 
 def test_weights_that_a_module_changes_by_hand_stay_changed() -> None:
     run_ranks(edits_itself, 2, timeout=60)
+
+
+class Looks(Net):
+    """Reads whole parameters and the norm of the gradients before its forward and after it."""
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, meshbolt.MeshStrategy):
+            return super().training_step(batch, index)
+        with strategy.gathered(self.into):
+            assert self.into.weight.shape == (10, 6)
+        if index % 2 == 0:
+            strategy.grad_norm()
+        loss = super().training_step(batch, index)
+        with strategy.gathered(self.blocks[1]):
+            assert self.blocks[1].up.weight.shape == (13, 10)
+        return loss + 0 * self.shift.sum()
+
+
+def looks() -> None:
+    assert_fits_as_alone(Looks, accumulate_grad_batches=2, count=6)
+
+
+def test_whole_parameters_and_norms_can_be_read_inside_of_a_step() -> None:
+    run_ranks(looks, 2, timeout=60)

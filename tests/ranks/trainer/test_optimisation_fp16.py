@@ -10,8 +10,9 @@ import torch.distributed as dist
 from tests.ranks.trainer.optimisation_support import Batch, Net, Strategy, fitted, hsdp, whole
 from torch import Tensor
 
+from meshbolt.errors import UnsupportedError
 from meshbolt.plugins import MixedPrecision
-from meshbolt.testing import run_ranks
+from meshbolt.testing import run_ranks, run_ranks_expecting
 
 BAD = 2  # the batch, or window, in which the gradients of one rank overflow
 
@@ -144,5 +145,17 @@ def skip_a_batch() -> None:
     torch.testing.assert_close(norms[0], norms[1], rtol=0.05, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.:UserWarning")
 def test_gradients_after_a_batch_without_loss_are_unscaled_as_ever() -> None:
     run_ranks(skip_a_batch, 1)
+
+
+def skip_a_batch_alone() -> None:
+    torch.manual_seed(7)
+    fitted(SkipsBatches(), "zero2", count=3, max_epochs=1, gradient_clip_val=0.1)
+
+
+def test_a_batch_without_loss_is_refused_where_other_ranks_would_wait() -> None:
+    run_ranks_expecting(
+        skip_a_batch_alone, 2, error=UnsupportedError, match=r"returned None on rank \d of 2.*0\.0 \* loss"
+    )
