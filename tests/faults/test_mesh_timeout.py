@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from datetime import timedelta
 from typing import Any
@@ -74,7 +75,8 @@ class Stuck(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train() -> None:
+def train(debug: bool) -> None:
+    os.environ["MESHBOLT_DEBUG"] = str(int(debug))
     strategy = MeshStrategy(zero=Zero(stage=2, replicate=2), timeout=timedelta(seconds=SECONDS))
     trainer = pl.Trainer(
         strategy=strategy,
@@ -90,9 +92,10 @@ def train() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_fit_in_which_a_rank_is_stuck_ends_after_the_timeout_of_the_strategy() -> None:
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_fit_in_which_a_rank_is_stuck_ends_after_the_timeout_of_the_strategy(debug: bool) -> None:
     began = time.monotonic()
-    ends = outcomes_of(train)
+    ends = outcomes_of(train, debug)
 
     assert any("Timed out waiting 1000ms" in end for end in ends)
     assert ends[3] == "stopped"

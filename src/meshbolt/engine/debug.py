@@ -8,6 +8,7 @@ own, which unit it is about to use, and all stop with one error where the announ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch import nn
@@ -19,14 +20,15 @@ from meshbolt.errors import TopologyError
 class BranchWatch:
     """Announces every event of a rank to all others and compares."""
 
-    def __init__(self, units: Mapping[str, nn.Module]) -> None:
+    def __init__(self, units: Mapping[str, nn.Module], *, timeout: timedelta | None) -> None:
         """Watch the forwards of the units.
 
         Args:
             units: by name; equal on every rank.
+            timeout: how long a rank waits for the others' announcements; None: torch's default.
         """
         # Its own group: ranks that have diverged wait in different collectives of the default one.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._count = 0
         for name, unit in units.items():
             unit.register_forward_pre_hook(self._announcer(f"the forward of {name!r}"), prepend=True)

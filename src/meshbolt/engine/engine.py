@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ class Engine:
         parameters_by_name: sharded parameters by their name in the user's module.
     """
 
-    def __init__(self, module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device, timeout: timedelta | None = None
+    ) -> None:
         """Shard the module in place; see `compose` for what can go wrong.
 
         Args:
@@ -49,6 +52,7 @@ class Engine:
             plan: what to do with it.
             mesh: built once for the run, of the plan's shape.
             device: this rank's device.
+            timeout: how long debug mode waits for the other ranks; None: torch's default.
         """
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
         fast = wants_fast_path(plan)
@@ -60,7 +64,8 @@ class Engine:
         self._replicated = ReplicatedParameters((p for p in module.parameters() if p in composed.whole), group=_world())
         self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
         self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
-        self._watch = BranchWatch(self._modules(composed.units)) if plan.environment.debug else None
+        is_watched = plan.environment.debug
+        self._watch = BranchWatch(self._modules(composed.units), timeout=timeout) if is_watched else None
         self._edits = Edits(module)
         # Units that user code has seen gathered since edits were last looked for.
         self._exposed: list[FSDPModule] = []

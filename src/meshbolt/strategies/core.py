@@ -302,7 +302,9 @@ class MeshCore:
     def _compose(self, module: nn.Module) -> Engine:
         """Shard a module, unless that was done already."""
         if module not in self._engines:
-            self._engines[module] = Engine(module, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
+            self._engines[module] = Engine(
+                module, plan=self.plan, mesh=self.device_mesh, device=self.root_device, timeout=self._timeout
+            )
         return self._engines[module]
 
     @contextmanager
