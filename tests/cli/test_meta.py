@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from tests.cli.support import CONFIGS, SMALL, meshbolt
 
 from meshbolt.cli.main import main
@@ -44,6 +45,12 @@ def test_a_model_built_without_values_gives_the_losses_of_a_plain_build_to_the_l
     assert said_whole.count("model: ByteGPT, built on the CPU, whole on every rank: meta is false.") == 1
     assert len(by_default) == 4
     assert by_default == again == whole
+    # Stock Lightning, which knows no such key, can read what was saved, unless somebody has asked for something.
+    asked = {
+        folder.name: yaml.safe_load(next(folder.glob("runs/*/*/config.yaml")).read_text()).get("meta")
+        for folder in tmp_path.iterdir()
+    }
+    assert asked == {"default": None, "again": True, "whole": False}
 
 
 def test_a_model_that_needs_values_is_built_with_them_and_the_reason_is_said(tmp_path: Path) -> None:

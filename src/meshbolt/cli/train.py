@@ -22,6 +22,8 @@ from meshbolt.engine.random_state import collect_random_state, restore_random_st
 
 EXAMPLE = "example: meshbolt {0} --config configs/gpt_zero2.yaml --trainer.devices 2"
 
+_AUTO = "auto"
+
 
 class MeshCLI(LightningCLI):
     """Lightning's command line: models built without their values, log-safe progress, and a check of the strategy's name."""
@@ -30,18 +32,21 @@ class MeshCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Refuse an unknown strategy before anything is built."""
-        check_strategy_name(self._options(self.config)["trainer"]["strategy"])
+        """Refuse an unknown strategy before anything is built; keep a default of ours out of the saved configuration."""
+        options = self._options(self.config)
+        check_strategy_name(options["trainer"]["strategy"])
+        if options["meta"] == _AUTO:
+            del options["meta"]  # Lightning's own command line, which may read the file, does not know it
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what Lightning's command line does not have."""
-        parser.add_argument("--meta", type=bool | Literal["auto"], default="auto", help=HELP)
+        parser.add_argument("--meta", type=bool | Literal["auto"], default=_AUTO, help=HELP)
 
     @override
     def instantiate_classes(self) -> None:
         """Build what the configuration names, the model without its values where that can be."""
-        asked = self._options(self.config)["meta"]
+        asked = self._options(self.config).get("meta", _AUTO)
         before = collect_random_state(torch.device("cpu"))
         try:
             self._build_later(asked)
