@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.cli.support import CONFIGS, SMALL, meshbolt
+from tests.cli.support import CONFIGS, SMALL, meshbolt, meshbolt_on_ranks
 
 from meshbolt.cli.main import main
 
@@ -38,7 +38,7 @@ class Run:
 
 def fit(folder: Path, *arguments: str, door: str) -> Run:
     result = meshbolt(
-        "fit", "--config", RECIPE, *SMALL, *SHORT, *MORE, *arguments, cwd=folder, door=door, warnings="error"
+        "fit", "--config", RECIPE, *SMALL, *SHORT, *MORE, *arguments, cwd=folder, door=door, on_warning="error"
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return Run(folder, result.stdout, result.stderr)
@@ -116,7 +116,7 @@ def test_a_run_that_was_interrupted_learns_what_one_without_a_break_learns(resum
 def test_the_other_commands_run_on_the_checkpoint(first: Run, command: str) -> None:
     limit = f"--trainer.limit_{'val' if command == 'validate' else command}_batches=2"
     arguments = ("--config", RECIPE, *SMALL, limit, f"--ckpt_path={CHECKPOINT}")
-    result = meshbolt(command, *arguments, cwd=first.folder)
+    result = meshbolt_on_ranks(command, *arguments, cwd=first.folder)
 
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -152,7 +152,7 @@ def test_bad_usage_is_exit_code_2_and_names_what_is_wrong_before_ranks_are_start
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return meshbolt("fit", "--config", RECIPE, *SMALL, *SHORT, *arguments, cwd=folder)
+    return meshbolt_on_ranks("fit", "--config", RECIPE, *SMALL, *SHORT, *arguments, cwd=folder)
 
 
 def test_ranks_that_do_not_fit_the_strategy_end_with_an_error_and_not_with_a_hang(tmp_path: Path) -> None:
@@ -170,9 +170,18 @@ def test_a_checkpoint_that_is_not_there_is_exit_code_1_and_named(tmp_path: Path)
     assert "absent.ckpt" in result.stderr
 
 
-def test_the_help_of_fit_begins_with_its_usage_and_ends_with_an_example(tmp_path: Path) -> None:
-    result = meshbolt("fit", "--help", cwd=tmp_path)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_help_of_fit_begins_with_its_usage_and_ends_with_an_example(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["meshbolt", "fit", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
 
-    assert result.returncode == 0
-    assert result.stdout.startswith("usage: meshbolt fit --config FILE")
-    assert result.stdout.rstrip().endswith("example: meshbolt fit --config configs/gpt_zero2.yaml --trainer.devices 2")
+    assert ended.value.code == 0
+    assert shown.startswith("usage: meshbolt fit --config FILE")
+    assert shown.rstrip().endswith("example: meshbolt fit --config configs/gpt_zero2.yaml --trainer.devices 2")
+    # What `--meta` does with each of its values.
+    assert "--meta" in shown
+    assert "is what it would be on the CPU" in " ".join(shown.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cli.support import CONFIGS, SMALL, meshbolt
+from tests.cli.support import CONFIGS, SMALL, meshbolt_on_ranks
 
 from meshbolt.cli.main import main
 
@@ -29,7 +29,7 @@ def losses(folder: Path, *arguments: str) -> tuple[list[str], str]:
     folder.mkdir()
     (folder / "models.py").write_text(MODELS)
     limits = ("--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1")
-    result = meshbolt("fit", "--config", RECIPE, *SMALL, *limits, *arguments, cwd=folder)
+    result = meshbolt_on_ranks("fit", "--config", RECIPE, *SMALL, *limits, *arguments, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr
     (metrics,) = folder.glob("runs/*/*/metrics.csv")
     with metrics.open() as lines:
@@ -91,10 +91,3 @@ def test_where_it_is_insisted_on_what_cannot_be_is_an_error_and_bad_usage(
     said = capsys.readouterr().err
     assert "ConfigError: --meta true asks for a model that is built without its values, but" in said
     assert why in said
-
-
-def test_the_help_says_what_each_value_of_the_option_does(tmp_path: Path) -> None:
-    shown = " ".join(meshbolt("fit", "--help", cwd=tmp_path).stdout.split())
-
-    assert "--meta" in shown
-    assert "is what it would be on the CPU" in shown
