@@ -122,7 +122,47 @@ def reset_after_error(root: FSDPModule) -> None:
         for group, part in zip(groups, parts, strict=True):
             group._partial_reduce_output = part
         return
-    root._get_fsdp_state()._state_ctx.iter_forward_root = None  # torch < 2.13
+    _reset_without_torch(root)
+
+
+def _reset_without_torch(root: FSDPModule) -> None:
+    """Do what `reset_iter_state` does, for torch < 2.13, which has no such method."""
+    state = root._get_fsdp_state()
+    context, communication = state._state_ctx, state._comm_ctx
+    stream = state._device_handle.current_stream()
+    for name in ("all_gather_state", "reduce_scatter_state"):
+        held = getattr(communication, name)
+        if held is not None and held.event is not None:
+            stream.wait_event(held.event)
+        setattr(communication, name, None)
+    communication.post_forward_order.clear()
+    for each in context.all_states:
+        each._modules_to_run_forward.clear()
+        each._training_state = _fsdp_common.TrainingState.IDLE
+        if (group := each._fsdp_param_group) is not None:
+            _reset_group(group, stream)
+    context.iter_forward_root = None
+    context.post_backward_final_callback_queued = False
+
+
+def _reset_group(group: Any, stream: Any) -> None:
+    if (gathering := group._all_gather_result) is not None and isinstance(gathering.all_gather_work, dist.Work):
+        gathering.all_gather_work.wait()
+    reducing = group._all_reduce_state
+    events = (
+        gathering and gathering.all_gather_event,
+        group._post_reduce_event,
+        reducing and reducing.event,
+        group._reshard_after_forward_event,
+    )
+    for event in events:
+        if event is not None:
+            stream.wait_event(event)
+    group._all_gather_result = group._post_reduce_event = None
+    group._all_reduce_state = group._reshard_after_forward_event = None
+    group._post_forward_indices.clear()
+    group._training_state = _fsdp_common.TrainingState.IDLE
+    group._to_sharded()
 
 
 def set_async_gather(unit: FSDPModule) -> None:
