@@ -33,7 +33,9 @@ __all__ = [
     "drop_kept_gradients",
     "drop_pending_gather",
     "gathered_bytes",
+    "given_other_data",
     "gradients_land_in_place",
+    "handle_sharded",
     "has_pending_gather",
     "is_gathered",
     "kept_gradients",
@@ -49,6 +51,7 @@ __all__ = [
     "reshard",
     "set_async_gather",
     "set_group_timeout",
+    "storage_identity",
     "tree_leaves",
     "tree_map",
     "was_gathered",
@@ -73,9 +76,37 @@ def distributed_tensor(local: torch.Tensor, *, like: DTensor, placements: Sequen
     return DTensor(local, DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
+def handle_sharded(operation: Any, handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """Let a function do what an operation is to do on DTensors, in this process from now on.
+
+    Args:
+        operation: an overload of one of torch's operations.
+        handler: takes the operation, its positional arguments, the first one a DTensor, and its other arguments.
+    """
+    dispatcher: Any = DTensor._op_dispatcher
+    dispatcher._custom_op_handlers[operation] = handler
+
+
 def managed_parameters(unit: FSDPModule) -> list[nn.Parameter]:
     """Return the sharded parameters that the unit gathers, whether they are gathered now or not."""
     return [fsdp_param.sharded_param for group in _groups(unit) for fsdp_param in group.fsdp_params]
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """Return what changes when a tensor is given other data by assignment (`tensor.data = ...`), sharded or not."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def given_other_data(unit: FSDPModule) -> list[nn.Parameter]:
+    """Return the sharded parameters whose whole copy was given other data by assignment since it was gathered."""
+    return [
+        fsdp_param.sharded_param
+        for group in _groups(unit)
+        if group.is_unsharded
+        for fsdp_param in group.fsdp_params
+        if fsdp_param.all_gather_outputs
+        and storage_identity(fsdp_param.unsharded_param) != storage_identity(fsdp_param.all_gather_outputs[0])
+    ]
 
 
 def gathered_bytes(unit: FSDPModule) -> int:

@@ -6,6 +6,9 @@ a word. So before copies are freed, this rank's part of each is compared with it
 rank takes its own part, and nothing is communicated: like any code that changes parameters, the edit has to be the same on all.
 
 `requires_grad` can be changed on either: on a copy by `module.requires_grad_`, on a shard by who holds the optimizer.
+
+Data that is given by assignment (`p.data = p.data * 0.5`) would reach neither the shard nor the buffer that the next gather
+fills. It is refused, wherever it is found.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from meshbolt import compat
 from meshbolt.compat import local_tensor
 from meshbolt.engine.gathered import local_part
+from meshbolt.errors import UnsupportedError
 
 
 class Edits:
@@ -41,6 +45,8 @@ class Edits:
         # This rank's part of each whole copy, and the copy: torch empties and fills the same tensor, so a view of it stays good.
         self._parts: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
         self._trained = {parameter: parameter.requires_grad for parameter in self._places}
+        self._names = {parameter: name for name, parameter in module.named_parameters()}
+        self._identities = {p: compat.storage_identity(p) for p in self._places if isinstance(p, DTensor)}
 
     @torch.no_grad()
     def keep(self, units: Iterable[FSDPModule]) -> None:
@@ -50,11 +56,31 @@ class Edits:
 
         Args:
             units: to look at.
+
+        Raises:
+            UnsupportedError: a copy was given other data by assignment.
         """
         for unit in units:
             if compat.is_gathered(unit):
+                self._refuse(compat.given_other_data(unit))
                 for shard in compat.managed_parameters(unit):
                     self._keep(shard)
+
+    def refuse_other_data(self) -> None:
+        """Refuse shards that were given other data by assignment.
+
+        Raises:
+            UnsupportedError: there is one.
+        """
+        self._refuse([p for p, identity in self._identities.items() if compat.storage_identity(p) != identity])
+
+    def _refuse(self, parameters: list[nn.Parameter]) -> None:
+        if parameters:
+            raise UnsupportedError(
+                f"Parameter {self._names[parameters[0]]!r} was given other data by assignment (p.data = ...), which a sharded "
+                "parameter does not take. Change it in place under torch.no_grad(): p.mul_(0.5), p.copy_(new); or hold whole "
+                "tensors with strategy.gathered(module) and change those in place."
+            )
 
     def follow_requires_grad(self, units: Iterable[FSDPModule]) -> None:
         """Make shards and copies agree on `requires_grad` again, after it was changed on either.

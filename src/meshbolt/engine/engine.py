@@ -25,6 +25,7 @@ from meshbolt.engine import optimizer as optimizers
 from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
 from meshbolt.engine.compose import compose
 from meshbolt.engine.debug import BranchWatch
+from meshbolt.engine.draws import draw_whole_tensors
 from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
 from meshbolt.engine.window import Window
@@ -55,6 +56,8 @@ class Engine:
             timeout: how long debug mode waits for the other ranks; None: torch's default.
         """
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
+        if device.type == "cpu":
+            draw_whole_tensors()
         fast = wants_fast_path(plan)
         if fast:
             compat.lighten_hooks()
@@ -67,8 +70,6 @@ class Engine:
         is_watched = plan.environment.debug
         self._watch = BranchWatch(self._modules(composed.units), timeout=timeout) if is_watched else None
         self._edits = Edits(module)
-        # Units that user code has seen gathered since edits were last looked for.
-        self._exposed: list[FSDPModule] = []
         self._fast = FastPath(module, units=self._units, root=self._root, plan=plan) if fast else None
         self._window = Window(
             {**composed.units, "the root": composed.root},
@@ -103,7 +104,7 @@ class Engine:
         training = torch.is_grad_enabled()
         self._prime()
         self.sync_requires_grad()
-        self._exposed = [self._root, *(unit for unit in self._units.values() if compat.is_gathered(unit))]
+        self._edits.refuse_other_data()
         self._inside, self._reentered = True, False
         if training and self._fast is not None:
             self._fast.enter_forward(keeps_gradients=self._covers_forward and not self._is_last_batch)
@@ -118,7 +119,7 @@ class Engine:
             self._inside = False
             if not training:
                 # What stays gathered after a forward that no backward follows would miss the next update.
-                self._edits.keep(self._exposed)
+                self._edits.keep(self._all_units)
                 self._free()
 
     @contextmanager
@@ -146,8 +147,8 @@ class Engine:
         if self._watch is not None:
             self._watch.announce("backward")
         if self._is_last_batch or self.plan.stage.reshards_after_forward:
-            # Backward frees what it has used. In manual optimisation user code has run with anything gathered.
-            self._edits.keep(self._all_units if self._inside else self._exposed)
+            # Backward frees what it has used, and user code has run with anything gathered since the forward.
+            self._edits.keep(self._all_units)
         if self._inside:
             # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
             loss = self._root(lambda: loss)  # type: ignore[operator]
@@ -253,6 +254,7 @@ class Engine:
         """
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         self._window.refuse_inside(parameters, what="used for a step")
+        self._edits.refuse_other_data()
         with self.settled():
             return optimizers.step(optimizer, **kwargs)
 
