@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from meshbolt.compat import local_tensor
 from meshbolt.errors import UnsupportedError
@@ -103,8 +104,10 @@ def _on_local_shards(optimizer: Optimizer) -> Iterator[None]:
         for group, params in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = params
         for parameter, stand_in in pairs:
-            if stand_in is not parameter and stand_in in state:
-                state[parameter] = state.pop(stand_in)
+            if stand_in is not parameter:
+                stand_in.grad = None  # the stand-in lives on, and the gradient is not to
+                if stand_in in state:
+                    state[parameter] = state.pop(stand_in)
 
 
 def _local_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -113,9 +116,20 @@ def _local_values(values: dict[str, Any]) -> dict[str, Any]:
     return {key: local_tensor(value) if isinstance(value, DTensor) else value for key, value in values.items()}
 
 
+# By shard: what was made for it in an earlier step, which takes longer than all the rest around a step.
+_STAND_INS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
     if not isinstance(parameter, DTensor):
         return parameter
-    stand_in = nn.Parameter(local_tensor(parameter), requires_grad=parameter.requires_grad)
-    stand_in.grad = None if parameter.grad is None else local_tensor(parameter.grad)
-    return stand_in
+    local = local_tensor(parameter)
+    known: nn.Parameter | None = _STAND_INS.get(parameter)
+    if known is None or not _is_over(local, known) or known.requires_grad != parameter.requires_grad:
+        known = _STAND_INS[parameter] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+    known.grad = None if parameter.grad is None else local_tensor(parameter.grad)
+    return known
+
+
+def _is_over(local: torch.Tensor, known: nn.Parameter) -> bool:
+    return known.data_ptr() == local.data_ptr() and known.shape == local.shape and known.dtype == local.dtype
