@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshbolt import compat
@@ -25,10 +26,11 @@ from meshbolt.engine import optimizer as optimizers
 from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
 from meshbolt.engine.compose import compose
 from meshbolt.engine.debug import BranchWatch
+from meshbolt.engine.derivatives import Derivatives
 from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
+from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.window import Window
-from meshbolt.errors import UnsupportedError
 from meshbolt.zero import ReplicatedParameters
 
 
@@ -75,6 +77,12 @@ class Engine:
             whole=composed.whole,
             keeps_parts=plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1,
         )
+        self._derivatives = Derivatives(
+            composed.units,
+            root=composed.root,
+            whole=composed.whole,
+            frees_after_forward=plan.stage.reshards_after_forward,
+        )
         self._is_last_batch = True
         self._settled = 0
         self._covers_forward = self._inside = self._reentered = self._primed = False
@@ -101,6 +109,7 @@ class Engine:
         if self._inside:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
+        self._derivatives.release()
         self._prime()
         self.sync_requires_grad()
         self._exposed = [self._root, *(unit for unit in self._units.values() if compat.is_gathered(unit))]
@@ -111,8 +120,7 @@ class Engine:
             return self._root(functools.partial(self._run, function, *args, **kwargs))  # type: ignore[operator]
         except Exception as error:
             self._recover()
-            if "got mixed torch.Tensor and DTensor" in str(error):
-                raise self._used_outside_of_its_unit() from error
+            self._explain(error)
             raise
         finally:
             self._inside = False
@@ -143,6 +151,8 @@ class Engine:
         Args:
             loss: scalar, with a graph through the module.
         """
+        if isinstance(loss, DTensor):
+            raise used_outside_of_its_unit()
         if self._watch is not None:
             self._watch.announce("backward")
         if self._is_last_batch or self.plan.stage.reshards_after_forward:
@@ -155,12 +165,14 @@ class Engine:
         if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
             self._gather_unused()
         self._window.before_backward()
+        self._derivatives.before_backward(reduces=self._is_last_batch or self.plan.stage.reduces_every_batch)
         if self._fast is not None:
             self._fast.before_backward()
         return loss
 
     def after_backward(self) -> None:
         """Finish a backward: afterwards the gradients of this window are where its policy says."""
+        self._derivatives.after_backward()
         if self._fast is not None:
             self._fast.after_backward()
         self._window.after_backward(last=self._is_last_batch)
@@ -181,8 +193,9 @@ class Engine:
         loss = self.before_backward(loss)
         try:
             yield loss
-        except Exception:
+        except Exception as error:
             self._recover()
+            self._explain(error)
             raise
         self.after_backward()
 
@@ -208,6 +221,7 @@ class Engine:
     def _free(self) -> None:
         if self._fast is not None:
             self._fast.drop()
+        self._derivatives.release()
         for unit in self._all_units:
             compat.drop_pending_gather(unit)
             compat.reshard(unit)
@@ -298,19 +312,17 @@ class Engine:
                 unit.unshard()
                 unit.reshard()
 
-    def _used_outside_of_its_unit(self) -> UnsupportedError:
-        some = ", ".join(repr(name) for name in list(self._units)[:3])
-        return UnsupportedError(
-            f"A parameter was used while it was sharded. What is inside a unit (here among others {some}) is gathered for that "
-            "unit's forward only, so call the unit itself, not a layer in it. If a layer has to be used from "
-            "elsewhere, name units that leave it out: zero=Zero(unit=[...]) with class names or module paths."
-        )
+    def _explain(self, error: Exception) -> None:
+        """Raise what an error means, where sharding is its cause."""
+        if (meant := explained(error, units=self._units)) is not None:
+            raise meant from error
 
     def _recover(self) -> None:
         # What waits for ranks that are gone fails in turn; the error that is on its way says more.
         with suppress(RuntimeError):
             if self._fast is not None:
                 self._fast.reset()
+            self._derivatives.reset()
             compat.reset_after_error(self._root)
             self._window.after_error()
 
