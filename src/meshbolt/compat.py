@@ -28,7 +28,6 @@ __all__ = [
     "AllGather",
     "ReduceScatter",
     "TorchDispatchMode",
-    "accumulator",
     "casts",
     "current_pass",
     "distributed_tensor",
@@ -45,8 +44,8 @@ __all__ = [
     "local_tensor",
     "make_hooks_skippable",
     "managed_parameters",
-    "on_autograd",
     "on_gradient",
+    "outdate",
     "plain_calls",
     "queue_after_backward",
     "replicate",
@@ -411,20 +410,11 @@ def current_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
-def accumulator(parameter: torch.Tensor) -> Any:
-    """Return the node of autograd that adds to the parameter's gradient.
-
-    Args:
-        parameter: a leaf that requires a gradient.
-    """
-    return torch.autograd.graph.get_gradient_edge(parameter).node
-
-
 def will_accumulate(node: Any) -> bool:
     """Return whether the pass that is running adds to the gradient of the node's parameter.
 
     Args:
-        node: from `accumulator`.
+        node: adds to the gradient of a leaf.
     """
     try:
         return torch._C._will_engine_execute_node(node)
@@ -432,17 +422,9 @@ def will_accumulate(node: Any) -> bool:
         return False  # torch.autograd.grad was asked for this gradient, and returns it
 
 
-def on_autograd(parameter: nn.Parameter, seen: Callable[[nn.Parameter], None]) -> None:
-    """Call a function whenever autograd itself makes a gradient of a parameter, before it is added.
-
-    Args:
-        parameter: a leaf, whether it is trained now or not.
-        seen: called with the parameter; may raise.
-    """
-    wanted = parameter.requires_grad
-    parameter.requires_grad_(True)  # only then torch takes a hook
-    parameter.register_hook(torch.utils.hooks.unserializable_hook(lambda _: seen(parameter)))
-    parameter.requires_grad_(wanted)
+def outdate(tensors: Sequence[torch.Tensor]) -> None:
+    """Let autograd refuse graphs that were made before now and need the tensors' values, as after a change in place."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(each._version + 1 for each in tensors))
 
 
 def queue_after_backward(callback: Any) -> None:

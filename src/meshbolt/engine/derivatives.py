@@ -12,7 +12,7 @@ whose parameters user code has used by itself where they were gathered, when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ class Derivatives:
             )
             for shard in compat.managed_parameters(unit):
                 if isinstance(shard, DTensor):
-                    compat.on_autograd(shard, self._refuse_gradient_of_shard)
+                    self._refuse_gradient_of(shard)
 
     # The backward of the loss -----------------------------------------------------------------------------------------
 
@@ -107,12 +107,37 @@ class Derivatives:
         self._older.clear()
         self._borrowed.clear()
 
-    def release(self) -> None:
-        """Let units go that were kept for a graph; nothing is to be derived from it any more."""
-        for unit in self._kept if self._frees_after_forward else ():
-            unit.set_reshard_after_forward(True, recurse=False)
-            compat.reshard(unit)
-        self._kept.clear()
+    def release(self, stepped: Set[nn.Parameter] | None = None) -> None:
+        """Let units go that were kept for a graph from which nothing can be derived any more.
+
+        Args:
+            stepped: those of these shards, which an optimizer has changed; None for all units.
+        """
+        for unit in list(self._kept):
+            if stepped is not None:
+                if stepped.isdisjoint(compat.managed_parameters(unit)):
+                    continue
+                # What is derived from an older graph now is refused, as in one process, before it reads what is freed.
+                compat.outdate(list(compat.whole_copies(unit)))
+            self._kept.discard(unit)
+            if self._frees_after_forward:
+                unit.set_reshard_after_forward(True, recurse=False)
+                compat.reshard(unit)
+
+    def refuse_strays(self) -> None:
+        """Refuse to go on with whole gradients on the root that no backward of the engine has made.
+
+        Raises:
+            UnsupportedError: there are some.
+        """
+        if any(copy.grad is not None for copy in compat.whole_copies(self._all_units[0])):
+            raise _called_by_itself()
+
+    def drop_strays(self) -> None:
+        """Forget whole gradients that a backward which was cut short has left."""
+        for unit in self._all_units:
+            for copy in compat.whole_copies(unit):
+                copy.grad = None
 
     # What torch's hooks ask -------------------------------------------------------------------------------------------
 
@@ -171,11 +196,7 @@ class Derivatives:
         ):
             return True
         if not self._is_running:
-            raise UnsupportedError(
-                "loss.backward() was called by itself: the gradients that it makes of parameters would stay on this rank. Call "
-                "self.manual_backward(loss) in manual optimisation, fabric.backward(loss) in Fabric. For the derivative with "
-                "respect to inputs only, call torch.autograd.grad(loss, inputs) or loss.backward(inputs=[...])."
-            )
+            raise _called_by_itself()
         self._has_begun = True
         return False
 
@@ -184,7 +205,7 @@ class Derivatives:
             return False
         node = self._nodes.get(parameter)
         if node is None:
-            node = self._nodes[parameter] = compat.accumulator(parameter)
+            node = self._nodes[parameter] = torch.autograd.graph.get_gradient_edge(parameter).node
         return compat.will_accumulate(node)
 
     def _is_late(self, copy: nn.Parameter) -> bool:
@@ -199,6 +220,22 @@ class Derivatives:
         for unit in list(self._borrowed):
             self._leave(unit)
 
-    def _refuse_gradient_of_shard(self, shard: nn.Parameter) -> None:
-        if self._gets_gradient(shard):
-            raise used_outside_of_its_unit()
+    def _refuse_gradient_of(self, shard: nn.Parameter) -> None:
+        """Let autograd fail where it comes to a shard by itself."""
+
+        def refuse(_: torch.Tensor) -> None:
+            if self._gets_gradient(shard):
+                raise used_outside_of_its_unit()
+
+        wanted = shard.requires_grad
+        shard.requires_grad_(True)  # only then torch takes a hook; it may be trained later
+        shard.register_hook(torch.utils.hooks.unserializable_hook(refuse))
+        shard.requires_grad_(wanted)
+
+
+def _called_by_itself() -> UnsupportedError:
+    return UnsupportedError(
+        "loss.backward() was called by itself: the gradients that it makes of parameters would stay on this rank. Call "
+        "self.manual_backward(loss) in manual optimisation, fabric.backward(loss) in Fabric. For the derivative with respect to "
+        "inputs only, call torch.autograd.grad(loss, inputs) or loss.backward(inputs=[...])."
+    )

@@ -153,6 +153,7 @@ class Engine:
         """
         if isinstance(loss, DTensor):
             raise used_outside_of_its_unit()
+        self._refuse_strays()
         if self._watch is not None:
             self._watch.announce("backward")
         if self._is_last_batch or self.plan.stage.reshards_after_forward:
@@ -221,7 +222,6 @@ class Engine:
     def _free(self) -> None:
         if self._fast is not None:
             self._fast.drop()
-        self._derivatives.release()
         for unit in self._all_units:
             compat.drop_pending_gather(unit)
             compat.reshard(unit)
@@ -265,10 +265,13 @@ class Engine:
             optimizer: made on the sharded parameters.
             kwargs: further arguments of its `step`.
         """
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         self._window.refuse_inside(parameters, what="used for a step")
+        self._refuse_strays()
         with self.settled():
-            return optimizers.step(optimizer, **kwargs)
+            result = optimizers.step(optimizer, **kwargs)
+            self._derivatives.release(parameters)
+        return result
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
@@ -312,6 +315,10 @@ class Engine:
                 unit.unshard()
                 unit.reshard()
 
+    def _refuse_strays(self) -> None:
+        if self.plan.stage.reduces_every_batch or not self._window.is_open:
+            self._derivatives.refuse_strays()
+
     def _explain(self, error: Exception) -> None:
         """Raise what an error means, where sharding is its cause."""
         if (meant := explained(error, units=self._units)) is not None:
@@ -324,6 +331,8 @@ class Engine:
                 self._fast.reset()
             self._derivatives.reset()
             compat.reset_after_error(self._root)
+            if self.plan.stage.reduces_every_batch or not self._window.is_open:
+                self._derivatives.drop_strays()
             self._window.after_error()
 
     @staticmethod

@@ -25,9 +25,8 @@ def explained(error: Exception, *, units: Mapping[str, Any]) -> UnsupportedError
         return _called_past_its_unit(error, units) or used_outside_of_its_unit()
     if "storage of size 0" in said or "data is not allocated yet" in said:
         return UnsupportedError(
-            "A derivative needed a whole parameter that was freed already. A graph can be derived again until the optimizer has "
-            "stepped, parameters were loaded or the next batch has begun: take all derivatives before that. Derivatives of third "
-            "order are taken under zero=2 and below."
+            "A derivative needed a whole parameter that was freed already. A graph can be derived again until the next batch "
+            "begins: take all of its derivatives before that, or run its forward again."
         )
     if "appears to not have been used in the graph" in said and _asked_for_shards(error):
         return UnsupportedError(
