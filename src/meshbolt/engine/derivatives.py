@@ -60,8 +60,8 @@ class Derivatives:
         self._is_running = self._is_ending = self._was_met = self._has_begun = False
         self._older: dict[nn.Parameter, tuple[torch.Tensor, int]] = {}
         self._watches_late = False
-        # Units in a graph that is to be derived again.
-        self._kept: set[FSDPModule] = set()
+        # Units in a graph that is to be derived again, in the order of the passes, which is the same on every rank.
+        self._kept: dict[FSDPModule, None] = {}
         for unit in self._all_units:
             compat.watch_passes(
                 unit,
@@ -119,7 +119,7 @@ class Derivatives:
                     continue
                 # What is derived from an older graph now is refused, as in one process, before it reads what is freed.
                 compat.outdate(list(compat.whole_copies(unit)))
-            self._kept.discard(unit)
+            del self._kept[unit]
             if self._frees_after_forward:
                 unit.set_reshard_after_forward(True, recurse=False)
                 compat.reshard(unit)
@@ -158,7 +158,7 @@ class Derivatives:
         if unit not in self._borrowed:
             self._borrowed[unit] = (compat.is_gathered(unit), compat.enter_pass(unit))
         if twice and unit in self._inner and unit not in self._kept:
-            self._kept.add(unit)
+            self._kept[unit] = None
             if self._frees_after_forward:
                 unit.set_reshard_after_forward(False, recurse=False)
         with torch.no_grad():
