@@ -29,6 +29,7 @@ from meshbolt.engine.debug import BranchWatch
 from meshbolt.engine.derivatives import Derivatives
 from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
+from meshbolt.engine.load import follow_state_dicts
 from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.window import Window
 from meshbolt.zero import ReplicatedParameters
@@ -83,6 +84,7 @@ class Engine:
             whole=composed.whole,
             frees_after_forward=plan.stage.reshards_after_forward,
         )
+        follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
         self._settled = 0
         self._covers_forward = self._inside = self._reentered = self._primed = False
@@ -208,14 +210,30 @@ class Engine:
         self._free()
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Hold parameters as shards for a while; inside a call, the root is gathered again after it for the code that goes on."""
+    def settled(self, *, restores: bool = False) -> Iterator[None]:
+        """Hold parameters as shards for a while; inside a call, the root is gathered again after it for the code that goes on.
+
+        Args:
+            restores: gather the other units again too, whose parameters that code may have used by themselves.
+        """
+        gathered = self._all_units if self._inside and restores else []
+        gathered = [unit for unit in gathered if compat.is_gathered(unit)]
         self.settle()
         self._settled += 1
         try:
             yield
         finally:
             self._settled -= 1
+        if not self._settled:
+            self._reenter()
+            for unit in gathered:
+                unit.unshard()
+
+    def _before_state_dict(self) -> None:
+        if not self._settled:
+            self.settle()
+
+    def _after_state_dict(self) -> None:
         if not self._settled:
             self._reenter()
 
