@@ -6,7 +6,7 @@ The tests of this file run on every supported version of torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -29,9 +29,12 @@ __all__ = [
     "ReduceScatter",
     "TorchDispatchMode",
     "casts",
+    "current_pass",
     "distributed_tensor",
     "drop_kept_gradients",
     "drop_pending_gather",
+    "end_backward",
+    "enter_pass",
     "gathered_bytes",
     "given_other_data",
     "gradients_land_in_place",
@@ -44,6 +47,7 @@ __all__ = [
     "make_hooks_skippable",
     "managed_parameters",
     "on_gradient",
+    "outdate",
     "plain_calls",
     "queue_after_backward",
     "replicate",
@@ -55,6 +59,9 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "was_gathered",
+    "watch_passes",
+    "whole_copies",
+    "will_accumulate",
     "written_arguments",
 ]
 
@@ -357,6 +364,98 @@ def casts(unit: FSDPModule) -> bool:
     """Return whether the unit casts parameters, inputs, outputs or gradients, so that its hooks must run."""
     policy = unit._get_fsdp_state()._mp_policy
     return any(dtype is not None for dtype in (policy.param_dtype, policy.reduce_dtype, policy.output_dtype))
+
+
+def watch_passes(
+    unit: FSDPModule,
+    *,
+    is_other: Callable[[], bool],
+    enter: Callable[[FSDPModule], None],
+    leave: Callable[[FSDPModule], None],
+    holds: Callable[[FSDPModule], bool],
+    ending: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Decide what FSDP2's hooks do in a pass of autograd: torch takes every pass for the backward of the loss.
+
+    Args:
+        unit: before its first forward.
+        is_other: whether the running pass is not one that FSDP2 is to know of.
+        enter: called in place of FSDP2 when such a pass comes to the unit's output.
+        leave: called in place of FSDP2 when it leaves the unit's input.
+        holds: whether the unit, in any other pass, is not to be reduced and freed yet.
+        ending: surrounds what FSDP2 does at the end of a pass.
+    """
+    state: Any = unit._get_fsdp_state()
+    before, end = state._pre_backward, state._root_post_backward_final_callback
+
+    def entered(gradient: torch.Tensor) -> torch.Tensor:
+        if not is_other():
+            before(gradient)
+        else:
+            enter(unit)
+        return gradient
+
+    def left(after: Callable[[], None], *_: Any) -> None:
+        if current_pass() != -1 and is_other():
+            leave(unit)
+        elif not holds(unit):
+            after()
+
+    def ended() -> None:
+        with ending():
+            end()
+
+    state._pre_backward, state._root_post_backward_final_callback = entered, ended
+    for group in _groups(unit):
+        group.post_backward = functools.partial(left, group.post_backward)
+
+
+def enter_pass(unit: FSDPModule) -> Callable[[], None]:
+    """Let a unit know that a pass has come to it, for what is recomputed there; return what undoes that."""
+    holders = [unit._get_fsdp_state(), *_groups(unit)]
+    states = [holder._training_state for holder in holders]
+
+    def put(states: Iterable[Any]) -> None:
+        for holder, state in zip(holders, states, strict=True):
+            holder._training_state = state
+
+    put([_fsdp_common.TrainingState.PRE_BACKWARD] * len(holders))
+    return functools.partial(put, states)
+
+
+def end_backward(root: FSDPModule) -> None:
+    """Do what FSDP2 does at the end of a backward, after one that it has not noticed."""
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def whole_copies(unit: FSDPModule) -> Iterator[nn.Parameter]:
+    """Yield the unit's whole parameters, in memory or freed; before it was gathered once there are none."""
+    for group in _groups(unit):
+        for fsdp_param in group.fsdp_params:
+            if hasattr(fsdp_param, "_unsharded_param"):
+                yield fsdp_param.unsharded_param
+
+
+def current_pass() -> int:
+    """Return a number of the pass of autograd that is running, -1 where none is."""
+    return torch._C._current_graph_task_id()
+
+
+def will_accumulate(node: Any) -> bool:
+    """Return whether the pass that is running adds to the gradient of the node's parameter.
+
+    Args:
+        node: adds to the gradient of a leaf.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return False  # torch.autograd.grad was asked for this gradient, and returns it
+
+
+def outdate(tensors: Sequence[torch.Tensor]) -> None:
+    """Let autograd refuse graphs that were made before now and need the tensors' values, as after a change in place."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(each._version + 1 for each in tensors))
 
 
 def queue_after_backward(callback: Any) -> None:

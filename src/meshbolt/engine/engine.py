@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshbolt import compat
@@ -25,11 +26,13 @@ from meshbolt.engine import optimizer as optimizers
 from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
 from meshbolt.engine.compose import compose
 from meshbolt.engine.debug import BranchWatch
+from meshbolt.engine.derivatives import Derivatives
 from meshbolt.engine.draws import draw_whole_tensors
 from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
+from meshbolt.engine.load import follow_state_dicts
+from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.window import Window
-from meshbolt.errors import UnsupportedError
 from meshbolt.zero import ReplicatedParameters
 
 
@@ -76,6 +79,13 @@ class Engine:
             whole=composed.whole,
             keeps_parts=plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1,
         )
+        self._derivatives = Derivatives(
+            composed.units,
+            root=composed.root,
+            whole=composed.whole,
+            frees_after_forward=plan.stage.reshards_after_forward,
+        )
+        follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
         self._settled = 0
         self._covers_forward = self._inside = self._reentered = self._primed = False
@@ -102,6 +112,7 @@ class Engine:
         if self._inside:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
+        self._derivatives.release()
         self._prime()
         self.sync_requires_grad()
         self._edits.refuse_other_data()
@@ -112,8 +123,7 @@ class Engine:
             return self._root(functools.partial(self._run, function, *args, **kwargs))  # type: ignore[operator]
         except Exception as error:
             self._recover()
-            if "got mixed torch.Tensor and DTensor" in str(error):
-                raise self._used_outside_of_its_unit() from error
+            self._explain(error)
             raise
         finally:
             self._inside = False
@@ -144,6 +154,9 @@ class Engine:
         Args:
             loss: scalar, with a graph through the module.
         """
+        if isinstance(loss, DTensor):
+            raise used_outside_of_its_unit()
+        self._refuse_strays()
         if self._watch is not None:
             self._watch.announce("backward")
         if self._is_last_batch or self.plan.stage.reshards_after_forward:
@@ -156,12 +169,14 @@ class Engine:
         if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
             self._gather_unused()
         self._window.before_backward()
+        self._derivatives.before_backward(reduces=self._is_last_batch or self.plan.stage.reduces_every_batch)
         if self._fast is not None:
             self._fast.before_backward()
         return loss
 
     def after_backward(self) -> None:
         """Finish a backward: afterwards the gradients of this window are where its policy says."""
+        self._derivatives.after_backward()
         if self._fast is not None:
             self._fast.after_backward()
         self._window.after_backward(last=self._is_last_batch)
@@ -182,8 +197,9 @@ class Engine:
         loss = self.before_backward(loss)
         try:
             yield loss
-        except Exception:
+        except Exception as error:
             self._recover()
+            self._explain(error)
             raise
         self.after_backward()
 
@@ -195,14 +211,30 @@ class Engine:
         self._free()
 
     @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Hold parameters as shards for a while; inside a call, the root is gathered again after it for the code that goes on."""
+    def settled(self, *, restores: bool = False) -> Iterator[None]:
+        """Hold parameters as shards for a while; inside a call, the root is gathered again after it for the code that goes on.
+
+        Args:
+            restores: gather the other units again too, whose parameters that code may have used by themselves.
+        """
+        gathered = self._all_units if self._inside and restores else []
+        gathered = [unit for unit in gathered if compat.is_gathered(unit)]
         self.settle()
         self._settled += 1
         try:
             yield
         finally:
             self._settled -= 1
+        if not self._settled:
+            self._reenter()
+            for unit in gathered:
+                unit.unshard()
+
+    def _before_state_dict(self) -> None:
+        if not self._settled:
+            self.settle()
+
+    def _after_state_dict(self) -> None:
         if not self._settled:
             self._reenter()
 
@@ -252,11 +284,14 @@ class Engine:
             optimizer: made on the sharded parameters.
             kwargs: further arguments of its `step`.
         """
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         self._window.refuse_inside(parameters, what="used for a step")
         self._edits.refuse_other_data()
+        self._refuse_strays()
         with self.settled():
-            return optimizers.step(optimizer, **kwargs)
+            result = optimizers.step(optimizer, **kwargs)
+            self._derivatives.release(parameters)
+        return result
 
     # Inside -----------------------------------------------------------------------------------------------------------
 
@@ -300,20 +335,24 @@ class Engine:
                 unit.unshard()
                 unit.reshard()
 
-    def _used_outside_of_its_unit(self) -> UnsupportedError:
-        some = ", ".join(repr(name) for name in list(self._units)[:3])
-        return UnsupportedError(
-            f"A parameter was used while it was sharded. What is inside a unit (here among others {some}) is gathered for that "
-            "unit's forward only, so call the unit itself, not a layer in it. If a layer has to be used from "
-            "elsewhere, name units that leave it out: zero=Zero(unit=[...]) with class names or module paths."
-        )
+    def _refuse_strays(self) -> None:
+        if self.plan.stage.reduces_every_batch or not self._window.is_open:
+            self._derivatives.refuse_strays()
+
+    def _explain(self, error: Exception) -> None:
+        """Raise what an error means, where sharding is its cause."""
+        if (meant := explained(error, units=self._units)) is not None:
+            raise meant from error
 
     def _recover(self) -> None:
         # What waits for ranks that are gone fails in turn; the error that is on its way says more.
         with suppress(RuntimeError):
             if self._fast is not None:
                 self._fast.reset()
+            self._derivatives.reset()
             compat.reset_after_error(self._root)
+            if self.plan.stage.reduces_every_batch or not self._window.is_open:
+                self._derivatives.drop_strays()
             self._window.after_error()
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from meshbolt.compat import local_tensor
+from meshbolt.errors import UnsupportedError
 
 
 @dataclass
@@ -61,7 +62,23 @@ def gathered(
     finally:
         for child, key, parameter in held:
             child._parameters[key] = parameter
+    for whole in whole_of.values():
+        _refuse_gradient(whole)
     _write_back(tensors)
+
+
+def _refuse_gradient(whole: nn.Parameter) -> None:
+    """Let a backward fail that would leave a gradient on a parameter which nobody has any more."""
+
+    def refuse(_: torch.Tensor) -> None:
+        raise UnsupportedError(
+            "A loss uses a parameter as it stood inside strategy.gathered(...), to where no gradient can flow back. Detach what "
+            "you take from there. For a penalty on weights use the optimizer's weight_decay, or add its derivative to the "
+            "gradients in on_before_optimizer_step."
+        )
+
+    if whole.requires_grad:
+        whole.register_hook(refuse)
 
 
 def _gather_state(

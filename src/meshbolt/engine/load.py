@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.compat import local_tensor
+from meshbolt.compat import distributed_tensor, local_tensor
 from meshbolt.engine.gathered import local_part
-from meshbolt.errors import CheckpointError
+from meshbolt.errors import CheckpointError, UnsupportedError
 
 
 def check_names(live: Mapping[str, Any], saved: Mapping[str, Any] | set[str], *, strict: bool, source: str) -> None:
@@ -60,6 +60,42 @@ def load_model(module: nn.Module, state: Mapping[str, Any], *, strict: bool, sou
     for target, value in tensors.values():
         if target is not value and not _share_storage(target, value):
             local_tensor(target).copy_(_own_part(target, value))
+
+
+def follow_state_dicts(module: nn.Module, *, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Let `state_dict` and `load_state_dict`, of the module and of every part of it, work on shards at any time.
+
+    Args:
+        module: sharded, with nothing gathered, before its first forward.
+        before: called before anything is read or written; leaves nothing gathered.
+        after: called after it.
+    """
+    for child in module.modules():
+        if not any(isinstance(parameter, DTensor) for parameter in child._parameters.values()):
+            continue
+        child.register_state_dict_pre_hook(lambda *_: before())
+        child.register_state_dict_post_hook(lambda *_: after())
+        child.register_load_state_dict_pre_hook(lambda *args: _divide(*args[:4], before=before))
+        child.register_load_state_dict_post_hook(lambda *_: after())
+
+
+def _divide(
+    child: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any], *, before: Callable[[], None]
+) -> None:
+    """Put this rank's part in the place of every whole tensor that is to be loaded into one of the child's shards."""
+    if metadata.get("assign_to_params_buffers", False):
+        raise UnsupportedError(
+            f"load_state_dict(assign=True) would put its tensors in the place of the shards of {type(child).__name__}, which "
+            "would not be used. Leave assign out: the values are copied into the shards."
+        )
+    before()
+    for key, parameter in child._parameters.items():
+        value = state.get(prefix + key)
+        is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+        # torch itself says which values are of another shape.
+        if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
+            part = local_part(value.detach(), like=parameter).to(local_tensor(parameter).device)
+            state[prefix + key] = distributed_tensor(part, like=parameter, placements=parameter.placements)
 
 
 def _own_part(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

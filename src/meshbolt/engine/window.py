@@ -46,6 +46,11 @@ class Window:
         self._used: set[nn.Parameter] = set()
         self._used_first: set[nn.Parameter] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether gradients of a window wait for its end."""
+        return self._is_open
+
     def before_backward(self) -> None:
         """Take gradients back from where they were shown, and forget those that were dropped there."""
         dropped = {parameter for parameter, shown in self._shown.items() if parameter.grad is not shown}

@@ -312,7 +312,7 @@ class MeshCore:
         """Leave nothing gathered for a while, and yield the names of all sharded parameters."""
         with ExitStack() as stack:
             for engine in self._engines.values():
-                stack.enter_context(engine.settled())
+                stack.enter_context(engine.settled(restores=True))
             yield {p: name for engine in self._engines.values() for name, p in engine.parameters_by_name.items()}
 
     def module_to_device(self, *_: Any) -> None:
