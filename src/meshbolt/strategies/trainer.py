@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -38,6 +39,7 @@ from meshbolt.strategies.hooks import (
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.predicting import Predicting
 from meshbolt.strategies.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Connect the ranks and build the mesh, after everything that needs no rank was checked."""
         super().setup_environment()
         self._attendance.forget()
+        self._predicting = Predicting()
         self._has_begun = self._has_loaded = False
         check_trainer(self._module().trainer, world_size=self.world_size)
         self._connect()
@@ -190,8 +193,32 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's predict_step with the root's parameters gathered."""
-        with self.precision_plugin.predict_step_context():
-            return self.engine.call(self._module().predict_step, *args, **kwargs)
+
+        def take() -> Any:
+            with self.precision_plugin.predict_step_context():
+                return self.engine.call(self._module().predict_step, *args, **kwargs)
+
+        return self._predicting.step(take)
+
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Check that the loaders of all ranks agree; those of a prediction are made to."""
+        trainer = self._module().trainer
+        if trainer.state.fn != TrainerFn.PREDICTING:
+            return super().process_dataloader(dataloader)
+        limit = trainer.limit_predict_batches
+        return self._predicting.loader(dataloader, limit=limit, group=self._control_group)
+
+    @override
+    def on_predict_start(self) -> None:
+        """Refuse loaders of different lengths that cannot be made to agree."""
+        step = self._module().predict_step
+        self._predicting.check(takes_iterator=is_param_in_hook_signature(step, "dataloader_iter", explicit=True))
+
+    @override
+    def on_predict_end(self) -> None:
+        """Let go of the last batch."""
+        self._predicting = Predicting()
 
     @override
     @contextmanager
