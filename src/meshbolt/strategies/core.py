@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ from meshbolt.engine.random_state import restore_random_state
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
+from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import refuse_checkpoint_io
 from meshbolt.strategies.compat import (
@@ -41,9 +41,6 @@ from meshbolt.strategies.directories import LoadInto, load_tree, save_tree
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.zero import Zero
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class MeshCore:
@@ -107,6 +104,17 @@ class MeshCore:
             compile=compile,
             checkpoint=checkpoint,
         )
+        self._arguments = {
+            "accelerator": accelerator,
+            "parallel_devices": parallel_devices,
+            "cluster_environment": cluster_environment,
+            "checkpoint_io": checkpoint_io,
+            "precision_plugin": precision_plugin,
+            "process_group_backend": process_group_backend,
+            "timeout": timeout,
+            "start_method": start_method,
+        }
+        check_arguments(self._arguments)
         refuse_checkpoint_io(checkpoint_io)
         self._backend = process_group_backend
         self._timeout = timeout
@@ -125,9 +133,7 @@ class MeshCore:
 
     def __repr__(self) -> str:
         """Return the call that makes this strategy, and what it is for."""
-        zero = self.settings.zero
-        written = zero if dataclasses.replace(zero, stage=3) != Zero() else zero.stage
-        return f"{self.call}(zero={written!r}) for {self.is_for}"
+        return f"{written_call(self.call, self.settings, self._arguments)} for {self.is_for}"
 
     # What a Trainer or Fabric sets before ranks exist -----------------------------------------------------------------
 
