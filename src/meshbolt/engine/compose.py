@@ -65,6 +65,7 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
     divided: list[UnitPlan] = []
     agree_on_error(lambda: divided.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms)))
     units = divided[0]
+    _check_same_units(units)
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute)
     compile_blocks(blocks, enabled=plan.settings.compile)
@@ -150,4 +151,16 @@ def _check_same_on_all_ranks(module: nn.Module) -> None:
     raise TopologyError(
         f"Ranks have different modules: parameter {at} is {first[at]!r} on rank 0 and {other[at]!r} on rank {rank}. "
         "Build the same module on every rank; do not let its structure depend on the rank or on unseeded randomness."
+    )
+
+
+def _check_same_units(units: UnitPlan) -> None:
+    equal, lists = same_on_all_ranks(list(units.units))
+    if equal:
+        return
+    rank = next(rank for rank, other in enumerate(lists) if other != lists[0])
+    raise TopologyError(
+        f"Ranks gather different units: {lists[0]} on rank 0 and {lists[rank]} on rank {rank}. Their parameters are alike, but "
+        "the classes of the modules are not. Build the same module on every rank, or name the units with "
+        "zero=Zero(unit=[...])."
     )

@@ -20,12 +20,14 @@ from torch.optim import Optimizer
 
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
+from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.engine import Engine, gathered
 from meshbolt.engine.random_state import restore_random_state
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
+from meshbolt.strategies.agreement import agree_on_settings, precision_rows
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import refuse_checkpoint_io
@@ -243,25 +245,39 @@ class MeshCore:
         set_rank_zero_only(environment.global_rank())
 
     def _connect(self) -> None:
-        """Initialise the process group, resolve the plan and build the mesh; again is nothing."""
-        if self._mesh is not None:
-            return
+        """Connect the ranks, agree on a plan and build its mesh; once they are connected, only compare what they are told."""
+        if self._mesh is None:
+            self._connect_ranks()
+        agree_on_error(self._resolve, group=self._control_group)
+        rows = {**self.plan.rows(), **precision_rows(self._get_precision()), **self._rows()}
+        agree_on_settings(rows, group=self._control_group)
+        if self._mesh is None:
+            self._mesh = build_mesh(self.plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
+
+    def _connect_ranks(self) -> None:
         self._set_ranks()
         if self.cluster_environment is None:
             raise ConfigError(
                 "The strategy has no cluster environment; give it to a Trainer or Fabric before using it."
             )
-        self._plan = resolve(
+        self._backend = self._backend or default_backend(self.root_device)
+        connect_ranks(self.cluster_environment, self._backend, timeout=self._timeout, device=self.root_device)
+        gloo = dist.get_backend() == "gloo"
+        self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _resolve(self) -> None:
+        """Make the plan, once; raise what this rank finds wrong."""
+        environment = self.cluster_environment
+        self._plan = self._plan or resolve(
             self.settings,
-            world_size=self.cluster_environment.world_size(),
+            world_size=dist.get_world_size() if environment is None else environment.world_size(),
             precision=self._get_precision().policy(reduce_dtype=self.settings.zero.reduce_dtype),
             device_type=self.root_device.type,
         )
-        self._backend = self._backend or default_backend(self.root_device)
-        connect_ranks(self.cluster_environment, self._backend, timeout=self._timeout, device=self.root_device)
-        self._mesh = build_mesh(self._plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
-        gloo = dist.get_backend() == "gloo"
-        self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _rows(self) -> dict[str, Any]:
+        """Return what all ranks must have alike beside the plan."""
+        return {}
 
     def _reachable(self) -> dist.ProcessGroup | None:
         """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to."""

@@ -25,6 +25,7 @@ from meshbolt.engine.load import load_model
 from meshbolt.engine.state import optimizer_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.core import MeshCore
@@ -106,15 +107,23 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks and build the mesh, after everything that needs no rank was checked."""
+        """Connect the ranks, check what they are told, and build the mesh."""
         super().setup_environment()
         self._attendance.forget()
         self._predicting = Predicting()
         self._has_begun = self._has_loaded = False
-        check_trainer(self._module().trainer, world_size=self.world_size)
         self._connect()
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
+
+    @override
+    def _resolve(self) -> None:
+        check_trainer(self._module().trainer, world_size=self.world_size)
+        super()._resolve()
+
+    @override
+    def _rows(self) -> dict[str, Any]:
+        return trainer_rows(self._module().trainer)
 
     @override
     @contextmanager
