@@ -66,6 +66,12 @@ class Optimized(Regressor):
         return self.make([p for p in self.parameters() if p.dim() == 2])
 
 
+def with_layer(layer: nn.Module) -> Regressor:
+    module = Regressor()
+    module.layer = layer
+    return module
+
+
 def optimizer_from_before() -> None:
     module = Regressor()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -118,6 +124,30 @@ CASES: dict[str, tuple[int, Callable[[], None], type[Exception], str]] = {
         lambda: fit(module=torch.compile(Regressor(), backend="eager")),
         UnsupportedError,
         r"MeshStrategy\(compile=True\)",
+    ),
+    "a sparse embedding": (
+        2,
+        lambda: fit(module=with_layer(nn.Embedding(5, 4, sparse=True))),
+        UnsupportedError,
+        "'layer' of Regressor has sparse=True.*Set sparse=False",
+    ),
+    "a sparse embedding bag": (
+        2,
+        lambda: fit("zero0", module=with_layer(nn.EmbeddingBag(5, 4, sparse=True))),
+        UnsupportedError,
+        "'layer' of Regressor has sparse=True",
+    ),
+    "a lazy layer": (
+        2,
+        lambda: fit(module=with_layer(nn.LazyLinear(3))),
+        UnsupportedError,
+        r"'layer\.weight' of Regressor is not initialised.*nn\.Linear",
+    ),
+    "lazy statistics": (
+        2,
+        lambda: fit(module=with_layer(nn.LazyBatchNorm1d(affine=False)), precision="64-true"),
+        UnsupportedError,
+        r"'layer\.running_mean' of Regressor is not initialised",
     ),
     "a strategy used twice": (2, lambda: same_strategy("auto"), ConfigError, "Make a new one"),
     "a strategy used twice with an accelerator": (2, lambda: same_strategy("cpu"), ConfigError, "Make a new one"),

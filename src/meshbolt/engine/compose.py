@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from meshbolt.blocks import compile_blocks, recompute_blocks
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
@@ -124,6 +125,19 @@ def _check_module(module: nn.Module) -> None:
             f"{kind} has no parameters, so there is nothing to shard or train. Create its layers in __init__ or "
             "configure_model."
         )
+    lazy = next((name for name, t in [*parameters.items(), *module.named_buffers()] if is_lazy(t)), None)
+    if lazy is not None:
+        raise UnsupportedError(
+            f"{lazy!r} of {kind} is not initialised: a lazy layer learns its sizes from its first batch, and a tensor without "
+            "a size cannot be sharded. Give the layer its sizes, such as nn.Linear(in, out), or run one batch through the "
+            "module in __init__."
+        )
+    sparse = next((name for name, layer in module.named_modules() if _has_sparse_gradients(layer)), None)
+    if sparse is not None:
+        raise UnsupportedError(
+            f"The embedding {sparse!r} of {kind} has sparse=True, and sparse gradients cannot be summed into shards. Set "
+            "sparse=False: the gradients are the same, as dense tensors."
+        )
     sharded = next((name for name, p in parameters.items() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise ConfigError(
@@ -136,6 +150,10 @@ def _check_module(module: nn.Module) -> None:
             f"Parameter {hooked!r} of {kind} has a hook from register_hook(), which would never run on a sharded parameter. "
             "Use register_post_accumulate_grad_hook(), which sees the reduced gradient, or on_before_optimizer_step."
         )
+
+
+def _has_sparse_gradients(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse
 
 
 def _check_same_on_all_ranks(module: nn.Module) -> None:
