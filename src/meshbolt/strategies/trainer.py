@@ -27,7 +27,7 @@ from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
-from meshbolt.strategies.compat import plain_optimizer
+from meshbolt.strategies.compat import plain_optimizer, trainer_of
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import redirect_entries
@@ -259,8 +259,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         return group
 
     def _was_interrupted(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
+        trainer = trainer_of(self.lightning_module)
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
