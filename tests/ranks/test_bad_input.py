@@ -183,6 +183,44 @@ def test_ranks_that_choose_different_checkpoints_say_so(tmp_path: Path) -> None:
     )
 
 
+def validate_from(path: Path) -> None:
+    trainer("zero2").validate(Regressor(), batches(), ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize("kept", ["junk", "half a checkpoint"])
+def test_a_file_that_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, kept: str) -> None:
+    file = tmp_path / "some.ckpt"
+    torch.save({"state_dict": Regressor().state_dict()}, file)
+    file.write_bytes(b"junk" if kept == "junk" else file.read_bytes()[: file.stat().st_size // 2])
+
+    messages = run_ranks_expecting(
+        validate_from,
+        2,
+        file,
+        error=CheckpointError,
+        match=r"some\.ckpt cannot be read .* none that torch\.save",
+        timeout=10,
+    )
+
+    assert not any("_use_new_zipfile_serialization" in message for message in messages)
+
+
+def gathers_what_is_foreign() -> None:
+    owner, module = trainer("zero3", max_epochs=1), Regressor()
+    owner.fit(module, batches(), batches())
+    with owner.strategy.gathered(nn.ModuleList([module.head, module.blocks[0]])):
+        assert module.head.weight.shape == (1, 10)
+    with owner.strategy.gathered(module), owner.strategy.gathered(module.head):
+        assert module.head.weight.shape == (1, 10)
+    with owner.strategy.gathered(Regressor()):
+        raise AssertionError("it was entered")
+
+
+def test_another_module_than_the_one_that_is_trained_is_not_gathered() -> None:
+    match = r"Regressor is not part of a module that this strategy has sharded \(Regressor\)"
+    run_ranks_expecting(gathers_what_is_foreign, 2, error=ConfigError, match=match, timeout=10)
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 

@@ -30,7 +30,7 @@ from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
-from meshbolt.strategies.checks import refuse_checkpoint_io
+from meshbolt.strategies.checks import refuse_checkpoint_io, refuse_foreign
 from meshbolt.strategies.compat import (
     connect_ranks,
     default_backend,
@@ -357,12 +357,16 @@ class MeshCore:
         Yields:
             The optimizer's state by parameter name and key, whole; empty without an optimizer.
 
+        Raises:
+            ConfigError: the module is not part of one that was sharded.
+
         Example:
             >>> with trainer.strategy.gathered(model.head):
             ...     model.head.weight.norm()
         """
         optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
         with self._settled() as names:
+            refuse_foreign(module, sharded=self._engines, parameters=names)
             with gathered(module, names=names, optimizers=optimizers) as state:
                 yield state
             take_from_rank_zero(whole_tensors(module, optimizers))
