@@ -66,6 +66,12 @@ class Optimized(Regressor):
         return self.make([p for p in self.parameters() if p.dim() == 2])
 
 
+def with_layer(layer: nn.Module) -> Regressor:
+    module = Regressor()
+    module.layer = layer
+    return module
+
+
 def optimizer_from_before() -> None:
     module = Regressor()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
@@ -119,6 +125,30 @@ CASES: dict[str, tuple[int, Callable[[], None], type[Exception], str]] = {
         UnsupportedError,
         r"MeshStrategy\(compile=True\)",
     ),
+    "a sparse embedding": (
+        2,
+        lambda: fit(module=with_layer(nn.Embedding(5, 4, sparse=True))),
+        UnsupportedError,
+        "'layer' of Regressor has sparse=True.*Set sparse=False",
+    ),
+    "a sparse embedding bag": (
+        2,
+        lambda: fit("zero0", module=with_layer(nn.EmbeddingBag(5, 4, sparse=True))),
+        UnsupportedError,
+        "'layer' of Regressor has sparse=True",
+    ),
+    "a lazy layer": (
+        2,
+        lambda: fit(module=with_layer(nn.LazyLinear(3))),
+        UnsupportedError,
+        r"'layer\.weight' of Regressor is not initialised.*nn\.Linear",
+    ),
+    "lazy statistics": (
+        2,
+        lambda: fit(module=with_layer(nn.LazyBatchNorm1d(affine=False)), precision="64-true"),
+        UnsupportedError,
+        r"'layer\.running_mean' of Regressor is not initialised",
+    ),
     "a strategy used twice": (2, lambda: same_strategy("auto"), ConfigError, "Make a new one"),
     "a strategy used twice with an accelerator": (2, lambda: same_strategy("cpu"), ConfigError, "Make a new one"),
     "a module used twice": (2, same_module, ConfigError, "cannot be given to two Trainers"),
@@ -151,6 +181,44 @@ def test_ranks_that_choose_different_checkpoints_say_so(tmp_path: Path) -> None:
     run_ranks_expecting(
         other_path_on_one_rank, 2, tmp_path, error=CheckpointError, match=r"run\.ckpt', None\]", timeout=10
     )
+
+
+def validate_from(path: Path) -> None:
+    trainer("zero2").validate(Regressor(), batches(), ckpt_path=path, verbose=False)
+
+
+@pytest.mark.parametrize("kept", ["junk", "half a checkpoint"])
+def test_a_file_that_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, kept: str) -> None:
+    file = tmp_path / "some.ckpt"
+    torch.save({"state_dict": Regressor().state_dict()}, file)
+    file.write_bytes(b"junk" if kept == "junk" else file.read_bytes()[: file.stat().st_size // 2])
+
+    messages = run_ranks_expecting(
+        validate_from,
+        2,
+        file,
+        error=CheckpointError,
+        match=r"some\.ckpt cannot be read .* none that torch\.save",
+        timeout=10,
+    )
+
+    assert not any("_use_new_zipfile_serialization" in message for message in messages)
+
+
+def gathers_what_is_foreign() -> None:
+    owner, module = trainer("zero3", max_epochs=1), Regressor()
+    owner.fit(module, batches(), batches())
+    with owner.strategy.gathered(nn.ModuleList([module.head, module.blocks[0]])):
+        assert module.head.weight.shape == (1, 10)
+    with owner.strategy.gathered(module), owner.strategy.gathered(module.head):
+        assert module.head.weight.shape == (1, 10)
+    with owner.strategy.gathered(Regressor()):
+        raise AssertionError("it was entered")
+
+
+def test_another_module_than_the_one_that_is_trained_is_not_gathered() -> None:
+    match = r"Regressor is not part of a module that this strategy has sharded \(Regressor\)"
+    run_ranks_expecting(gathers_what_is_foreign, 2, error=ConfigError, match=match, timeout=10)
 
 
 # Data -----------------------------------------------------------------------------------------------------------------

@@ -281,3 +281,17 @@ def refused_optimizer() -> None:
 
 def test_optimizers_that_would_be_wrong_are_refused_in_fabric() -> None:
     run_ranks_expecting(refused_optimizer, 2, error=meshbolt.UnsupportedError, match="LBFGS")
+
+
+def dtype_of_output(strategy: Any, precision: Any) -> torch.dtype:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision=precision)
+    fabric.launch()
+    model = fabric.setup_module(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
+    return model(torch.ones(2, 3)).dtype
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed"])
+def test_outputs_have_the_dtype_that_they_have_under_ddp(precision: str) -> None:
+    ours = run_ranks(dtype_of_output, 2, "zero2", precision)
+
+    assert ours == run_ranks(dtype_of_output, 2, "ddp", precision)

@@ -40,9 +40,9 @@ class Recompute:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"recompute={self.mode!r} is not a mode{did_you_mean(str(self.mode), MODES)}.")
-        if self.every < 1:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ConfigError(
-                f"Recompute(every={self.every}): give 1 for every block, 2 for every second one, and so on."
+                f"Recompute(every={self.every!r}): give 1 for every block, 2 for every second one, and so on."
             )
 
 

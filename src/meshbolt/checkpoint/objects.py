@@ -53,8 +53,8 @@ def read_objects(directory: Path, *, weights_only: bool | None) -> dict[str, Any
             raise CheckpointError(f"its {FILE_NAME} cannot be read ({in_words(error)})") from error
         raise CheckpointError(
             f"{FILE_NAME} holds objects of the classes {', '.join(classes)}, and to build them is to run their code. "
-            "If you trust this checkpoint, load it with weights_only=False, or allow the classes by "
-            "torch.serialization.add_safe_globals"
+            "If you trust this checkpoint, give weights_only=False to what loads it (trainer.fit, trainer.validate, fabric.load; "
+            "--weights_only=false of a command), or allow the classes by torch.serialization.add_safe_globals"
         ) from error
     if not isinstance(objects, dict):
         raise CheckpointError(f"{FILE_NAME} holds a {type(objects).__name__} instead of a dictionary: it is damaged")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jsonargparse
 
 from meshbolt.callbacks.console import print_table
+from meshbolt.cli.keys import nearest, top_level_keys
 from meshbolt.cli.planned import Row, explain_plan
 from meshbolt.config.load import Loaded, load
 from meshbolt.errors import ConfigError
@@ -50,7 +51,7 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
         The other arguments; and the overrides as keys and values.
 
     Raises:
-        ConfigError: an override has no value.
+        ConfigError: an override has no value, or is none of `fit`.
     """
     known: list[str] = []
     overrides: list[tuple[str, str]] = []
@@ -60,6 +61,9 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
             known.append(argument)
             continue
         key, equals, value = argument.removeprefix("--").partition("=")
+        if "." not in key and key.removesuffix("+") not in top_level_keys():
+            options = [flag.lstrip("-") for flag in _FLAGS]
+            raise ConfigError(f"--{key} is not an option{nearest(key, [*top_level_keys(), *options])}")
         if not equals:
             value = next(rest, "")
             if not value or value.startswith("--"):

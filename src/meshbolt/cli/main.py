@@ -57,10 +57,12 @@ def main() -> int:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    debug = False
     try:
+        debug = read_environment().debug
         return int(importlib.import_module(COMMANDS[name].module).run(arguments))
     except MeshboltError as error:
-        if read_environment().debug:
+        if debug:
             traceback.print_exc()
         sys.stderr.write(f"meshbolt {name}: {_rank()}{type(error).__name__}: {error}\n")
         return NO if isinstance(error, CheckpointError) else BAD_USAGE

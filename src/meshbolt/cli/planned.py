@@ -11,6 +11,7 @@ import jsonargparse
 import torch
 
 from meshbolt.cli.building import typed_errors
+from meshbolt.cli.keys import check_keys
 from meshbolt.cli.strategy import check_strategy_name
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.config.load import Loaded
@@ -49,10 +50,11 @@ def explain_plan(loaded: Loaded) -> list[Row]:
         loaded: a configuration of `fit`.
 
     Raises:
-        ConfigError: the strategy is none of meshbolt's, or a value is wrong.
+        ConfigError: the strategy is none of meshbolt's, a value is wrong, or a key is none of `fit`.
         TopologyError: the devices do not fit the strategy.
         UnsupportedError: a setting asks for what this version does not have.
     """
+    check_keys(loaded)
     plan, precision_origin = _plan(loaded)
     return [Row(key, value, _origin(key, loaded, precision_origin, plan)) for key, value in plan.rows().items()]
 
@@ -63,7 +65,7 @@ def _plan(loaded: Loaded) -> tuple[Plan, str]:
     settings: Settings = strategy.settings
     policy, origin = _precision(loaded, device_type=device_type, reduce_dtype=settings.zero.reduce_dtype)
     num_devices = _count_devices(loaded.get("trainer.devices", "auto"), device_type=device_type)
-    world_size = num_devices * int(loaded.get("trainer.num_nodes", 1))
+    world_size = num_devices * _count_nodes(loaded.get("trainer.num_nodes", 1))
     plan = resolve(settings, world_size=world_size, precision=policy, device_type=device_type)
     return plan, origin
 
@@ -132,6 +134,12 @@ def _count_devices(devices: Any, *, device_type: str) -> int:
     if not str(devices).isdigit() or int(devices) == 0:
         raise ConfigError(f"trainer.devices={devices!r} is not a number of devices. Give a number, a list, or 'auto'.")
     return int(devices)
+
+
+def _count_nodes(nodes: Any) -> int:
+    if isinstance(nodes, bool) or not str(nodes).isdigit() or int(nodes) == 0:
+        raise ConfigError(f"trainer.num_nodes={nodes!r} is not a number of machines. Give 1 or more.")
+    return int(nodes)
 
 
 def _origin(key: str, loaded: Loaded, precision_origin: str, plan: Plan) -> str:

@@ -110,7 +110,14 @@ def run(arguments: Sequence[str]) -> int:
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     options = {"parser_mode": "omegaconf+"}
     usage = f"meshbolt {command} --config FILE [--trainer.KEY VALUE ...] [--model.KEY VALUE ...] [--data.KEY VALUE ...]"
-    MeshCLI(parser_kwargs={**options, command: {**options, "usage": usage, "epilog": EXAMPLE.format(command)}})
+    # The name as users call it, which under `python -m` is not that of the file.
+    MeshCLI(
+        parser_kwargs={
+            **options,
+            "prog": "meshbolt",
+            command: {**options, "usage": usage, "epilog": EXAMPLE.format(command)},
+        }
+    )
     return 0
 
 

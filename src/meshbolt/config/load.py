@@ -114,7 +114,9 @@ def _override(merged: DictConfig, key: str, text: str) -> DictConfig:
         raise ConfigError(f"--{key}={text} is not valid YAML: {_one_line(error)}. Quote the value.") from error
     if key.endswith("+"):
         before, item = OmegaConf.select(merged, name), OmegaConf.select(layer, name)
-        OmegaConf.update(layer, name, [*(before or []), *(item if isinstance(item, ListConfig) else [item])])
+        OmegaConf.update(
+            layer, name, [*(before or []), *(item if isinstance(item, ListConfig) else [item])], merge=False
+        )
     return layer
 
 

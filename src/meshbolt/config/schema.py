@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.zero import Zero
+
+T = TypeVar("T")
+
+PLAIN_FIELDS: Mapping[str, str] = MappingProxyType({"zero": "stage", "recompute": "mode"})
+"""Settings that may be given as a plain value, and the field that it stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +53,57 @@ class Settings:
             ConfigError: a value is wrong by itself.
             UnsupportedError: a value asks for what this version does not have.
         """
-        _refuse_unless(tensor_parallel == 1, f"tensor_parallel={tensor_parallel!r}", "tensor_parallel=1")
-        _refuse_unless(pipeline_parallel == 1, f"pipeline_parallel={pipeline_parallel!r}", "pipeline_parallel=1")
+        for name, size in {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}.items():
+            _check_size(name, size)
+            _refuse_unless(size == 1, f"{name}={size!r}", f"{name}=1")
         _refuse_unless(offload is None, f"offload={offload!r}", "offload=None")
-        saving = checkpoint or Checkpoint()
-        _refuse_unless(not saving.asynchronous, "Checkpoint(asynchronous=True)", "asynchronous=False")
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
+        saving = Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint)
+        _refuse_unless(not saving.asynchronous, "Checkpoint(asynchronous=True)", "asynchronous=False")
         return cls(
-            zero=zero if isinstance(zero, Zero) else Zero(stage=zero),
-            recompute=recompute if isinstance(recompute, Recompute) else Recompute(mode=_mode(recompute)),
+            zero=_setting("zero", zero, Zero),
+            recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
             checkpoint=saving,
         )
+
+    def written(self) -> dict[str, str]:
+        """Return the arguments that make these settings, as Python writes them: the stage, and all that is not default."""
+        written = {}
+        for name in (setting.name for setting in dataclasses.fields(self)):
+            value, default = getattr(self, name), getattr(Settings(), name)
+            if name == "zero" or value != default:
+                written[name] = repr(_plain(name, value, default))
+        return written
+
+
+def _setting(name: str, value: Any, kind: type[T]) -> T:
+    """Return a setting as its dataclass, where it may be a plain value that stands for one field of it."""
+    if isinstance(value, kind):
+        return value
+    fields = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    if isinstance(value, Mapping) and set(value) <= set(fields):
+        written = ", ".join(f"{key}={item!r}" for key, item in value.items())
+        raise ConfigError(f"{name}={value!r} is a dictionary. Write {name}={kind.__name__}({written}).")
+    if name not in PLAIN_FIELDS or isinstance(value, Mapping):
+        raise ConfigError(
+            f"{name}={value!r} is not a {kind.__name__}. Write {name}={kind.__name__}(...); it has {', '.join(fields)}."
+        )
+    return kind(**{PLAIN_FIELDS[name]: value})
+
+
+def _plain(name: str, value: Any, default: Any) -> Any:
+    """Return the plain value that stands for a setting, where there is one."""
+    field = PLAIN_FIELDS.get(name)
+    if field is None or dataclasses.replace(value, **{field: getattr(default, field)}) != default:
+        return value
+    return getattr(value, field)
+
+
+def _check_size(name: str, size: Any) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ConfigError(f"{name}={size!r} is not a number of ranks. Use 1.")
 
 
 def _refuse_unless(is_default: bool, asked: str, remedy: str) -> None:
@@ -65,7 +111,3 @@ def _refuse_unless(is_default: bool, asked: str, remedy: str) -> None:
         raise UnsupportedError(
             f"{asked} is not available in this version of meshbolt. Use {remedy} with zero=0, 1, 2 or 3."
         )
-
-
-def _mode(value: Any) -> Any:
-    return "none" if value is None else value

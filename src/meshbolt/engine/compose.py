@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from meshbolt.blocks import compile_blocks, recompute_blocks
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
@@ -65,6 +66,7 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
     divided: list[UnitPlan] = []
     agree_on_error(lambda: divided.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms)))
     units = divided[0]
+    _check_same_units(units)
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute)
     compile_blocks(blocks, enabled=plan.settings.compile)
@@ -123,6 +125,19 @@ def _check_module(module: nn.Module) -> None:
             f"{kind} has no parameters, so there is nothing to shard or train. Create its layers in __init__ or "
             "configure_model."
         )
+    lazy = next((name for name, t in [*parameters.items(), *module.named_buffers()] if is_lazy(t)), None)
+    if lazy is not None:
+        raise UnsupportedError(
+            f"{lazy!r} of {kind} is not initialised: a lazy layer learns its sizes from its first batch, and a tensor without "
+            "a size cannot be sharded. Give the layer its sizes, such as nn.Linear(in, out), or run one batch through the "
+            "module in __init__."
+        )
+    sparse = next((name for name, layer in module.named_modules() if _has_sparse_gradients(layer)), None)
+    if sparse is not None:
+        raise UnsupportedError(
+            f"The embedding {sparse!r} of {kind} has sparse=True, and sparse gradients cannot be summed into shards. Set "
+            "sparse=False: the gradients are the same, as dense tensors."
+        )
     sharded = next((name for name, p in parameters.items() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise ConfigError(
@@ -135,6 +150,10 @@ def _check_module(module: nn.Module) -> None:
             f"Parameter {hooked!r} of {kind} has a hook from register_hook(), which would never run on a sharded parameter. "
             "Use register_post_accumulate_grad_hook(), which sees the reduced gradient, or on_before_optimizer_step."
         )
+
+
+def _has_sparse_gradients(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse
 
 
 def _check_same_on_all_ranks(module: nn.Module) -> None:
@@ -150,4 +169,16 @@ def _check_same_on_all_ranks(module: nn.Module) -> None:
     raise TopologyError(
         f"Ranks have different modules: parameter {at} is {first[at]!r} on rank 0 and {other[at]!r} on rank {rank}. "
         "Build the same module on every rank; do not let its structure depend on the rank or on unseeded randomness."
+    )
+
+
+def _check_same_units(units: UnitPlan) -> None:
+    equal, lists = same_on_all_ranks(list(units.units))
+    if equal:
+        return
+    rank = next(rank for rank, other in enumerate(lists) if other != lists[0])
+    raise TopologyError(
+        f"Ranks gather different units: {lists[0]} on rank 0 and {lists[rank]} on rank {rank}. Their parameters are alike, but "
+        "the classes of the modules are not. Build the same module on every rank, or name the units with "
+        "zero=Zero(unit=[...])."
     )

@@ -53,6 +53,10 @@ class MeshPrecision(trainer_plugins.Precision):
             raise AssertionError("The precision plugin was used before the strategy attached its engine.")
         return self._engine
 
+    def convert_output(self, data: Any) -> Any:
+        """Return what a module gives back in Fabric: floats in torch's default dtype, as under Fabric's own plugins."""
+        return data if self.precision == "32-true" else fabric_plugins.DoublePrecision().convert_output(data)
+
     def pre_backward(self, tensor: Tensor, module: pl.LightningModule) -> Tensor:  # type: ignore[override]
         """Scale the loss where the precision needs it, then run the hooks before backward."""
         if self.loss_scaler is not None:

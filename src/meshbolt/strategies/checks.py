@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.strategies.compat import asked_precision, is_compiled, time_between_validations
@@ -87,6 +88,27 @@ def refuse_skipped_batch(module: pl.LightningModule, output: Any) -> None:
             f"{type(module).__name__}.training_step returned None on rank {trainer.global_rank} of {trainer.world_size}. A rank "
             "that skips a batch leaves the others waiting for its gradients. Return a loss without weight instead, such as "
             "0.0 * loss, or leave such samples out of the dataset."
+        )
+
+
+def refuse_foreign(module: nn.Module, *, sharded: Iterable[nn.Module], parameters: Container[nn.Parameter]) -> None:
+    """Refuse to gather a module that has nothing to do with those that were sharded.
+
+    Args:
+        module: the one that is to be gathered.
+        sharded: the users' modules, whole.
+        parameters: theirs, which any other module may hold too.
+
+    Raises:
+        ConfigError: it is none of them, nor a part of one, nor made of their parameters.
+    """
+    if any(module is part for whole in sharded for part in whole.modules()):
+        return
+    if not all(parameter in parameters for parameter in module.parameters()):
+        names = [type(whole).__name__ for whole in sharded]
+        raise ConfigError(
+            f"{type(module).__name__} is not part of a module that this strategy has sharded ({', '.join(names) or 'none yet'}), "
+            "so there is nothing to gather. Give the module that was handed to the Trainer or Fabric, or one inside it."
         )
 
 

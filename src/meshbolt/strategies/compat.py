@@ -44,6 +44,7 @@ __all__ = [
     "reduce_over_ranks",
     "set_rank_zero_only",
     "time_between_validations",
+    "trainer_of",
 ]
 
 
@@ -94,6 +95,11 @@ def plain_optimizer(optimizer: Any) -> Any:
 def is_compiled(module: pl.LightningModule | None) -> bool:
     """Return whether a LightningModule was given to `torch.compile` as a whole."""
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
+    """Return the Trainer that a module is attached to, if it is; asking the module itself is an error where it is not."""
+    return getattr(module, "_trainer", None)
 
 
 def time_between_validations(trainer: pl.Trainer) -> float | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -21,14 +20,17 @@ from torch.optim import Optimizer
 
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
+from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.engine import Engine, gathered
 from meshbolt.engine.random_state import restore_random_state
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
+from meshbolt.strategies.agreement import agree_on_settings, precision_rows
+from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
-from meshbolt.strategies.checks import refuse_checkpoint_io
+from meshbolt.strategies.checks import refuse_checkpoint_io, refuse_foreign
 from meshbolt.strategies.compat import (
     connect_ranks,
     default_backend,
@@ -41,9 +43,6 @@ from meshbolt.strategies.directories import LoadInto, load_tree, save_tree
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.zero import Zero
-
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class MeshCore:
@@ -107,6 +106,17 @@ class MeshCore:
             compile=compile,
             checkpoint=checkpoint,
         )
+        self._arguments = {
+            "accelerator": accelerator,
+            "parallel_devices": parallel_devices,
+            "cluster_environment": cluster_environment,
+            "checkpoint_io": checkpoint_io,
+            "precision_plugin": precision_plugin,
+            "process_group_backend": process_group_backend,
+            "timeout": timeout,
+            "start_method": start_method,
+        }
+        check_arguments(self._arguments)
         refuse_checkpoint_io(checkpoint_io)
         self._backend = process_group_backend
         self._timeout = timeout
@@ -125,9 +135,7 @@ class MeshCore:
 
     def __repr__(self) -> str:
         """Return the call that makes this strategy, and what it is for."""
-        zero = self.settings.zero
-        written = zero if dataclasses.replace(zero, stage=3) != Zero() else zero.stage
-        return f"{self.call}(zero={written!r}) for {self.is_for}"
+        return f"{written_call(self.call, self.settings, self._arguments)} for {self.is_for}"
 
     # What a Trainer or Fabric sets before ranks exist -----------------------------------------------------------------
 
@@ -237,25 +245,39 @@ class MeshCore:
         set_rank_zero_only(environment.global_rank())
 
     def _connect(self) -> None:
-        """Initialise the process group, resolve the plan and build the mesh; again is nothing."""
-        if self._mesh is not None:
-            return
+        """Connect the ranks, agree on a plan and build its mesh; once they are connected, only compare what they are told."""
+        if self._mesh is None:
+            self._connect_ranks()
+        agree_on_error(self._resolve, group=self._control_group)
+        rows = {**self.plan.rows(), **precision_rows(self._get_precision()), **self._rows()}
+        agree_on_settings(rows, group=self._control_group)
+        if self._mesh is None:
+            self._mesh = build_mesh(self.plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
+
+    def _connect_ranks(self) -> None:
         self._set_ranks()
         if self.cluster_environment is None:
             raise ConfigError(
                 "The strategy has no cluster environment; give it to a Trainer or Fabric before using it."
             )
-        self._plan = resolve(
+        self._backend = self._backend or default_backend(self.root_device)
+        connect_ranks(self.cluster_environment, self._backend, timeout=self._timeout, device=self.root_device)
+        gloo = dist.get_backend() == "gloo"
+        self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _resolve(self) -> None:
+        """Make the plan, once; raise what this rank finds wrong."""
+        environment = self.cluster_environment
+        self._plan = self._plan or resolve(
             self.settings,
-            world_size=self.cluster_environment.world_size(),
+            world_size=dist.get_world_size() if environment is None else environment.world_size(),
             precision=self._get_precision().policy(reduce_dtype=self.settings.zero.reduce_dtype),
             device_type=self.root_device.type,
         )
-        self._backend = self._backend or default_backend(self.root_device)
-        connect_ranks(self.cluster_environment, self._backend, timeout=self._timeout, device=self.root_device)
-        self._mesh = build_mesh(self._plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
-        gloo = dist.get_backend() == "gloo"
-        self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
+
+    def _rows(self) -> dict[str, Any]:
+        """Return what all ranks must have alike beside the plan."""
+        return {}
 
     def _reachable(self) -> dist.ProcessGroup | None:
         """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to."""
@@ -335,12 +357,16 @@ class MeshCore:
         Yields:
             The optimizer's state by parameter name and key, whole; empty without an optimizer.
 
+        Raises:
+            ConfigError: the module is not part of one that was sharded.
+
         Example:
             >>> with trainer.strategy.gathered(model.head):
             ...     model.head.weight.norm()
         """
         optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
         with self._settled() as names:
+            refuse_foreign(module, sharded=self._engines, parameters=names)
             with gathered(module, names=names, optimizers=optimizers) as state:
                 yield state
             take_from_rank_zero(whole_tensors(module, optimizers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,10 +36,16 @@ def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup 
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"{path} holds objects of classes, and to build them is to run their code: {error}. If you trust this file, "
-                "load it with weights_only=False, or allow the classes by torch.serialization.add_safe_globals."
+                "give weights_only=False to what loads it (trainer.fit, trainer.validate; --weights_only=false of a command), or "
+                "allow the classes by torch.serialization.add_safe_globals."
             ) from error
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read as a checkpoint file: {error}.") from error
+            # Of other files torch says how to save them, which nobody can do who has something else, or a part.
+            known = isinstance(error, (FileNotFoundError, PermissionError)) or zipfile.is_zipfile(path)
+            why = str(error) if known else "it is none that torch.save has written, or not the whole of one"
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint file: {why}. Give another ckpt_path."
+            ) from error
         if missing := sorted({"state_dict", "pytorch-lightning_version"} - found.keys()):
             raise CheckpointError(
                 f"{path} is not a checkpoint of Lightning: it has no {' and no '.join(missing)}. If it is a bare state dict, "

@@ -35,16 +35,27 @@ def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
     lengths, samples = [value[0] for value in values], values[0][1]
     if samples is not None and samples < group.size():
         raise TopologyError(
-            f"The dataset has {samples} samples for {group.size()} data-parallel ranks, so some ranks would train on "
-            f"copies. Use at least {group.size()} samples, or fewer ranks."
+            f"The dataset has {samples} samples for {group.size()} data-parallel ranks, so some ranks would have none of "
+            f"their own, only copies. Use at least {group.size()} samples, or fewer ranks."
         )
     sized = all(isinstance(length, int) for length in lengths)
     if sized and not same:
         raise TopologyError(
             f"Ranks have different numbers of batches: {lengths} by rank. Every rank must make as many steps as the "
-            "others. Use a DistributedSampler (Lightning's default), drop the rest with drop_last=True, or pad."
+            "others. Use torch's DistributedSampler, which Lightning puts in by itself and which pads with copies; or drop "
+            "the rest with drop_last=True."
         )
     return loader if sized and group.size() > MOST_RANKS_WATCHED else AgreedLoader(loader, group=group)
+
+
+def num_batches_by_rank(loader: Any, *, group: dist.ProcessGroup) -> list[int | None]:
+    """Return how many batches each rank's loader has; None for one that does not know.
+
+    Args:
+        loader: this rank's.
+        group: of all ranks, for tensors on the CPU.
+    """
+    return same_on_all_ranks(_length(loader), group=group)[1]
 
 
 class AgreedLoader:
@@ -119,7 +130,8 @@ class AgreedLoader:
             ended = [rank for rank, other in enumerate(found) if other == _END]
             raise TopologyError(
                 f"Ranks {ended} have no batch {count}, but ranks {have} have: the iterables of the ranks are of different "
-                "lengths. Make every rank's iterable yield as many batches, or bound them with limit_train_batches."
+                "lengths. Make every rank's iterable yield as many batches, or bound them with limit_train_batches, "
+                "limit_val_batches and their like."
             )
 
 

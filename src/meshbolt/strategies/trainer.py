@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -24,8 +25,9 @@ from meshbolt.engine.load import load_model
 from meshbolt.engine.state import optimizer_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
-from meshbolt.strategies.compat import plain_optimizer
+from meshbolt.strategies.compat import plain_optimizer, trainer_of
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import redirect_entries
@@ -38,6 +40,7 @@ from meshbolt.strategies.hooks import (
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.predicting import Predicting
 from meshbolt.strategies.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -104,14 +107,23 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Connect the ranks and build the mesh, after everything that needs no rank was checked."""
+        """Connect the ranks, check what they are told, and build the mesh."""
         super().setup_environment()
         self._attendance.forget()
+        self._predicting = Predicting()
         self._has_begun = self._has_loaded = False
-        check_trainer(self._module().trainer, world_size=self.world_size)
         self._connect()
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
+
+    @override
+    def _resolve(self) -> None:
+        check_trainer(self._module().trainer, world_size=self.world_size)
+        super()._resolve()
+
+    @override
+    def _rows(self) -> dict[str, Any]:
+        return trainer_rows(self._module().trainer)
 
     @override
     @contextmanager
@@ -190,8 +202,32 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's predict_step with the root's parameters gathered."""
-        with self.precision_plugin.predict_step_context():
-            return self.engine.call(self._module().predict_step, *args, **kwargs)
+
+        def take() -> Any:
+            with self.precision_plugin.predict_step_context():
+                return self.engine.call(self._module().predict_step, *args, **kwargs)
+
+        return self._predicting.step(take)
+
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Check that the loaders of all ranks agree; those of a prediction are made to."""
+        trainer = self._module().trainer
+        if trainer.state.fn != TrainerFn.PREDICTING:
+            return super().process_dataloader(dataloader)
+        limit = trainer.limit_predict_batches
+        return self._predicting.loader(dataloader, limit=limit, group=self._control_group)
+
+    @override
+    def on_predict_start(self) -> None:
+        """Refuse loaders of different lengths that cannot be made to agree."""
+        step = self._module().predict_step
+        self._predicting.check(takes_iterator=is_param_in_hook_signature(step, "dataloader_iter", explicit=True))
+
+    @override
+    def on_predict_end(self) -> None:
+        """Let go of the last batch."""
+        self._predicting = Predicting()
 
     @override
     @contextmanager
@@ -223,8 +259,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         return group
 
     def _was_interrupted(self) -> bool:
-        module = self.lightning_module
-        return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
+        trainer = trainer_of(self.lightning_module)
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 

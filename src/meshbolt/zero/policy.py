@@ -41,7 +41,7 @@ class Zero:
     reduce_dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.stage not in POLICIES or isinstance(self.stage, bool):
+        if isinstance(self.stage, bool) or not isinstance(self.stage, int) or self.stage not in POLICIES:
             raise ConfigError(f"zero={self.stage!r} is not a ZeRO stage. Use 0, 1, 2 or 3.")
         if isinstance(self.replicate, bool) or not isinstance(self.replicate, int) or self.replicate < 1:
             raise ConfigError(
@@ -51,6 +51,12 @@ class Zero:
             raise ConfigError(
                 f"Zero(stage=0, replicate={self.replicate}): stage 0 keeps everything whole on every rank, so there is no "
                 "sharded state to copy. Use stage 1, 2 or 3 with replicate, or stage 0 without."
+            )
+        named = [self.unit] if isinstance(self.unit, str) else self.unit
+        if not isinstance(named, (list, tuple)) or not all(isinstance(name, str) and name for name in named):
+            raise ConfigError(
+                f"Zero(unit={self.unit!r}) names no modules. Give class names or module paths, as a string or a list of "
+                "strings, or 'auto'."
             )
         if self.reduce_dtype not in REDUCE_DTYPES:
             raise ConfigError(

@@ -80,6 +80,12 @@ SCRIPT = """
         (scores,) = trainer.test(module, data, verbose=False)
         expected = torch.stack([nn.functional.mse_loss(module(x), y) for x, y in data]).mean()
         assert abs(scores["loss"] - float(expected)) < 1e-5, (scores, expected)
+        try:
+            trainer.fit(module, data)
+        except NotImplementedError as error:  # Lightning's own, which nothing of ours may hide
+            assert "twice on the same Trainer" in str(error), error
+        else:
+            raise AssertionError("fit was not refused")
         print("all is well")
 
 

@@ -63,5 +63,6 @@ def test_a_model_without_blocks_cannot_recompute():
 def test_unknown_modes_and_intervals_are_refused():
     with pytest.raises(ConfigError, match=r"'ful' is not a mode.*did you mean 'full'"):
         Recompute("ful")
-    with pytest.raises(ConfigError, match="every=0"):
-        Recompute("full", every=0)
+    for every in (0, "2", True):
+        with pytest.raises(ConfigError, match=f"every={every!r}"):
+            Recompute("full", every=every)

@@ -20,21 +20,34 @@ def config(tmp_path: Path) -> Path:
 
 def test_overrides_are_told_from_files_and_flags() -> None:
     known, overrides = split_overrides(
-        ["a.yaml", "--trainer.devices", "4", "--json", "--model.dim=8", "b.yaml", "--x=-1"]
+        ["a.yaml", "--trainer.devices", "4", "--json", "--model.dim=8", "b.yaml", "--model.x=-1"]
     )
 
     assert known == ["a.yaml", "--json", "b.yaml"]
-    assert overrides == [("trainer.devices", "4"), ("model.dim", "8"), ("x", "-1")]
+    assert overrides == [("trainer.devices", "4"), ("model.dim", "8"), ("model.x", "-1")]
 
 
 def test_a_value_may_hold_an_equals_sign_or_be_empty() -> None:
-    assert split_overrides(["--a=b=c", "--d="])[1] == [("a", "b=c"), ("d", "")]
+    assert split_overrides(["--data.a=b=c", "--data.d="])[1] == [("data.a", "b=c"), ("data.d", "")]
 
 
 @pytest.mark.parametrize("arguments", [["--trainer.devices"], ["--trainer.devices", "--json"]])
 def test_an_override_without_a_value_is_refused(arguments: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"--trainer\.devices has no value"):
         split_overrides(arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--jsn", "--jsn is not an option: did you mean 'json'"),
+        ("--modell=8", "did you mean 'model'"),
+        ("--qqq=1", "meshbolt fit --help"),
+    ],
+)
+def test_what_is_no_option_and_no_key_of_fit_is_refused_with_the_nearest(argument: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        split_overrides([argument, "a.yaml"])
 
 
 def test_the_tables_show_values_and_where_they_are_from(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,21 @@ def test_the_debug_mode_shows_where_an_error_was_raised(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("variable", ["MESHBOLT_DEBUG", "MESHBOLT_FAST_PATH"])
+def test_a_malformed_switch_is_bad_usage(
+    call: Call,
+    command_that: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+) -> None:
+    monkeypatch.setenv(variable, "yes")
+    command_that(DONE)
+
+    assert call("do") == BAD_USAGE
+    assert f"ConfigError: {variable}='yes' is not a switch" in capsys.readouterr().err
+
+
 def test_an_error_of_somebody_else_is_not_hidden(call: Call, command_that: Callable[[Exception], None]) -> None:
     command_that(RuntimeError("a defect"))
 

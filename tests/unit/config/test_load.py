@@ -94,8 +94,15 @@ def test_a_name_takes_no_arguments_and_the_way_out_is_said(base: Path) -> None:
         load([base], overrides=[("trainer.strategy", "zero2"), ("trainer.strategy.zero", "3")])
 
 
-@pytest.mark.parametrize(("text", "expected"), [("two", ["one", "two"]), ("[two, three]", ["one", "two", "three"])])
-def test_a_key_that_ends_in_plus_appends(base: Path, text: str, expected: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("two", ["one", "two"]),
+        ("[two, three]", ["one", "two", "three"]),
+        ("{class_path: a}", ["one", {"class_path": "a"}]),
+    ],
+)
+def test_a_key_that_ends_in_plus_appends(base: Path, text: str, expected: list[object]) -> None:
     assert load([base], overrides=[("trainer.callbacks+", text)]).get("trainer.callbacks") == expected
 
 

@@ -38,6 +38,15 @@ def test_an_interval_of_time_between_validations_is_read_from_the_trainer() -> N
     assert compat.time_between_validations(quiet(val_check_interval=timedelta(minutes=2))) == 120
 
 
+def test_the_trainer_of_a_module_is_found_where_there_is_one() -> None:
+    module, trainer = Module(), quiet()
+    assert compat.trainer_of(None) is None
+    assert compat.trainer_of(module) is None
+
+    module.trainer = trainer
+    assert compat.trainer_of(module) is trainer
+
+
 def test_a_compiled_module_is_told_from_a_plain_one() -> None:
     module = Module()
     assert not compat.is_compiled(module)

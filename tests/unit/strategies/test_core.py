@@ -12,6 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from meshbolt import Checkpoint, ConfigError, MeshStrategy, Recompute, UnsupportedError, Zero
 from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
 from meshbolt.plugins import convert_precision
+from meshbolt.strategies.arguments import ARGUMENTS
 
 BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
 
@@ -30,6 +31,25 @@ BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
         ({"offload": "cpu"}, UnsupportedError, "offload='cpu'"),
         ({"checkpoint": Checkpoint(asynchronous=True)}, UnsupportedError, "asynchronous=True"),
         ({"checkpoint_io": TorchCheckpointIO()}, UnsupportedError, "TorchCheckpointIO"),
+        ({"zero": 2.0}, ConfigError, r"zero=2\.0"),
+        ({"zero": {"stage": 2, "replicate": 4}}, ConfigError, r"Write zero=Zero\(stage=2, replicate=4\)"),
+        ({"zero": {"stag": 2}}, ConfigError, "it has stage, replicate, unit, reduce_dtype"),
+        ({"recompute": {"mode": "full"}}, ConfigError, r"Write recompute=Recompute\(mode='full'\)"),
+        ({"recompute": ""}, ConfigError, "recompute=''"),
+        ({"checkpoint": True}, ConfigError, r"checkpoint=True is not a Checkpoint"),
+        ({"checkpoint": {"verify": False}}, ConfigError, r"Write checkpoint=Checkpoint\(verify=False\)"),
+        ({"tensor_parallel": True}, ConfigError, "tensor_parallel=True"),
+        ({"pipeline_parallel": 0}, ConfigError, "pipeline_parallel=0"),
+        ({"timeout": 30}, ConfigError, r"timeout=30 .*timedelta\(seconds=30\)"),
+        ({"timeout": None}, ConfigError, "timeout=None"),
+        ({"timeout": timedelta(0)}, ConfigError, r"timeout=datetime\.timedelta\(0\)"),
+        ({"start_method": "popn"}, ConfigError, "start_method='popn' must be one of popen, spawn, fork, forkserver"),
+        ({"process_group_backend": "glo"}, ConfigError, "process_group_backend='glo'"),
+        ({"process_group_backend": "cpu:gloo,cuda:ncl"}, ConfigError, "process_group_backend='cpu:gloo,cuda:ncl'"),
+        ({"parallel_devices": 2}, ConfigError, "parallel_devices=2"),
+        ({"parallel_devices": ["cpu"]}, ConfigError, "parallel_devices="),
+        ({"accelerator": "cpu"}, ConfigError, "accelerator='cpu'"),
+        ({"cluster_environment": "slurm"}, ConfigError, "cluster_environment='slurm'"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -70,6 +90,37 @@ def test_what_is_known_late_says_when() -> None:
     for early in ("plan", "device_mesh", "engine", "root_device"):
         with pytest.raises(ConfigError, match=r"`setup` or later|not set up yet|Trainer or Fabric"):
             getattr(strategy, early)
+
+
+def test_every_argument_that_lightning_has_too_is_checked() -> None:
+    settings = {"zero", "tensor_parallel", "pipeline_parallel", "offload", "recompute", "compile", "checkpoint"}
+    signature = inspect.signature(MeshStrategy).parameters
+
+    assert set(ARGUMENTS) == set(signature) - settings
+    assert all(signature[name].default == argument.default for name, argument in ARGUMENTS.items())
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl", "NCCL", "cpu:gloo,cuda:nccl"])
+def test_a_backend_is_named_as_torch_names_it(backend: str) -> None:
+    assert MeshStrategy(process_group_backend=backend).process_group_backend == backend
+
+
+@pytest.mark.parametrize(
+    ("strategy", "text"),
+    [
+        (MeshStrategy(), "zero=3"),
+        (MeshStrategy(zero=Zero(1), recompute=Recompute("full"), checkpoint=Checkpoint()), "zero=1, recompute='full'"),
+        (
+            MeshStrategy(
+                recompute=Recompute("full", 2), compile=True, timeout=timedelta(seconds=30), start_method="fork"
+            ),
+            "zero=3, recompute=Recompute(mode='full', every=2), compile=True, timeout=datetime.timedelta(seconds=30), "
+            "start_method='fork'",
+        ),
+    ],
+)
+def test_the_text_of_a_strategy_has_every_setting_that_is_not_the_default(strategy: MeshStrategy, text: str) -> None:
+    assert repr(strategy).startswith(f"meshbolt.MeshStrategy({text}) for ")
 
 
 def test_the_text_of_a_strategy_is_the_call_that_makes_it_and_what_it_is_for() -> None:

@@ -21,6 +21,12 @@ def test_each_stage_shards_and_communicates_what_the_one_before_does_and_more():
     [
         ({"stage": 4}, "zero=4 is not a ZeRO stage"),
         ({"stage": True}, "zero=True is not a ZeRO stage"),
+        ({"stage": 2.0}, r"zero=2\.0 is not a ZeRO stage"),
+        ({"stage": [3]}, r"zero=\[3\] is not a ZeRO stage"),
+        ({"unit": 3}, "unit=3"),
+        ({"unit": None}, "unit=None"),
+        ({"unit": [1]}, r"unit=\[1\]"),
+        ({"unit": ""}, "unit=''"),
         ({"replicate": 0}, "replicate=0"),
         ({"stage": 0, "replicate": 2}, "stage 0 keeps everything whole"),
         ({"reduce_dtype": "fp8"}, "reduce_dtype='fp8'"),

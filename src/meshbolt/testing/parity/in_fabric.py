@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ def run_fabric(case: Case) -> Record:
     fabric.launch()
     module = case.module()
     watch_losses(module, record, rank=rank)
+    _divide_losses(module, case.accumulate_grad_batches)
     wrapped, optimizer = _set_up(fabric, module)
     loader = loader_of_rank(case, rank)
     batches = iter(loader if case.has_batches else fabric.setup_dataloaders(loader))
@@ -52,6 +54,18 @@ def _set_up(fabric: lf.Fabric, module: pl.LightningModule) -> tuple[Any, Any]:
     return wrapped, optimizer
 
 
+def _divide_losses(module: pl.LightningModule, window: int) -> None:
+    """Divide the loss inside the module, in the dtype it was computed in: what Fabric hands out is float32 at most."""
+    method = module.training_step
+
+    @functools.wraps(method)
+    def divided(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        loss = loss_of(method(*args, **kwargs))
+        return None if loss is None else torch.div(loss, window)
+
+    module.__dict__["training_step"] = divided
+
+
 def _only_optimizer(module: pl.LightningModule) -> Optimizer:
     made = module.configure_optimizers()
     if not isinstance(made, Optimizer):
@@ -70,10 +84,10 @@ def _fabric_loop(
         batch = next(batches)
         last = (index + 1) % window == 0
         with fabric.no_backward_sync(module, enabled=not last):
-            loss = loss_of(module.training_step(batch, index))
+            loss = module.training_step(batch, index)
             if loss is None:
                 raise ConfigError(f"training_step returned no loss for batch {index}, and the Fabric loop needs one.")
-            fabric.backward(torch.div(loss, window))
+            fabric.backward(loss)
         if not last:
             continue
         fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
