@@ -86,7 +86,7 @@ class Engine:
         )
         follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
-        self._settled = 0
+        self._settled = self._state_dicts = 0
         self._covers_forward = self._inside = self._reentered = self._primed = False
 
     @property
@@ -112,6 +112,7 @@ class Engine:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
         self._derivatives.release()
+        self._state_dicts = 0  # one that raised may have been left behind
         self._prime()
         self.sync_requires_grad()
         self._exposed = [self._root, *(unit for unit in self._units.values() if compat.is_gathered(unit))]
@@ -230,11 +231,13 @@ class Engine:
                 unit.unshard()
 
     def _before_state_dict(self) -> None:
-        if not self._settled:
+        self._state_dicts += 1
+        if not self._settled and self._state_dicts == 1:
             self.settle()
 
     def _after_state_dict(self) -> None:
-        if not self._settled:
+        self._state_dicts -= 1
+        if not self._settled and self._state_dicts == 0:
             self._reenter()
 
     def _free(self) -> None:
