@@ -87,7 +87,7 @@ class Engine:
         )
         follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
-        self._settled = 0
+        self._settled = self._state_dicts = 0
         self._covers_forward = self._inside = self._reentered = self._primed = False
 
     @property
@@ -113,6 +113,7 @@ class Engine:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
         self._derivatives.release()
+        self._state_dicts = 0  # one that raised may have been left behind
         self._prime()
         self.sync_requires_grad()
         self._edits.refuse_other_data()
@@ -231,11 +232,13 @@ class Engine:
                 unit.unshard()
 
     def _before_state_dict(self) -> None:
-        if not self._settled:
+        self._state_dicts += 1
+        if not self._settled and self._state_dicts == 1:
             self.settle()
 
     def _after_state_dict(self) -> None:
-        if not self._settled:
+        self._state_dicts -= 1
+        if not self._settled and self._state_dicts == 0:
             self._reenter()
 
     def _free(self) -> None:
