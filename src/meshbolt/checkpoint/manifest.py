@@ -144,8 +144,12 @@ class Manifest:
                 f"the plan cannot be written to {FILE_NAME} ({error}); use plain values in it"
             ) from error
         lines += [_entries("files", files), _entries("tensors", dict(sorted(self.tensors.items())))]
-        body = "{\n" + ",\n".join(lines)
-        return f"{body}{_SEAL}{checksum_of(body.encode())}{_END}"
+        return seal("{\n" + ",\n".join(lines))
+
+
+def seal(body: str) -> str:
+    """Return a JSON object, given without its end, with the checksum of itself as its last entry."""
+    return f"{body}{_SEAL}{checksum_of(body.encode())}{_END}"
 
 
 def _entries(key: str, entries: Mapping[str, Any]) -> str:
