@@ -34,8 +34,9 @@ ALGORITHM = "rows4096-blake2b64"
 
 _WORDS = 4096
 _ROW_BYTES = 8 * _WORDS
+_COLUMNS = 1024
 # What is read or written at a time: it stays in the core's cache for the checksum.
-BLOCK_BYTES = 32 * _ROW_BYTES
+BLOCK_BYTES = 8 * _ROW_BYTES
 _WEIGHTS = np.frombuffer(hashlib.shake_128(b"meshbolt.checkpoint").digest(_ROW_BYTES), dtype="<u8") | np.uint64(1)
 
 
@@ -44,7 +45,7 @@ class Checksum:
 
     def __init__(self) -> None:
         self._digest = hashlib.blake2b(digest_size=8)
-        self._columns = np.zeros(_WORDS, dtype="<u8")
+        self._columns = np.zeros(_COLUMNS, dtype="<u8")
         self._rest = bytearray()
         self._length = 0
 
@@ -76,7 +77,7 @@ class Checksum:
     def _add_rows(self, data: Data) -> None:
         rows = np.frombuffer(data, dtype="<u8").reshape(-1, _WORDS)
         self._digest.update(np.dot(rows, _WEIGHTS).astype("<u8", copy=False).tobytes())
-        self._columns ^= np.bitwise_xor.reduce(rows, axis=0)
+        self._columns ^= np.bitwise_xor.reduce(rows.reshape(-1, _COLUMNS), axis=0)
 
 
 def checksum_of(data: Data) -> str:
