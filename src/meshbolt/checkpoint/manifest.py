@@ -10,7 +10,7 @@ It is written last, when every other file is safely on the storage. Its layout:
       "world_size": 4,
       "versions": {"meshbolt": "0.1.0", "torch": "2.13.0"},
       "plan": {"zero.stage": 3},                           what the run was told to do, as plain data
-      "algorithm": "rows4096-blake2b64",                   of the checksums: `checksum.py`
+      "algorithm": "words64-blake2b64",                   of the checksums: `checksum.py`
       "files": {
         "__0_0.distcp": {"bytes": 1536, "chunks": [[0, 1536, 576, "adb0e38c693ef421"]]}
       },

@@ -60,7 +60,7 @@ def test_a_newer_format_is_a_checkpoint_that_this_version_refuses_by_name(tmp_pa
 
 
 def test_other_checksums_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"checksums 'crc64', .* reads version 2 with 'rows4096-blake2b64'"):
+    with pytest.raises(CheckpointError, match=r"checksums 'crc64', .* reads version 2 with 'words64-blake2b64'"):
         read_manifest(written(tmp_path, algorithm="crc64"))
 
 
