@@ -38,7 +38,7 @@ _ROW_BYTES = 8 * _WORDS
 _COLUMNS = 1024
 _COLUMNS = 1024
 # What is read or written at a time: it stays in the core's cache for the checksum.
-_BLOCK_BYTES = 16 * _ROW_BYTES
+BLOCK_BYTES = 16 * _ROW_BYTES
 _WEIGHTS = np.frombuffer(hashlib.shake_128(b"meshbolt.checkpoint").digest(_ROW_BYTES), dtype="<u8") | np.uint64(1)
 
 
@@ -63,16 +63,16 @@ class Checksum:
                 self._add_rows(bytes(self._rest))
                 self._rest.clear()
         whole = len(view) - len(view) % _ROW_BYTES
-        for start in range(0, whole, _BLOCK_BYTES):
-            self._add_rows(view[start : min(start + _BLOCK_BYTES, whole)])
+        for start in range(0, whole, BLOCK_BYTES):
+            self._add_rows(view[start : min(start + BLOCK_BYTES, whole)])
         self._rest += view[whole:]
 
     def blocks(self, num_bytes: int) -> Iterator[slice]:
         """Return how the next bytes are best cut: into blocks that fit the cache and end where rows end."""
-        start, end = 0, _BLOCK_BYTES - len(self._rest)
+        start, end = 0, BLOCK_BYTES - len(self._rest)
         while start < num_bytes:
             yield slice(start, min(end, num_bytes))
-            start, end = end, end + _BLOCK_BYTES
+            start, end = end, end + BLOCK_BYTES
 
     def hexdigest(self) -> str:
         """Return the checksum of all bytes so far, as 16 hexadecimal digits."""
