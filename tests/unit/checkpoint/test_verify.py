@@ -87,6 +87,18 @@ def test_whole_files_that_contradict_each_other_are_told(path: Path) -> None:
     assert all(".metadata leads to bytes" in fault and "__0_0.distcp" in fault for fault in faults)
 
 
+def test_a_checkpoint_that_is_replaced_meanwhile_is_looked_at_anew(path: Path) -> None:
+    replaced: list[int] = []
+
+    def replace_once(num_bytes: int) -> None:
+        if not replaced:
+            save_directory(path, tensors={"w": TENSORS["w"] + 1}, objects={})
+        replaced.append(num_bytes)
+
+    assert verify_checkpoint(path, on_bytes=replace_once) == ()
+    assert len(replaced) > 3
+
+
 def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
     assert verify_checkpoint(tmp_path / "a.ckpt") == ("there is nothing at this path",)
 
