@@ -92,8 +92,9 @@ def load_tree(
     random_state = {
         key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in saved if key.startswith(prefix)
     }
-    # The files have just been compared with the manifest; nothing is unexpected, since the objects name what is read.
-    load_tensors(path, {**tensors, **random_state}, prefix=(), verify=False, group=group)
+    asked = {**tensors, **random_state}
+    # Nothing is unexpected, since the objects name what is read.
+    load_tensors(path, asked, prefix=(), verify=policy.verify, fresh=asked.keys() - into.live.keys(), group=group)
     tree = {key: join_tensors(value, tensors) for key, value in objects.items()}
     return tree, {key.removeprefix(prefix): value for key, value in random_state.items()}
 
