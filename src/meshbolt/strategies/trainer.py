@@ -335,7 +335,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         def check(loaded: Loaded) -> None:
             check_is_lightnings(loaded.tree, path)
             if not is_overridden("on_load_checkpoint", module):  # which may make it fit
-                self._check(loaded.tree, loaded.notes)
+                self._check(loaded.tree, loaded.notes, strict=module.strict_loading)
 
         return LoadInto(
             weights={f"state_dict.{k}": v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)},
@@ -344,13 +344,13 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
         )
 
-    def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any], *, strict: bool) -> str:
         """Compare a checkpoint with all that it is to be read into; return the names that differ where they may."""
         module = self._module()
         lists = check_weights(
             module.state_dict(),
             checkpoint["state_dict"],
-            strict=module.strict_loading,
+            strict=strict,
             source="the checkpoint",
             left_out=left_out_of("state_dict", notes),
         )
@@ -360,6 +360,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
                 self.optimizers,
                 {parameter: name for name, parameter in self.engine.parameters_by_name.items()},
                 schedulers=len(self.lr_scheduler_configs),
+                max_epochs=module.trainer.max_epochs,
                 regrouped=optimizers_regrouped_by(checkpoint, module.trainer),
             )
         return lists
@@ -368,7 +369,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Copy the weights into the shards, once all of the checkpoint is known to fit."""
         lists: list[str] = []
-        agree_on_error(lambda: lists.append(self._check(checkpoint, self._loaded.notes)), group=self._control_group)
+        notes = self._loaded.notes
+        agree_on_error(lambda: lists.append(self._check(checkpoint, notes, strict=strict)), group=self._control_group)
         if lists[0] and self.is_global_zero:
             _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
         weights = checkpoint["state_dict"]
