@@ -70,7 +70,7 @@ class Position:
         Args:
             notes: of the checkpoint; empty for one that is not of meshbolt, of whose samples nothing is known.
         """
-        self._saved = notes
+        self._saved, self._loaders = notes, 0
 
     def take_loader(self, loader: Any) -> None:
         """Take a training loader of this rank, before its first batch."""

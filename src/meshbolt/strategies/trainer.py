@@ -119,6 +119,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         super().setup_environment()
         self._attendance.forget()
         self._has_begun = self._has_loaded = False
+        self._written: set[str] = set()
         trainer = self._module().trainer
         check_trainer(trainer, world_size=self.world_size)
         self._connect()
@@ -292,6 +293,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         try:
             notes = {"left_out": {"state_dict": self._left_out}, "position": self._position.notes()}
             self._save(filepath, checkpoint, storage_options=storage_options, notes=notes)
+            self._written.add(str(filepath))
         except CheckpointError as error:
             if not self._was_interrupted():
                 raise
@@ -303,31 +305,29 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def _random_state(self) -> dict[str, torch.Tensor]:
         return self._position.random_state()
 
-    @property
-    def _resumes(self) -> bool:
-        """Whether a checkpoint is read to go on from it, not for its weights."""
-        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
-        return is_fit and not self.settings.checkpoint.load_weights_only
-
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint directory, or a plain file of Lightning's; nothing of this run is changed yet."""
         self._has_loaded = True
         path, is_file = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
+        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
+        # The learning rate finder goes back to where it began: to a checkpoint of this very fit.
+        self._resumes = is_fit and (not self.settings.checkpoint.load_weights_only or path in self._written)
         self.engine.settle()
         if is_file:
             self._loaded = Loaded(tree=load_file(path, weights_only=weights_only, group=self._control_group))
             agree_on_error(lambda: check_is_lightnings(self._loaded.tree, path), group=self._control_group)
         else:
             self._loaded = self._load(path, self._wanted(path), weights_only=weights_only)
-        trainer = self._module().trainer
-        if self._resumes or trainer.state.fn != TrainerFn.FITTING:
+        if self._resumes or not is_fit:
             return self._loaded.tree
+        trainer = self._module().trainer
         others = (type(trainer.datamodule), type(self.precision_plugin))  # type: ignore[attr-defined]
         return without_training_state(self._loaded.tree, states_of=others)
 
     _loaded = Loaded(tree={})
+    _resumes = False  # whether it was read to go on from it, not for its weights
 
     def _wanted(self, path: str) -> LoadInto:
         module = self._module()
