@@ -8,6 +8,7 @@ and to the random state that it had then.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -159,8 +160,6 @@ class _From:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        entries: Iterator[Any] = iter(self._sampler)
+        # A generator: workers ask for an iterator twice and use one, and the epoch may be set in between.
         skip, self._skip = self._skip, 0
-        for _ in range(skip):
-            next(entries, None)
-        return entries
+        yield from itertools.islice(self._sampler, skip, None)
