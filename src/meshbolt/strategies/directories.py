@@ -13,9 +13,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from meshbolt.checkpoint import Checkpoint, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.config import Plan
 from meshbolt.engine.random_state import collect_random_state
-from meshbolt.engine.state import empty_like_saved, join_tensors, markers, split_tensors
+from meshbolt.engine.state import empty_like_saved
 
 # A key of our own among the user's: which of the tensors were sharded when they were saved.
 _OWN = "meshbolt"
