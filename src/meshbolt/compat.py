@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Variable
 from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group, _fsdp_state
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
@@ -44,6 +45,7 @@ __all__ = [
     "make_hooks_skippable",
     "managed_parameters",
     "on_gradient",
+    "part_of_file",
     "plain_calls",
     "queue_after_backward",
     "replicate",
@@ -329,6 +331,17 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
 def plain_calls() -> AbstractContextManager[Any]:
     """Call torch's functions without asking modes and subclasses that watch them."""
     return cast("AbstractContextManager[Any]", torch._C.DisableTorchFunction())
+
+
+def part_of_file(file: IO[bytes], start: int, num_bytes: int) -> IO[bytes]:
+    """Return a part of a file as a file that `torch.load` reads.
+
+    Args:
+        file: open for reading.
+        start: where the part begins.
+        num_bytes: its length.
+    """
+    return cast("IO[bytes]", _create_file_view(cast("Any", file), start, num_bytes))
 
 
 def tensors_without_memory() -> AbstractContextManager[Any]:

@@ -9,8 +9,10 @@ import torch
 
 from meshbolt.checkpoint.tree import MARKER
 
-# A key of our own among the user's: which of the tensors were sharded when they were saved.
+# A key of our own among the user's: which of the tensors were sharded when they were saved, and notes on them.
 OWN = "meshbolt"
+# What the class of an optimizer is kept under, in its state.
+CLASS = "class"
 
 
 def by_number(tree: Any) -> Any:
@@ -28,7 +30,8 @@ def by_number(tree: Any) -> Any:
         return tree
     numbers = {name: number for number, name in enumerate(names)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in tree["param_groups"]]
-    return {**tree, "state": {numbers[name]: value for name, value in tree["state"].items()}, "param_groups": groups}
+    others = {key: value for key, value in tree.items() if key != CLASS}  # torch does not keep it
+    return {**others, "state": {numbers[name]: value for name, value in tree["state"].items()}, "param_groups": groups}
 
 
 def by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

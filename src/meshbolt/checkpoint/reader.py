@@ -1,75 +1,61 @@
 """A checkpoint that is opened once and read tensor by tensor, by one process alone and whatever its process groups.
 
 `load.py` fills the shards of a run, all ranks together; this is for whoever wants whole tensors, one after the other, and
-no more of them in memory than the one at hand. It reads any directory of torch's distributed checkpoint (DCP). Each part
-of a tensor lies in its file as `torch.save` wrote it, a zip archive of its own, whose checksum is compared.
+no more of them in memory than the one at hand.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import struct
-import zipfile
-import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from typing_extensions import Self
 
 from meshbolt.checkpoint.agreement import in_words
-from meshbolt.checkpoint.directory import find, local_path
+from meshbolt.checkpoint.chunks import bytes_of, naming_file, read_values
 from meshbolt.checkpoint.lazy import LazyTensor
-from meshbolt.checkpoint.manifest import FILE_NAME, Manifest, read_manifest
+from meshbolt.checkpoint.metadata import FILE_NAME as METADATA
 from meshbolt.checkpoint.metadata import TensorInfo, read_metadata, tensors_in
+from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS
 from meshbolt.checkpoint.objects import read_objects
+from meshbolt.checkpoint.places import place_of
+from meshbolt.checkpoint.storage import check_sizes
 from meshbolt.checkpoint.tree import join_tensors
 from meshbolt.errors import CheckpointError
 
-_PIECE_BYTES = 16 * 2**20
 
-
-class ShardReader:
-    """Whole tensors out of the files of a DCP directory, whoever wrote it.
-
-    The directory stays the one that was opened, also where another takes its name meanwhile. Use it as a context, or
-    call `close`.
+class TensorReader(ABC):
+    """Whole tensors out of the parts that ranks have written. Use it as a context, or call `close`.
 
     Attributes:
-        directory: where the files are.
+        name: what messages call the checkpoint.
+        metadata: what torch's distributed checkpoint (DCP) knows of it.
         tensors: shape and dtype of every tensor, by key.
-        metadata: what DCP knows of them.
     """
 
-    def __init__(self, directory: Path, *, name: str | None = None) -> None:
-        """Open a directory.
+    def __init__(self, metadata: Metadata, *, name: str) -> None:
+        """Take what is known.
 
         Args:
-            directory: has DCP's `.metadata`.
-            name: how it is called in messages; None for its path.
-
-        Raises:
-            CheckpointError: it cannot be read.
+            metadata: of the checkpoint, checked.
+            name: its path.
         """
-        self.directory = directory
-        self.name = str(directory) if name is None else name
+        self.name = name
+        self.metadata = metadata
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors_in(metadata))
         self._closing = ExitStack()
-        try:
-            self.metadata: Metadata = read_metadata(directory)
-            self._folder = os.open(directory, os.O_RDONLY)
-        except (CheckpointError, OSError) as error:
-            raise self._failure(error) from error
-        self._closing.callback(os.close, self._folder)
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(tensors_in(self.metadata))
+        self._is_open = True
+        self._closing.callback(setattr, self, "_is_open", False)
 
     def close(self) -> None:
-        """Close the directory; lazy tensors of it cannot be read any more."""
+        """Read no more: lazy tensors that nobody has used have no values any more."""
         self._closing.close()
 
     def __enter__(self) -> Self:
@@ -81,7 +67,7 @@ class ShardReader:
         self.close()
 
     def read(self, key: str) -> torch.Tensor:
-        """Return a whole tensor, in memory of its own.
+        """Return a whole tensor, contiguous and in memory of its own.
 
         Args:
             key: one of `tensors`.
@@ -89,24 +75,14 @@ class ShardReader:
         Raises:
             CheckpointError: there is no such tensor, or what is there of it is damaged.
         """
-        if key not in self.tensors:
-            raise self._failure(CheckpointError(f"it has no tensor {key!r}"))
-        info = self.tensors[key]
-        whole = torch.empty(info.shape, dtype=info.dtype)
-        chunks = cast("TensorStorageMetadata", self.metadata.state_dict_metadata[key]).chunks
-        covered = sum(math.prod(chunk.sizes) for chunk in chunks)
         try:
-            if covered != whole.numel():
-                raise CheckpointError(f"it has {covered} elements of the {whole.numel()} of {key!r}: it is damaged")
-            for chunk in chunks:
-                part = whole
-                for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                    part = part.narrow(dim, start, size)
-                if part.numel():
-                    self._read_chunk(MetadataIndex(key, chunk.offsets), into=part)
+            if not self._is_open:
+                raise CheckpointError(f"it was closed before {key!r} was read")
+            if key not in self.tensors:
+                raise CheckpointError(f"it has no tensor {key!r}")
+            return self._read_whole(key)
         except (CheckpointError, OSError) as error:
             raise self._failure(error) from error
-        return whole
 
     def lazy(self, key: str, *, keeps_parts: bool = True) -> LazyTensor:
         """Return a tensor that is read when it is used, as long as this reader is open.
@@ -117,87 +93,57 @@ class ShardReader:
         """
         return LazyTensor(lambda: self.read(key), info=self.tensors[key], keeps_parts=keeps_parts)
 
-    def other_objects(self, *, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return what DCP has saved among the tensors and is no tensor, by key.
+    def _read_whole(self, key: str) -> torch.Tensor:
+        info = self.tensors[key]
+        chunks = cast("TensorStorageMetadata", self.metadata.state_dict_metadata[key]).chunks
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(info.shape):
+            raise CheckpointError(f"its metadata does not know all of {key!r}: it is damaged")
+        whole = torch.empty(info.shape, dtype=info.dtype)
+        for chunk in chunks:
+            part = whole
+            for dim, (start, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                part = part.narrow(dim, start, size)
+            self._read_part(MetadataIndex(key, chunk.offsets), into=part)
+        return whole
 
-        Args:
-            weights_only: False builds objects of any class, which runs code from the files; else plain data only.
-
-        Raises:
-            CheckpointError: something of it is of a class that `weights_only` does not allow, or damaged.
-        """
-        entries = self.metadata.state_dict_metadata.items()
-        keys = [key for key, entry in entries if isinstance(entry, BytesStorageMetadata)]
-        return {key: self._read_object(key, weights_only=weights_only is not False) for key in keys}
-
-    def _read_object(self, key: str, *, weights_only: bool) -> Any:
-        try:
-            with self._open(MetadataIndex(key)) as view:
-                return torch.load(io.BytesIO(view.read()), map_location="cpu", weights_only=weights_only)
-        except Exception as error:  # of a damaged file, errors of almost every class
-            raise self._failure(CheckpointError(f"its object {key!r} cannot be read ({in_words(error)})")) from error
-
-    def _read_chunk(self, index: MetadataIndex, *, into: torch.Tensor) -> None:
-        with self._open(index) as view:
-            try:
-                record = next(info for info in zipfile.ZipFile(view).infolist() if info.filename.endswith("/data/0"))
-                with torch.serialization.skip_data():
-                    view.seek(0)
-                    written: torch.Tensor = torch.load(cast("IO[bytes]", view), map_location="cpu", weights_only=True)
-            except Exception as error:  # of a damaged file, errors of almost every class
-                raise CheckpointError(f"its tensor {index.fqn!r} is damaged ({in_words(error)})") from error
-            if (written.shape, written.dtype) != (into.shape, into.dtype) or record.file_size != written.nbytes:
-                raise CheckpointError(f"its tensor {index.fqn!r} is not what its metadata says: it is damaged")
-            view.seek(_data_offset(view, record))
-            direct = into.is_contiguous() and written.is_contiguous()
-            target = into if direct else written
-            crc = _fill(target, view)
-            if crc != record.CRC:
-                raise CheckpointError(f"its tensor {index.fqn!r} has changed since it was saved: it is damaged")
-            if not direct:
-                into.copy_(written)
-
-    def _open(self, index: MetadataIndex) -> FileSlice:
-        place = self.metadata.storage_data[index]
-        if Path(place.relative_path).name != place.relative_path:
-            raise CheckpointError(f"its metadata names the file {place.relative_path!r} outside of it: do not trust it")
-        if getattr(place, "transform_descriptors", None):
-            raise CheckpointError(f"{index.fqn!r} was written with {place.transform_descriptors}; save it without")
-        try:
-            descriptor = os.open(place.relative_path, os.O_RDONLY, dir_fd=self._folder)
-        except FileNotFoundError:
-            raise CheckpointError(f"its file {place.relative_path} is missing") from None
-        return FileSlice(os.fdopen(descriptor, "rb", buffering=0), start=place.offset, num_bytes=place.length)
+    @abstractmethod
+    def _read_part(self, index: MetadataIndex, *, into: torch.Tensor) -> None:
+        """Fill a part of a tensor with what one rank has written."""
 
     def _failure(self, error: Exception) -> CheckpointError:
         return CheckpointError(f"Checkpoint {self.name!r} cannot be read: {in_words(error)}.")
 
 
-class CheckpointReader(ShardReader):
-    """A checkpoint of meshbolt's, opened once.
+class CheckpointReader(TensorReader):
+    """A checkpoint of meshbolt's. All that is read of it is compared with its checksums.
 
     Attributes:
         manifest: what its manifest says.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> None:
         """Open a checkpoint, and compare the sizes of its files with its manifest.
 
         Args:
-            path: the checkpoint's directory.
+            path: its directory, or its URL.
+            storage_options: what fsspec passes to the file system of a URL, such as credentials.
 
         Raises:
             CheckpointError: there is no checkpoint, or it is damaged.
-            UnsupportedError: the path is a URL.
         """
-        target = local_path(path)
+        self._place = place_of(path, storage_options=storage_options)
+        self.name = self._place.text
         try:
-            directory = find(target)
-            self.manifest: Manifest = read_manifest(directory / FILE_NAME)
-            self.manifest.check_files(directory, names=self.manifest.files)
+            self._found = self._place.find()
+            self.manifest = self._found.manifest
+            check_sizes(self._found, names=sorted(self.manifest.files))
+            metadata = read_metadata(self._found.files, record=self.manifest.files.get(METADATA))
         except (CheckpointError, OSError) as error:
-            raise CheckpointError(f"Checkpoint {str(target)!r} cannot be read: {in_words(error)}.") from error
-        super().__init__(directory, name=str(target))
+            raise self._failure(error) from error
+        super().__init__(metadata, name=self.name)
+        self._chunks = {
+            (name, chunk.offset): chunk for name, record in self.manifest.files.items() for chunk in record.chunks
+        }
 
     def objects(self, *, weights_only: bool | None = None) -> dict[str, Any]:
         """Return everything that is no tensor, with markers where tensors belong.
@@ -208,8 +154,9 @@ class CheckpointReader(ShardReader):
         Raises:
             CheckpointError: it holds objects of classes that `weights_only` does not allow, or is damaged.
         """
+        record = self.manifest.files.get(OBJECTS)
         try:
-            return read_objects(self.directory, weights_only=weights_only)
+            return read_objects(self._found.files, weights_only=weights_only, record=record)
         except (CheckpointError, OSError) as error:
             raise self._failure(error) from error
 
@@ -223,82 +170,27 @@ class CheckpointReader(ShardReader):
         tensors = {key: self.lazy(key) for key in self.tensors}
         return {key: join_tensors(value, tensors) for key, value in objects.items()}
 
+    def _read_part(self, index: MetadataIndex, *, into: torch.Tensor) -> None:
+        info = self.metadata.storage_data[index]
+        chunk = self._chunks.get((info.relative_path, info.offset))
+        if chunk is None:
+            raise CheckpointError(f"its manifest knows of no part at byte {info.offset} of {info.relative_path}")
+        values = into if into.is_contiguous() else torch.empty(into.shape, dtype=into.dtype)
+        with naming_file(info.relative_path), self._found.files.open(info.relative_path, "rb") as stream:
+            read_values(stream, chunk=chunk, into=bytes_of(values), verify=True)
+        if values is not into:
+            into.copy_(values)
 
-class FileSlice(io.RawIOBase):
-    """A part of a file, as a file of its own that is only read."""
+    def _failure(self, error: Exception) -> CheckpointError:
+        return super()._failure(CheckpointError(_REPLACED) if self._was_replaced() else error)
 
-    def __init__(self, file: io.FileIO, *, start: int, num_bytes: int) -> None:
-        """Take a file, which is closed with this one.
-
-        Args:
-            file: open for reading.
-            start: where the part begins.
-            num_bytes: its length.
-        """
-        super().__init__()
-        self._file, self._start, self._num_bytes = file, start, num_bytes
-        self._at = 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def tell(self) -> int:
-        """Return where the next read begins."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Move to a place in the part."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._num_bytes}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill a buffer as far as the part goes, and return how much that was."""
-        wanted = memoryview(buffer).cast("B")[: max(self._num_bytes - self._at, 0)]
-        done = 0
-        while done < len(wanted):
-            self._file.seek(self._start + self._at)
-            if not (num_read := self._file.readinto(wanted[done:])):
-                break
-            self._at += num_read
-            done += num_read
-        return done
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
+    def _was_replaced(self) -> bool:
+        """Return whether another checkpoint has taken the place of the one that was opened."""
+        opened = getattr(self, "manifest", None)
+        try:
+            return opened is not None and self._place.find().manifest.save_id != opened.save_id
+        except (CheckpointError, OSError):
+            return False
 
 
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a tensor on the CPU, of any dtype, in the order in which it lies there.
-
-    Args:
-        tensor: with elements beside each other, in whatever order of its dimensions.
-    """
-    flat = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-    start = tensor.storage_offset() * tensor.element_size()
-    return flat[start : start + tensor.nbytes].numpy().data
-
-
-def _data_offset(view: FileSlice, record: zipfile.ZipInfo) -> int:
-    """Return where the content of a record begins, which only the header before it tells."""
-    view.seek(record.header_offset + 26)
-    name_bytes, extra_bytes = struct.unpack("<HH", view.read(4))
-    return int(record.header_offset + 30 + name_bytes + extra_bytes)
-
-
-def _fill(tensor: torch.Tensor, source: FileSlice) -> int:
-    """Read a tensor's memory from a file, and return the checksum of what was read."""
-    memory, crc = bytes_of(tensor), 0
-    for start in range(0, len(memory), _PIECE_BYTES):
-        piece = memory[start : start + _PIECE_BYTES]
-        if source.readinto(piece) < len(piece):
-            raise CheckpointError("a file of it is shorter than its metadata says: it is damaged")
-        crc = zlib.crc32(piece, crc)
-    return crc
+_REPLACED = "it was replaced while it was read; start again"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ def collect_random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def restore_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Set this rank's generators to what `collect_random_state` returned.
 
     Args:
@@ -46,3 +48,21 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def branch_random_state(state: Mapping[str, torch.Tensor], coordinate: int, device: torch.device) -> None:
+    """Seed this rank's generators from the state of another rank: the same each time, and apart from all other coordinates.
+
+    Args:
+        state: what `collect_random_state` returned, equal on all ranks that branch from it.
+        coordinate: this rank's data-parallel coordinate.
+        device: this rank's; its GPU is seeded too.
+    """
+    origin = hashlib.sha256(state["torch"].numpy().tobytes())
+    origin.update(f"data-parallel coordinate {coordinate}".encode())
+    seed = int.from_bytes(origin.digest()[:8], "little")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)

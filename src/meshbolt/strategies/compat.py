@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -25,8 +25,7 @@ from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
-from lightning.pytorch.utilities.migration import pl_legacy_patch
-from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint, pl_legacy_patch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -50,6 +49,9 @@ __all__ = [
     "set_rank_zero_only",
     "time_between_validations",
 ]
+
+
+Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: timedelta, device: torch.device) -> None:
@@ -112,8 +114,13 @@ def asked_precision(trainer: pl.Trainer) -> str:
 
 
 def built_from(
-    module_class: type[Any], checkpoint: dict[str, Any], *, strict: bool | None, overrides: Any, quiet: bool = False
-) -> Any:
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    *,
+    strict: bool | None,
+    overrides: Mapping[str, Any],
+    quiet: bool = False,
+) -> Module:
     """Return a module as `load_from_checkpoint` of its class does with the content of a file.
 
     Args:
@@ -129,7 +136,7 @@ def built_from(
         content = _pl_migrate_checkpoint({**checkpoint, "state_dict": dict(checkpoint["state_dict"])})
         key = module_class.CHECKPOINT_HYPER_PARAMS_KEY
         content[key] = {**content.get(key, {}), **overrides}
-        return _load_state(module_class, content, strict=strict, **overrides)
+        return cast("Module", _load_state(module_class, content, strict=strict, **overrides))
 
 
 def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> None:

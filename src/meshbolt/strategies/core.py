@@ -23,7 +23,7 @@ from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.engine import Engine, gathered
-from meshbolt.engine.random_state import restore_random_state
+from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
@@ -37,7 +37,7 @@ from meshbolt.strategies.compat import (
     reduce_over_ranks,
     set_rank_zero_only,
 )
-from meshbolt.strategies.directories import LoadInto, load_tree, save_tree
+from meshbolt.strategies.directories import Loaded, LoadInto, load_tree, save_tree
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.zero import Zero
@@ -365,15 +365,31 @@ class MeshCore:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def _save(self, path: str | Path, tree: Mapping[str, Any], *, storage_options: Any) -> None:
+    def _save(
+        self, path: str | Path, tree: Mapping[str, Any], *, storage_options: Any, notes: Mapping[str, Any] | None = None
+    ) -> None:
         if storage_options is not None:
             raise UnsupportedError("storage_options are not available for checkpoint directories. Leave them out.")
-        group = self._control_group
-        save_tree(self.broadcast(str(path)), tree, plan=self.plan, device=self.root_device, group=group)
+        save_tree(
+            self.broadcast(str(path)),
+            tree,
+            plan=self.plan,
+            random_state=self._random_state(),
+            notes=notes or {},
+            group=self._control_group,
+        )
 
-    def _load(self, path: str, into: LoadInto, *, weights_only: bool | None, with_random_state: bool) -> dict[str, Any]:
-        policy, group = self.settings.checkpoint, self._control_group
-        tree, random_state = load_tree(path, into, weights_only=weights_only, policy=policy, group=group)
-        if with_random_state and random_state:
-            restore_random_state(random_state, self.root_device)
-        return tree
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        """Return the random state that a run which resumes on this rank goes on with."""
+        return collect_random_state(self.root_device)
+
+    def _load(self, path: str, into: LoadInto, *, weights_only: bool | None) -> Loaded:
+        return load_tree(path, into, weights_only=weights_only, plan=self.plan, group=self._control_group)
+
+    def _take_random_state(self, loaded: Loaded) -> None:
+        """Go on with the random state of a checkpoint, or, on another number of ranks, with one that branches from it."""
+        if loaded.random_state and loaded.same_ranks:
+            restore_random_state(loaded.random_state, self.root_device)
+        elif loaded.random_state:
+            coordinate = self.plan.mesh.data_parallel_rank(dist.get_rank())
+            branch_random_state(loaded.random_state, coordinate, self.root_device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -12,33 +13,61 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint import Checkpoint, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
+from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
-from meshbolt.engine.random_state import collect_random_state
 from meshbolt.engine.state import empty_like_saved
 
-# A key of our own among the user's: which of the tensors were sharded when they were saved.
-_OWN = "meshbolt"
+# Where random states are, by data-parallel coordinate.
+_RANDOM = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadInto:
-    """What a checkpoint is read into.
+    """What a checkpoint is read for; nothing of it is changed while it is read.
 
     Attributes:
-        live: tensors to fill, by key; the checkpoint's other tensors are read into new ones.
-        parameters: by the beginning of keys, the parameters by name that sharded tensors under these keys belong to.
+        weights: tensors of modules, by key; saved ones are read in their layout.
+        parameters: by the beginning of keys, the parameters by name that other sharded tensors under these keys belong to.
+        check: raises if the checkpoint does not fit; called, before any tensor is read, with what `load_tree` returns
+            but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
     """
 
-    live: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
     parameters: Mapping[str, Mapping[str, nn.Parameter]]
+    check: Callable[[Loaded], object]
     leave_out: frozenset[str] = field(default=frozenset())
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a checkpoint holds.
+
+    Attributes:
+        tree: what was saved, with tensors in their places.
+        notes: what was said about it when it was saved.
+        random_state: of this rank's data-parallel coordinate, or of the first one where the numbers of them differ;
+            empty if none was saved.
+        same_ranks: whether as many data-parallel coordinates have saved it as load it.
+    """
+
+    tree: dict[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    same_ranks: bool = False
+
+
 def save_tree(
-    path: str, tree: Mapping[str, Any], *, plan: Plan, device: torch.device, group: dist.ProcessGroup | None
+    path: str,
+    tree: Mapping[str, Any],
+    *,
+    plan: Plan,
+    random_state: Mapping[str, torch.Tensor],
+    notes: Mapping[str, Any],
+    group: dist.ProcessGroup | None,
 ) -> None:
     """Write a checkpoint directory; every rank writes its shards, and its random state.
 
@@ -46,18 +75,19 @@ def save_tree(
         path: the same on every rank.
         tree: of rank 0 everything is saved, of the others the sharded tensors.
         plan: what the run does.
-        device: this rank's.
+        random_state: this rank's.
+        notes: plain data about the tree, for whoever loads it.
         group: of all ranks, for tensors on the CPU.
     """
     tensors: dict[str, torch.Tensor] = {}
     objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
-    random_state = {_random_key(key): value for key, value in collect_random_state(device).items()}
+    coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
     save_directory(
         path,
-        tensors={**held, **random_state},
-        objects={**objects, _OWN: {"sharded": sharded}},
+        tensors={**held, **{f"{_random_prefix(coordinate)}{key}": value for key, value in random_state.items()}},
+        objects={**objects, OWN: {**notes, "sharded": sharded}},
         plan=dict(plan.rows()),
         versions={"lightning": version("lightning")},
         keep_partial=plan.settings.checkpoint.keep_partial,
@@ -66,41 +96,78 @@ def save_tree(
 
 
 def load_tree(
-    path: str, into: LoadInto, *, weights_only: bool | None, policy: Checkpoint, group: dist.ProcessGroup | None
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    path: str, into: LoadInto, *, weights_only: bool | None, plan: Plan, group: dist.ProcessGroup | None
+) -> Loaded:
     """Read a checkpoint directory, whatever layout it was written in.
 
     Args:
         path: the same on every rank.
-        into: what to fill.
+        into: what it is read for.
         weights_only: False builds objects of any class, which runs code from the file; else plain data only.
-        policy: how checkpoints are read.
+        plan: what this run does.
         group: of all ranks, for tensors on the CPU.
 
-    Returns:
-        The tree that was saved, with tensors in their places; and this rank's random state, empty if none was saved.
+    Raises:
+        CheckpointError: it cannot be read.
+        Exception: what `into.check` raises; on every rank, and before any tensor is read.
     """
-    objects = load_objects(path, weights_only=weights_only, verify=policy.verify, group=group)
-    sharded = set(objects.pop(_OWN, {}).get("sharded", ()))
+    objects = load_objects(path, weights_only=weights_only, verify=plan.settings.checkpoint.verify, group=group)
+    notes = objects.pop(OWN, {})
     objects = {key: value for key, value in objects.items() if key not in into.leave_out}
     saved = saved_tensors(path)
-    tensors = {}
-    for key in markers(objects):
-        shape, dtype = torch.Size(saved[key].shape), saved[key].dtype
-        owner = _owner(key, shape, into.parameters) if key in sharded else None
-        tensors[key] = into.live[key] if key in into.live else empty_like_saved(shape, dtype, owner)
-    prefix = _random_key("")
-    random_state = {
-        key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in saved if key.startswith(prefix)
-    }
+    agree_on_error(
+        lambda: into.check(Loaded(tree=_joined(objects, saved), notes=notes)),  # type: ignore[arg-type]
+        group=group,
+    )
+    tensors = _room(markers(objects), saved, sharded=set(notes.get("sharded", ())), into=into)
+    prefix, same_ranks = _random_state_for(plan.mesh.data_parallel_rank(dist.get_rank()), saved, plan=plan)
+    random_keys = [key for key in saved if prefix and key.startswith(prefix)]
+    random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
     # The files have just been compared with the manifest; nothing is unexpected, since the objects name what is read.
     load_tensors(path, {**tensors, **random_state}, prefix=(), verify=False, group=group)
-    tree = {key: join_tensors(value, tensors) for key, value in objects.items()}
-    return tree, {key.removeprefix(prefix): value for key, value in random_state.items()}
+    return Loaded(
+        tree=_joined(objects, tensors),
+        notes=notes,
+        random_state={key.removeprefix(prefix): value for key, value in random_state.items()},
+        same_ranks=same_ranks,
+    )
 
 
-def _random_key(name: str) -> str:
-    return f"random.{dist.get_rank()}.{name}"
+def left_out_of(key: str, notes: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of what was left out on purpose of the state under a key, as the notes of a checkpoint say it."""
+    return frozenset(notes.get("left_out", {}).get(key, ()))
+
+
+def _joined(objects: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {key: join_tensors(value, tensors) for key, value in objects.items()}
+
+
+def _room(
+    keys: Iterable[str], saved: Mapping[str, TensorInfo], *, sharded: set[str], into: LoadInto
+) -> dict[str, torch.Tensor]:
+    """Return tensors to read into, of the shapes and dtypes that were saved, in the layout of what they belong to."""
+    room = {}
+    for key in keys:
+        shape = torch.Size(saved[key].shape)
+        owner = into.weights.get(key)
+        if owner is None and key in sharded:
+            owner = _owner(key, shape, into.parameters)
+        room[key] = empty_like_saved(shape, saved[key].dtype, owner)
+    return room
+
+
+def _random_prefix(coordinate: int) -> str:
+    return f"{_RANDOM}.{coordinate}."
+
+
+def _random_state_for(coordinate: int, saved: Iterable[str], *, plan: Plan) -> tuple[str, bool]:
+    """Return the beginning of the keys of the random state that a coordinate takes, and whether it is its own."""
+    matches = (re.match(rf"{_RANDOM}\.(\d+)\.", key) for key in saved)
+    found = {int(match[1]) for match in matches if match}
+    if not found:
+        return "", False
+    same_ranks = found == set(range(plan.mesh.data_parallel_size))
+    return _random_prefix(coordinate if same_ranks else min(found)), same_ranks
 
 
 def _owner(key: str, shape: torch.Size, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> nn.Parameter | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -15,17 +16,21 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from meshbolt.collectives import agree_on_error
 from meshbolt.engine import Engine
-from meshbolt.engine.load import load_model
+from meshbolt.engine.load import check_weights, load_model
 from meshbolt.engine.rewire import names_by_parameter, rewire_optimizer
-from meshbolt.engine.state import load_optimizer_state, optimizer_state
+from meshbolt.engine.state import check_optimizer_state, load_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError, ConfigError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.directories import LoadInto
+from meshbolt.strategies.directories import Loaded, LoadInto, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
+from meshbolt.strategies.files import agree_on_path, load_file
 from meshbolt.strategies.meta import meta_tensors
+
+_log = logging.getLogger(__name__)
 
 
 class MeshStrategy(MeshCore, ParallelStrategy):
@@ -185,9 +190,15 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             filter: by key of `state`, says of each entry of a state dict whether it is saved.
         """
         tree = {key: self._state_of(value) for key, value in state.items()}
+        left_out: dict[str, list[str]] = {}
+        if self.settings.checkpoint.trainable_only:
+            optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
+            for key, value in state.items():
+                if isinstance(value, nn.Module):
+                    tree[key], left_out[key] = trained_state(tree[key], behind_entry(value), optimizers)
         for key, keep in (filter or {}).items():
             tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
-        self._save(path, tree, storage_options=storage_options)
+        self._save(path, tree, storage_options=storage_options, notes={"left_out": left_out})
 
     @override
     def load_checkpoint(
@@ -200,76 +211,110 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Read a checkpoint into modules, optimizers and other objects, in place.
 
         Args:
-            path: of a directory; or, with a module as `state`, of a file with its state dict.
-            state: what to read into, under the keys it was saved with; or one module.
+            path: of a directory, or of a single file that torch.save has written.
+            state: what to read into, under the keys it was saved with; or, for a file of a state dict, one module.
             strict: refuse any difference.
             weights_only: as `torch.load` has it.
 
         Returns:
             What the checkpoint holds under keys that `state` has not.
         """
-        place: str = self.broadcast(str(path))
-        if Path(place).is_file() and isinstance(state, nn.Module):
-            saved = torch.load(place, map_location="cpu", weights_only=weights_only, mmap=True)
-            self._load_module(state, saved, strict=strict)
+        place, is_file = agree_on_path(str(path), group=self._control_group)
+        if is_file and isinstance(state, nn.Module):
+            loaded = Loaded(tree={"": load_file(place, weights_only=weights_only, group=self._control_group)})
+            self._load_objects({"": state}, loaded, strict=strict)
             return {}
-        if isinstance(state, MutableMapping):
-            return self._load_directory(place, state, strict=strict, weights_only=weights_only)
-        raise CheckpointError(
-            f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
-            "of the objects to read into, or the file of one module's state dict and that module."
-        )
+        if not isinstance(state, MutableMapping):
+            raise CheckpointError(
+                f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
+                "of the objects to read into, or the file of one module's state dict and that module."
+            )
+        if is_file:
+            loaded = Loaded(tree=load_file(place, weights_only=weights_only, group=self._control_group))
+        else:
+            loaded = self._load(place, self._wanted(place, state, strict=strict), weights_only=weights_only)
+        self._load_objects(state, loaded, strict=strict)
+        return {key: value for key, value in loaded.tree.items() if key not in state}
 
-    def _load_directory(
-        self, path: str, state: MutableMapping[str, Any], *, strict: bool, weights_only: bool | None
-    ) -> dict[str, Any]:
-        live: dict[str, torch.Tensor] = {}
+    def _wanted(self, path: str, state: Mapping[str, Any], *, strict: bool) -> LoadInto:
+        weights: dict[str, torch.Tensor] = {}
         owners: dict[str, Mapping[str, nn.Parameter]] = {}
         for key, target in state.items():
             if isinstance(target, nn.Module):
                 own = self._state_of(target)
-                live.update({f"{key}.{name}": value for name, value in own.items() if isinstance(value, torch.Tensor)})
+                weights.update({f"{key}.{k}": value for k, value in own.items() if isinstance(value, torch.Tensor)})
             elif isinstance(target, Optimizer):
                 owners[key] = self._engine_of(target).parameters_by_name
-        into = LoadInto(live=live, parameters=owners)
-        tree = self._load(path, into, weights_only=weights_only, with_random_state=True)
-        missing = sorted(set(state) - set(tree))
+        return LoadInto(
+            weights=weights,
+            parameters=owners,
+            check=lambda loaded: self._check(state, loaded, strict=strict),
+        )
+
+    def _check(self, state: Mapping[str, Any], loaded: Loaded, *, strict: bool) -> str:
+        """Compare what was saved with all that it is to be read into; return the names that differ where they may."""
+        missing = sorted(set(state) - set(loaded.tree))
         if strict and missing:
             raise CheckpointError(
-                f"{path} does not hold {missing}; it holds {sorted(tree)}. Leave them out, or use strict=False."
+                f"The checkpoint does not hold {missing}; it holds {sorted(loaded.tree)}. Leave them out, or use strict=False."
             )
-        for key, target in state.items():
-            if key in tree:
-                state[key] = self._restore(target, tree.pop(key), strict=strict)
-        return tree
+        lists = ""
+        for key, saved in loaded.tree.items():
+            target = state.get(key)
+            if isinstance(target, nn.Module):
+                lists += check_weights(
+                    self._state_of(target),
+                    saved,
+                    strict=strict,
+                    source=f"the checkpoint's {key!r}" if key else "the file",
+                    left_out=left_out_of(key, loaded.notes),
+                )
+            elif isinstance(target, Optimizer):
+                check_optimizer_state(target, saved, self._names(target))
+        return lists
 
-    def _restore(self, target: Any, saved: Any, *, strict: bool) -> Any:
-        if isinstance(target, nn.Module):
-            self._load_module(target, saved, strict=strict)
-        elif isinstance(target, Optimizer):
-            names = {parameter: name for name, parameter in self._engine_of(target).parameters_by_name.items()}
-            load_optimizer_state(target, saved, names)
-        elif hasattr(target, "load_state_dict"):
-            target.load_state_dict(saved)
-        else:
-            return saved
-        return target
+    def _load_objects(self, state: MutableMapping[str, Any], loaded: Loaded, *, strict: bool) -> None:
+        """Put a checkpoint into modules, optimizers and other objects, once all of it is known to fit."""
+        lists: list[str] = []
+        agree_on_error(lambda: lists.append(self._check(state, loaded, strict=strict)), group=self._control_group)
+        if lists[0] and self.is_global_zero:
+            _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
+        found = {key: target for key, target in state.items() if key in loaded.tree}
+        # The user's objects first: they may raise.
+        for key, target in found.items():
+            if hasattr(target, "load_state_dict") and not isinstance(target, (nn.Module, Optimizer)):
+                target.load_state_dict(loaded.tree[key])
+            elif not hasattr(target, "load_state_dict"):
+                state[key] = loaded.tree[key]
+        dtypes: dict[nn.Module, dict[str, torch.dtype]] = {}
+        for key, target in found.items():
+            if isinstance(target, nn.Module):
+                self._load_module(target, loaded.tree[key])
+                own = loaded.tree[key].items()
+                dtypes[behind_entry(target)] = {k: v.dtype for k, v in own if isinstance(v, torch.Tensor)}
+        for key, target in found.items():
+            if isinstance(target, Optimizer):
+                own_dtypes = dtypes.get(self._engine_of(target).module)
+                load_optimizer_state(target, loaded.tree[key], self._names(target), dtypes=own_dtypes)
+        self._take_random_state(loaded)
 
-    def _load_module(self, module: nn.Module, saved: Mapping[str, Any], *, strict: bool) -> None:
+    def _load_module(self, module: nn.Module, saved: Mapping[str, Any]) -> None:
         module = behind_entry(module)
         if module not in self._engines:
-            module.load_state_dict(saved, strict=strict)
+            module.load_state_dict(saved, strict=False)  # what differs was refused, or is to be left
             return
         self._engines[module].settle()
-        load_model(module, saved, strict=strict, source="the checkpoint")
+        load_model(module, saved)
+
+    def _names(self, optimizer: Optimizer) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self._engine_of(optimizer).parameters_by_name.items()}
 
     def _state_of(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
             sharded = behind_entry(value) in self._engines
             return self.get_module_state_dict(value) if sharded else value.state_dict()
         if isinstance(value, Optimizer):
-            names = {parameter: name for name, parameter in self._engine_of(value).parameters_by_name.items()}
-            return optimizer_state(value, names)
+            return optimizer_state(value, self._names(value))
         return value.state_dict() if hasattr(value, "state_dict") else value
 
     def _engine_of(self, optimizer: Optimizer) -> Engine:

@@ -14,6 +14,7 @@ from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.errors import CheckpointError, ConfigError
 from meshbolt.strategies.compat import built_from
+from meshbolt.strategies.directories import left_out_of
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -57,18 +58,32 @@ def load_from_checkpoint(
     device = _device(map_location)
     if Path(path).is_file():
         return module_class.load_from_checkpoint(
-            path, map_location=device, strict=strict, weights_only=weights_only, **overrides
+            os.fspath(path), map_location=device, strict=strict, weights_only=weights_only, **overrides
         )
     with CheckpointReader(path) as reader:
         checkpoint = reader.tree(weights_only=weights_only)
-        checkpoint.pop(OWN, None)
+        left_out = left_out_of("state_dict", checkpoint.pop(OWN, {}))
         if not isinstance(checkpoint.get("state_dict"), Mapping):
             raise CheckpointError(
                 f"Checkpoint {reader.name!r} has no 'state_dict', so that no Trainer has saved it. Its entries: "
                 f"{', '.join(sorted(map(str, checkpoint)))}. Read one that Fabric saved with fabric.load."
             )
-        module = _built(module_class, checkpoint, strict=strict, overrides=overrides, name=reader.name)
-    return module.to(device)
+        try:
+            module = built_from(module_class, checkpoint, strict=strict, overrides=overrides)
+        except RuntimeError as error:
+            if _REFUSED_BY_TORCH not in str(error):
+                raise
+            refusal = CheckpointError(
+                f"Checkpoint {reader.name!r} does not fit {module_class.__name__}. {error}\nBuild the module as it was when it "
+                "was saved, or load what fits with strict=False."
+            )
+        else:
+            return module.to(device)
+        # Torch cannot tell what may be missing: other names of tied parameters, and what was left out on purpose.
+        again = None if strict is False else _forgiving(module_class, checkpoint, overrides)
+        if again is None or not _lacks_nothing(again, checkpoint["state_dict"], left_out=left_out):
+            raise refusal
+        return again.to(device)
 
 
 def _device(map_location: Any) -> torch.device:
@@ -81,30 +96,6 @@ def _device(map_location: Any) -> torch.device:
         ) from error
 
 
-def _built(
-    module_class: type[Module],
-    checkpoint: dict[str, Any],
-    *,
-    strict: bool | None,
-    overrides: Mapping[str, Any],
-    name: str,
-) -> Module:
-    try:
-        return built_from(module_class, checkpoint, strict=strict, overrides=overrides)
-    except RuntimeError as error:
-        if _REFUSED_BY_TORCH not in str(error):
-            raise
-        refusal = str(error)
-    # It may lack no more than other names of tied parameters. Torch cannot tell; a module that took what is there can.
-    module = None if strict is False else _forgiving(module_class, checkpoint, overrides)
-    if module is None or not _lacks_only_ties(module, checkpoint["state_dict"]):
-        raise CheckpointError(
-            f"Checkpoint {name!r} does not fit {module_class.__name__}. {refusal}\nBuild the module as it was when it was saved, "
-            "or load what fits with strict=False."
-        )
-    return module
-
-
 def _forgiving(module_class: type[Module], checkpoint: dict[str, Any], overrides: Mapping[str, Any]) -> Module | None:
     try:
         return built_from(module_class, checkpoint, strict=False, overrides=overrides, quiet=True)
@@ -114,7 +105,7 @@ def _forgiving(module_class: type[Module], checkpoint: dict[str, Any], overrides
         raise
 
 
-def _lacks_only_ties(module: pl.LightningModule, saved: Mapping[str, Any]) -> bool:
+def _lacks_nothing(module: pl.LightningModule, saved: Mapping[str, Any], *, left_out: frozenset[str]) -> bool:
     own = module.state_dict(keep_vars=True)
-    held = {id(own[key]) for key in own if key in saved}
-    return saved.keys() <= own.keys() and all(id(value) in held for key, value in own.items() if key not in saved)
+    held = {id(own[key]) for key in own if key in saved or key in left_out}
+    return saved.keys() <= own.keys() and all(id(value) in held for value in own.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -74,3 +74,18 @@ def let_finetuning_catch_up(trainer: pl.Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, BaseFinetuning):
             callback.on_fit_start(trainer, trainer.lightning_module)
+
+
+def optimizers_regrouped_by(checkpoint: Mapping[str, Any], trainer: pl.Trainer) -> set[int]:
+    """Return the numbers of the optimizers whose parameter groups finetuning callbacks take from a checkpoint.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        trainer: with its callbacks.
+    """
+    states = checkpoint.get("callbacks", {})
+    regrouped: set[int] = set()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BaseFinetuning) and callback.state_key in states:
+            regrouped |= set(states[callback.state_key].get("internal_optimizer_metadata", {}))
+    return regrouped

@@ -15,25 +15,34 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from meshbolt.checkpoint import remove_directory
+from meshbolt.collectives import agree_on_error
 from meshbolt.engine.deferred import attached
-from meshbolt.engine.load import load_model
-from meshbolt.engine.state import optimizer_state
+from meshbolt.engine.load import check_weights, load_model
+from meshbolt.engine.state import load_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.directories import LoadInto
+from meshbolt.strategies.directories import Loaded, LoadInto, left_out_of
 from meshbolt.strategies.entry import redirect_entries
-from meshbolt.strategies.files import agree_on_path, load_file, load_optimizer_states
+from meshbolt.strategies.files import (
+    agree_on_path,
+    check_is_lightnings,
+    check_training_state,
+    load_file,
+    without_training_state,
+)
 from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
     let_finetuning_catch_up,
+    optimizers_regrouped_by,
     report_norm,
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
@@ -208,8 +217,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
-        if name == "_CheckpointConnector.resume_end" and not self._has_loaded:
-            agree_on_path(None, group=self._control_group)
+        if name == "_CheckpointConnector.resume_end":
+            self._end_of_resuming()
         super().barrier(name)
 
     @override
@@ -226,6 +235,13 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         module = self.lightning_module
         return module is not None and module.trainer.state.status == TrainerStatus.INTERRUPTED
 
+    def _end_of_resuming(self) -> None:
+        if not self._has_loaded:
+            agree_on_path(None, group=self._control_group)
+        elif self._resumes:
+            self._take_random_state(self._loaded)
+        self._loaded = Loaded(tree={})  # its memory is needed from now on
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     @property
@@ -240,7 +256,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self._reachable() is None:
             return {}
         with self.engine.settled():
-            return self._module().state_dict()
+            state = self._module().state_dict()
+            self._left_out: list[str] = []
+            if self.settings.checkpoint.trainable_only:
+                state, self._left_out = trained_state(state, self._module(), self.optimizers)
+            return state
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -256,7 +276,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self._reachable() is None:
             return
         try:
-            self._save(filepath, checkpoint, storage_options=storage_options)
+            notes = {"left_out": {"state_dict": self._left_out}}
+            self._save(filepath, checkpoint, storage_options=storage_options, notes=notes)
         except CheckpointError as error:
             if not self._was_interrupted():
                 raise
@@ -264,35 +285,91 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             _log.error("%s", error)
             self._attendance.dismiss()
 
+    @property
+    def _resumes(self) -> bool:
+        """Whether a checkpoint is read to go on from it, not for its weights."""
+        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
+        return is_fit and not self.settings.checkpoint.load_weights_only
+
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint directory into the shards, or a plain Lightning file to be divided among them."""
+        """Read a checkpoint directory, or a plain file of Lightning's; nothing of this run is changed yet."""
         self._has_loaded = True
-        path = agree_on_path(str(checkpoint_path), group=self._control_group)
+        path, is_file = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
         self.engine.settle()
-        if Path(path).is_file():
-            return load_file(path, weights_only=weights_only, group=self._control_group)
-        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
-        live = {f"state_dict.{k}": v for k, v in self._module().state_dict().items() if isinstance(v, torch.Tensor)}
-        into = LoadInto(
-            live=live,
+        if is_file:
+            self._loaded = Loaded(tree=load_file(path, weights_only=weights_only, group=self._control_group))
+            agree_on_error(lambda: check_is_lightnings(self._loaded.tree, path), group=self._control_group)
+        else:
+            self._loaded = self._load(path, self._wanted(path), weights_only=weights_only)
+        trainer = self._module().trainer
+        if self._resumes or trainer.state.fn != TrainerFn.FITTING:
+            return self._loaded.tree
+        others = (type(trainer.datamodule), type(self.precision_plugin))  # type: ignore[attr-defined]
+        return without_training_state(self._loaded.tree, states_of=others)
+
+    _loaded = Loaded(tree={})
+
+    def _wanted(self, path: str) -> LoadInto:
+        module = self._module()
+
+        def check(loaded: Loaded) -> None:
+            check_is_lightnings(loaded.tree, path)
+            if not is_overridden("on_load_checkpoint", module):  # which may make it fit
+                self._check(loaded.tree, loaded.notes)
+
+        return LoadInto(
+            weights={f"state_dict.{k}": v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)},
             parameters={"": self.engine.parameters_by_name},
-            leave_out=frozenset() if is_fit else frozenset({"optimizer_states"}),
+            check=check,
+            leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
         )
-        return self._load(path, into, weights_only=weights_only, with_random_state=is_fit)
+
+    def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+        """Compare a checkpoint with all that it is to be read into; return the names that differ where they may."""
+        module = self._module()
+        lists = check_weights(
+            module.state_dict(),
+            checkpoint["state_dict"],
+            strict=module.strict_loading,
+            source="the checkpoint",
+            left_out=left_out_of("state_dict", notes),
+        )
+        if self._resumes:
+            check_training_state(
+                checkpoint,
+                self.optimizers,
+                {parameter: name for name, parameter in self.engine.parameters_by_name.items()},
+                schedulers=len(self.lr_scheduler_configs),
+                regrouped=optimizers_regrouped_by(checkpoint, module.trainer),
+            )
+        return lists
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy weights that are not in the shards yet: those of a plain file, and those that a hook has changed."""
-        load_model(self._module(), checkpoint["state_dict"], strict=strict, source="the checkpoint")
+        """Copy the weights into the shards, once all of the checkpoint is known to fit."""
+        lists: list[str] = []
+        agree_on_error(lambda: lists.append(self._check(checkpoint, self._loaded.notes)), group=self._control_group)
+        if lists[0] and self.is_global_zero:
+            _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
+        weights = checkpoint["state_dict"]
+        self._saved_dtypes = {key: value.dtype for key, value in weights.items() if isinstance(value, torch.Tensor)}
+        load_model(self._module(), weights)
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether optimizers get their state from a checkpoint."""
+        return self._resumes
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give every optimizer its state back."""
+        """Give every optimizer its state back; that it fits was checked before the weights were loaded."""
         let_finetuning_catch_up(self._module().trainer)
         with self._settled() as names:
-            load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], names)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                load_optimizer_state(optimizer, state, names, dtypes=self._saved_dtypes)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

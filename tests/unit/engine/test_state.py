@@ -1,13 +1,26 @@
+from typing import Any
+
 import pytest
 import torch
+from tests.unit.checkpoint.test_tree import same
 from torch import nn
 
-from meshbolt.engine.state import empty_like_saved, load_optimizer_state, optimizer_state
+from meshbolt.engine.state import (
+    check_optimizer_state,
+    empty_like_saved,
+    load_optimizer_state,
+    optimizer_state,
+    trained_state,
+)
 from meshbolt.errors import CheckpointError
 
-def made(*shapes: tuple[int, ...]) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, str]]:
+
+def made(
+    *shapes: tuple[int, ...], kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any
+) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, str]]:
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    return torch.optim.AdamW(params, lr=0.1), {parameter: f"p{index}" for index, parameter in enumerate(params)}
+    make: Any = kind
+    return make(params, **{"lr": 0.1, **options}), {parameter: f"p{index}" for index, parameter in enumerate(params)}
 
 
 def test_state_is_keyed_by_name_and_comes_back() -> None:
@@ -41,6 +54,93 @@ def test_groups_that_differ_are_refused_with_the_difference() -> None:
         CheckpointError, match=r"groups of \[2\] parameters, this run's has \[1\].*only there: \['p1'\]"
     ):
         load_optimizer_state(other, saved, others_names)
+
+
+def trained_pair(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer, names = made((2, 3), (3,), kind=kind, **options)
+    for parameter in names:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    return optimizer, names
+
+
+def test_state_by_number_follows_the_order_of_the_groups() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW, lr=0.3)
+    other, others_names = made((2, 3), (3,))
+    load_optimizer_state(other, optimizer.state_dict(), others_names)
+    assert other.param_groups[0]["lr"] == 0.3
+    for ours, theirs in zip(others_names, names, strict=True):
+        for key, value in optimizer.state[theirs].items():
+            assert torch.equal(other.state[ours][key], value)
+            assert other.state[ours][key] is not value
+
+
+def test_state_of_another_class_is_refused_by_name_and_by_number() -> None:
+    optimizer, names = trained_pair(torch.optim.SGD, lr=0.1, momentum=0.9)
+    other, others_names = made((2, 3), (3,))
+    with pytest.raises(CheckpointError, match="state of SGD, and this run's optimizer is AdamW"):
+        check_optimizer_state(other, optimizer_state(optimizer, names), others_names)
+    with pytest.raises(CheckpointError, match=r"settings \[.*'momentum'.*\], and this run's optimizer is AdamW"):
+        check_optimizer_state(other, optimizer.state_dict(), others_names)
+    adam, _ = trained_pair(torch.optim.Adam)
+    with pytest.raises(CheckpointError, match="this run's optimizer is AdamW"):
+        check_optimizer_state(other, adam.state_dict(), others_names)
+
+
+def test_state_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    before = optimizer.state_dict()
+    for wrong in (
+        optimizer_state(*made((2, 3))),
+        {"class": "AdamW", "state": {}, "param_groups": [{"params": ["p1", "p0"]}]},
+        optimizer_state(*trained_pair(torch.optim.SGD, lr=0.1)),
+    ):
+        with pytest.raises(CheckpointError):
+            load_optimizer_state(optimizer, wrong, names)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_state_of_other_shapes_is_refused() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    wider, wider_names = made((2, 4), (3,))
+    with pytest.raises(CheckpointError, match=r"other shapes .*p0 \(2, 3\)"):
+        check_optimizer_state(wider, optimizer_state(optimizer, names), wider_names)
+
+
+def test_settings_that_an_older_torch_did_not_have_get_their_default() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        for key in ("fused", "decoupled_weight_decay", "capturable"):
+            del group[key]
+    load_optimizer_state(optimizer, saved, names)
+    assert optimizer.param_groups[0]["fused"] is None
+    optimizer.step()
+
+
+def test_state_in_the_dtype_of_its_parameter_follows_it_and_other_state_does_not() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    saved = optimizer_state(optimizer, names)
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((2, 3), (3,))]
+    other = torch.optim.AdamW(parameters)
+    others_names = {parameter: f"p{index}" for index, parameter in enumerate(parameters)}
+    load_optimizer_state(other, saved, others_names, dtypes={"p0": torch.float32, "p1": torch.bfloat16})
+    assert other.state[parameters[0]]["exp_avg"].dtype == torch.bfloat16
+    assert other.state[parameters[0]]["step"].dtype == torch.float32
+    assert other.state[parameters[1]]["exp_avg"].dtype == torch.float32
+
+
+def test_parameters_that_nobody_trains_are_left_out_and_buffers_are_not() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(module[3].parameters(), lr=0.1, momentum=0.9)
+    module[3](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    for part in (module[0], module[1], module[3]):
+        part.requires_grad_(False)
+    state, left_out = trained_state(module.state_dict(), module, [optimizer])
+    assert left_out == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert sorted(state) == sorted(set(module.state_dict()) - set(left_out))
+    assert "1.running_mean" in state
 
 
 def test_room_for_a_saved_tensor_has_its_shape_and_dtype() -> None:

@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbolt.checkpoint.directory import is_checkpoint, local_path
+from meshbolt.checkpoint.directory import local_path
 from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source, Writer
 from meshbolt.checkpoint.formats.output import check_output, check_space, written_aside
 from meshbolt.checkpoint.formats.table import FORMATS, SOURCES, Format
 from meshbolt.checkpoint.lazy import observed
+from meshbolt.checkpoint.places import is_checkpoint
 from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.save import save_directory
 from meshbolt.errors import CheckpointError, ConfigError, did_you_mean
@@ -79,16 +80,15 @@ def export_checkpoint(
     options, watch, target = options or ExportOptions(), watch or Watch(), local_path(out)
     chosen = _format(to)
     options.refuse_others(chosen.options, to=to)
-    source = local_path(path)
-    with CheckpointReader(source) as reader:
-        check_output(target, source=reader.directory, overwrite=overwrite)
+    with CheckpointReader(path) as reader:
+        check_output(target, source=reader.name, overwrite=overwrite)
         writer = _writer(chosen, reader, options, target)
         check_space(target, num_bytes=writer.num_bytes + _ROOM_BYTES)
         watch.on_total(writer.num_bytes)
         with written_aside(target) as partial:
             writer.write(partial, on_bytes=watch.on_bytes)
     return Conversion(
-        source=str(source),
+        source=reader.name,
         out=str(target),
         format=to,
         num_tensors=writer.num_tensors,
@@ -140,7 +140,7 @@ def import_checkpoint(
     """
     watch, place, target = watch or Watch(), local_path(source), local_path(out)
     name = recognise(place)
-    check_output(target, source=place, overwrite=overwrite)
+    check_output(target, source=str(place), overwrite=overwrite)
     found = SOURCES[name].read(place, prefix=prefix, weights_only=weights_only)
     with found.closing:
         num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from meshbolt.checkpoint import manifest
 from meshbolt.checkpoint.agreement import in_words
 from meshbolt.checkpoint.directory import sync_directory
+from meshbolt.checkpoint.foreign import DcpReader
 from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
 from meshbolt.checkpoint.formats.safetensors import weights_only_objects
 from meshbolt.checkpoint.lazy import LazyTensor
@@ -28,7 +29,7 @@ from meshbolt.checkpoint.metadata import FILE_NAME
 from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS_FILE
 from meshbolt.checkpoint.objects import read_objects
 from meshbolt.checkpoint.optimizers import OWN, by_name, sharded_keys
-from meshbolt.checkpoint.reader import CheckpointReader, ShardReader
+from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.errors import CheckpointError
 
@@ -130,9 +131,9 @@ def read(path: Path, *, prefix: str, weights_only: bool | None) -> Source:
         CheckpointError: it cannot be read, or holds no weights.
     """
     with ExitStack() as closing:
-        reader = closing.enter_context(ShardReader(path))
+        reader = closing.enter_context(DcpReader(path))
         flat: dict[str, Any] = {key: reader.lazy(key, keeps_parts=False) for key in reader.tensors}
-        others = reader.other_objects(weights_only=weights_only)
+        others = reader.objects(weights_only=weights_only)
         if OWN in others and not prefix:
             found = Source(tensors=flat, objects=others[OWN][0])
         else:

@@ -20,12 +20,13 @@ from typing import IO, Any
 import torch
 
 from meshbolt.checkpoint.agreement import in_words
+from meshbolt.checkpoint.chunks import bytes_of
 from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
 from meshbolt.checkpoint.formats.safetensors import weights_only_objects
 from meshbolt.checkpoint.lazy import LazyTensor
 from meshbolt.checkpoint.metadata import TensorInfo
 from meshbolt.checkpoint.optimizers import OWN, by_name, by_number, sharded_keys
-from meshbolt.checkpoint.reader import CheckpointReader, bytes_of
+from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.compat import storages_without_memory, tensors_without_memory
 from meshbolt.errors import CheckpointError
@@ -71,12 +72,10 @@ class LightningWriter:
             archive = Archive(file)
             for number, storage in enumerate(order):
                 key = keys.get(storage._cdata)
-                content = torch.empty(0, dtype=torch.uint8) if key is None else self._reader.read(key)
-                memory = bytes_of(content.set_(storage)) if key is None else bytes_of(content)
-                archive.fill(f"data/{number}", memory)
-                if key is not None:
-                    on_bytes(content.nbytes)
-                del content, memory
+                content = self._reader.read(key) if key is not None else torch.empty(0, dtype=torch.uint8).set_(storage)
+                archive.fill(f"data/{number}", bytes_of(content))
+                on_bytes(content.nbytes)
+                del content
             file.flush()
             os.fsync(file.fileno())
         on_bytes(_PICKLE_BYTES)

@@ -16,7 +16,7 @@ from meshbolt.units import format_bytes
 _SIGNS = ("manifest.json", ".metadata", "*.safetensors")
 
 
-def check_output(out: Path, *, source: Path, overwrite: bool) -> None:
+def check_output(out: Path, *, source: str, overwrite: bool) -> None:
     """Check that an output may be written.
 
     Args:
@@ -30,7 +30,7 @@ def check_output(out: Path, *, source: Path, overwrite: bool) -> None:
     inside = Path(os.path.realpath(out))
     read = Path(os.path.realpath(source))
     if inside == read or read in inside.parents or inside in read.parents:
-        raise ConfigError(f"{str(out)!r} and {str(source)!r} lie in each other. Write to another place.")
+        raise ConfigError(f"{str(out)!r} and {source!r} lie in each other. Write to another place.")
     if not os.path.lexists(out):
         return
     if not overwrite:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from meshbolt.checkpoint.chunks import bytes_of
 from meshbolt.checkpoint.directory import sync_directory, write_synced
 from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
 from meshbolt.checkpoint.formats.weights import exported_infos, exported_names, read_exported
 from meshbolt.checkpoint.lazy import LazyTensor
 from meshbolt.checkpoint.metadata import TensorInfo
 from meshbolt.checkpoint.optimizers import OWN
-from meshbolt.checkpoint.reader import CheckpointReader, bytes_of
+from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.tree import MARKER
 from meshbolt.errors import CheckpointError, UnsupportedError
 

@@ -1,0 +1,81 @@
+"""A directory of torch's distributed checkpoint that anybody has written, read tensor by tensor.
+
+It has no manifest and no checksums. Its metadata is read as that of our own checkpoints: nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+from meshbolt.checkpoint.agreement import in_words
+from meshbolt.checkpoint.metadata import read_metadata
+from meshbolt.checkpoint.reader import TensorReader
+from meshbolt.compat import part_of_file
+from meshbolt.errors import CheckpointError
+
+
+class DcpReader(TensorReader):
+    """Whole tensors, and objects, out of the files of a directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open a directory.
+
+        Args:
+            directory: has DCP's `.metadata`.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        self.name = str(directory)
+        self._directory = directory
+        try:
+            metadata = read_metadata(directory)
+        except (CheckpointError, OSError) as error:
+            raise self._failure(error) from error
+        super().__init__(metadata, name=self.name)
+
+    def objects(self, *, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return what was saved among the tensors and is no tensor, by key.
+
+        Args:
+            weights_only: False builds objects of any class, which runs code from the files; else plain data only.
+
+        Raises:
+            CheckpointError: something of it is of a class that `weights_only` does not allow, or damaged.
+        """
+        entries = self.metadata.state_dict_metadata.items()
+        keys = [key for key, entry in entries if isinstance(entry, BytesStorageMetadata)]
+        try:
+            return {key: self._load(MetadataIndex(key), weights_only=weights_only is not False) for key in keys}
+        except (CheckpointError, OSError) as error:
+            raise self._failure(error) from error
+
+    def _read_part(self, index: MetadataIndex, *, into: torch.Tensor) -> None:
+        values = self._load(index, weights_only=True)
+        if not isinstance(values, torch.Tensor) or values.shape != into.shape:
+            raise CheckpointError(f"{index.fqn!r} is not what its metadata says: it is damaged")
+        into.copy_(values)
+
+    def _load(self, index: MetadataIndex, *, weights_only: bool) -> Any:
+        with self._open(index) as part:
+            try:
+                return torch.load(part, map_location="cpu", weights_only=weights_only)
+            except Exception as error:  # of a damaged file, errors of almost every class
+                raise CheckpointError(f"{index.fqn!r} cannot be read ({in_words(error)})") from error
+
+    @contextmanager
+    def _open(self, index: MetadataIndex) -> Iterator[IO[bytes]]:
+        place = self.metadata.storage_data[index]
+        if os.fspath(Path(place.relative_path).name) != place.relative_path:
+            raise CheckpointError(f"its metadata names the file {place.relative_path!r} outside of it: do not trust it")
+        if getattr(place, "transform_descriptors", None):
+            raise CheckpointError(f"{index.fqn!r} was written with {place.transform_descriptors}; save it without")
+        with (self._directory / place.relative_path).open("rb") as file:
+            yield part_of_file(file, place.offset, place.length)
