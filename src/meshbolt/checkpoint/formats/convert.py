@@ -11,6 +11,8 @@ from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source, 
 from meshbolt.checkpoint.formats.output import check_output, check_space, written_aside
 from meshbolt.checkpoint.formats.table import FORMATS, SOURCES, Format
 from meshbolt.checkpoint.lazy import observed
+from meshbolt.checkpoint.metadata import FILE_NAME as METADATA
+from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS
 from meshbolt.checkpoint.places import is_checkpoint
 from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.save import save_directory
@@ -83,7 +85,7 @@ def export_checkpoint(
     with CheckpointReader(path) as reader:
         check_output(target, source=reader.name, overwrite=overwrite)
         writer = _writer(chosen, reader, options, target)
-        check_space(target, num_bytes=writer.num_bytes + _ROOM_BYTES)
+        check_space(target, num_bytes=writer.num_bytes + _beside(reader))
         watch.on_total(writer.num_bytes)
         with written_aside(target) as partial:
             writer.write(partial, on_bytes=watch.on_bytes)
@@ -95,6 +97,12 @@ def export_checkpoint(
         num_bytes=writer.num_bytes,
         notes=writer.notes,
     )
+
+
+def _beside(reader: CheckpointReader) -> int:
+    """Return room for all that is no tensor."""
+    records = [reader.manifest.files.get(name) for name in (METADATA, OBJECTS)]
+    return _ROOM_BYTES + sum(2 * record.num_bytes for record in records if record is not None)
 
 
 def _format(name: str) -> Format:

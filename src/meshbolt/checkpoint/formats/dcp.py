@@ -35,7 +35,6 @@ from meshbolt.errors import CheckpointError
 
 OPTIONS = frozenset({"weights_only"})
 
-_OBJECT_BYTES = 2**20
 # Where weights are in the state dicts that Lightning's strategies save, and one optimizer's state.
 _WEIGHTS = ("state_dict", "model")
 _OPTIMIZER = re.compile(r"optimizer_\d+")
@@ -57,7 +56,7 @@ class DcpWriter:
         self._reader = reader
         self._objects = reader.objects(weights_only=options.weights_only)
         self.num_tensors = len(reader.tensors)
-        self.num_bytes = sum(reader.lazy(key).nbytes for key in reader.tensors) + _OBJECT_BYTES
+        self.num_bytes = sum(reader.lazy(key).nbytes for key in reader.tensors)
         self.notes: tuple[str, ...] = ()
 
     def write(self, out: Path, *, on_bytes: OnBytes) -> None:
@@ -71,7 +70,6 @@ class DcpWriter:
         with _plain_errors():
             dcp_save(whole, storage_writer=_Files(out, overwrite=False), no_dist=True)
         sync_directory(out)
-        on_bytes(_OBJECT_BYTES)
 
     def _lazy(self, key: str, on_bytes: OnBytes) -> LazyTensor:
         def read() -> torch.Tensor:

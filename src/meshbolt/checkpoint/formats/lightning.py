@@ -34,7 +34,6 @@ from meshbolt.errors import CheckpointError
 OPTIONS = frozenset({"weights_only"})
 
 _DESCRIPTOR = b"PK\x07\x08"  # follows the content of a record, and has its checksum
-_PICKLE_BYTES = 2**20
 
 
 class LightningWriter:
@@ -56,7 +55,7 @@ class LightningWriter:
         self._objects = by_number(objects)
         self._keys = list(dict.fromkeys(markers(self._objects)))
         self.num_tensors = len(self._keys)
-        self.num_bytes = sum(reader.lazy(key).nbytes for key in self._keys) + _PICKLE_BYTES
+        self.num_bytes = sum(reader.lazy(key).nbytes for key in self._keys)
         self.notes: tuple[str, ...] = ()
 
     def write(self, out: Path, *, on_bytes: OnBytes) -> None:
@@ -78,7 +77,6 @@ class LightningWriter:
                 del content
             file.flush()
             os.fsync(file.fileno())
-        on_bytes(_PICKLE_BYTES)
 
     def _infos(self) -> Mapping[str, TensorInfo]:
         return {key: self._reader.tensors[key] for key in self._keys}

@@ -81,8 +81,8 @@ class Writer(Protocol):
     """An export that is planned: it says what it needs before it writes.
 
     Attributes:
-        num_tensors: how many it writes.
-        num_bytes: how many of these it writes at most; `on_bytes` is told as many.
+        num_tensors: how many tensors it writes.
+        num_bytes: how many bytes they have.
         notes: what the user should know, as sentences.
     """
 
