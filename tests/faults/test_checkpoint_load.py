@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from meshbolt.checkpoint import load, load_objects, load_tensors, save_directory
+from meshbolt.checkpoint.local import LocalPlace
+from meshbolt.checkpoint.shard_reader import ShardReader
 from meshbolt.errors import CheckpointError
 from meshbolt.testing import RankFailure, run_ranks, run_ranks_expecting
 
@@ -45,7 +47,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], str]] = 
     "shard truncated": (lambda path: os.truncate(path / "__1_0.distcp", 100), load_parts, "__1_0.distcp has 100 bytes"),
     "shard of one rank overwritten": (lambda path: overwrite(path / "__1_0.distcp"), load_parts, "file __1_0.distcp: "),
     "shard missing": (lambda path: (path / "__0_0.distcp").unlink(), load_objects, "__0_0.distcp is missing"),
-    "metadata overwritten": (lambda path: overwrite(path / ".metadata"), load_parts, "its .metadata is damaged"),
+    "metadata overwritten": (lambda path: overwrite(path / ".metadata"), load_parts, "its file .metadata is damaged"),
     "objects overwritten": (lambda path: overwrite(path / "meta.pt"), load_objects, "meta.pt"),
     "manifest truncated": (
         lambda path: os.truncate(path / "manifest.json", 9),
@@ -76,16 +78,33 @@ def test_ranks_go_on_after_a_failed_load(path: Path) -> None:
     assert run_ranks(load_twice, 2) == [64.0, 64.0]
 
 
-@pytest.mark.parametrize("name", ["find", "read_manifest", "read_metadata", "read_shards"])
-def test_the_survivors_of_a_rank_that_dies_while_loading_raise_an_error_of_ours(path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (LocalPlace, "find"),
+        (load, "check_sizes"),
+        (load, "read_metadata"),
+        (load, "read_shards"),
+        (ShardReader, "read_data"),
+        (ShardReader, "fill"),
+    ],
+)
+def test_the_survivors_of_a_rank_that_dies_while_loading_raise_an_error_of_ours(
+    path: Path, owner: Any, name: str
+) -> None:
     def load_with_a_death() -> None:
         if dist.get_rank() == 1:
-            setattr(load, name, lambda *args, **kwargs: os._exit(9))
+            setattr(owner, name, lambda *args, **kwargs: os._exit(9))
         load_parts(path)
+        dist.barrier()
 
     with pytest.raises(RankFailure) as failure:
         run_ranks(load_with_a_death, 2)
     survivor, dead = failure.value.outcomes
     assert dead.exit_code == 9
+    if name == "fill":  # all is agreed by then: the survivor has loaded, and meets the death afterwards
+        assert survivor.raised(RuntimeError)
+        assert not survivor.raised(CheckpointError)
+        return
     assert survivor.raised(CheckpointError)
     assert "the contact with another rank was lost" in survivor.message

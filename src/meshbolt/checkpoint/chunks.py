@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from meshbolt.checkpoint.agreement import in_words
-from meshbolt.checkpoint.checksum import BLOCK_BYTES, Checksum, Data
+from meshbolt.checkpoint.checksum import Checksum, Data
 from meshbolt.checkpoint.manifest import Chunk
 from meshbolt.errors import CheckpointError
 
@@ -63,7 +63,7 @@ def read_values(stream: IO[bytes], *, chunk: Chunk, into: memoryview, verify: bo
         raise CheckpointError("it holds fewer values than its metadata says: it is damaged")
     if not verify:
         stream.seek(chunk.offset + chunk.values)
-        _fill(stream, into, checksum=None)
+        _read_into(stream, into)
         return
     checksum = Checksum()
     stream.seek(chunk.offset)
@@ -99,17 +99,19 @@ def _first(error: BaseException, *, besides: BaseException | None) -> BaseExcept
     return error
 
 
-def _fill(stream: IO[bytes], into: memoryview, *, checksum: Checksum | None) -> None:
-    for start in range(0, len(into), BLOCK_BYTES):
-        block = into[start : start + BLOCK_BYTES]
-        done = 0
-        while done < len(block):
-            count = stream.readinto(block[done:])  # type: ignore[attr-defined]
-            if not count:
-                raise CheckpointError("it ends early: it is damaged")
-            done += count
-        if checksum is not None:
-            checksum.update(block)
+def _fill(stream: IO[bytes], into: memoryview, *, checksum: Checksum) -> None:
+    for block in checksum.blocks(len(into)):
+        _read_into(stream, into[block])
+        checksum.update(into[block])
+
+
+def _read_into(stream: IO[bytes], into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = stream.readinto(into[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise CheckpointError("it ends early: it is damaged")
+        done += count
 
 
 def _exactly(stream: IO[bytes], num_bytes: int) -> bytes:
@@ -139,10 +141,9 @@ class _ChunkStream(io.RawIOBase):
         view = memoryview(data).cast("B")
         if self.values_at is None and _same(view, self._values):
             self.values_at = self.length
-        for start in range(0, len(view), BLOCK_BYTES):
-            block = view[start : start + BLOCK_BYTES]
-            self.checksum.update(block)
-            self._raw.write(block)
+        for block in self.checksum.blocks(len(view)):
+            self.checksum.update(view[block])
+            self._raw.write(view[block])
         self.length += len(view)
         return len(view)
 

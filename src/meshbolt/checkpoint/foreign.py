@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from meshbolt.checkpoint.agreement import in_words
 from meshbolt.checkpoint.metadata import read_metadata
@@ -57,11 +57,23 @@ class DcpReader(TensorReader):
         except (CheckpointError, OSError) as error:
             raise self._failure(error) from error
 
+    def _read_whole(self, key: str) -> torch.Tensor:
+        chunks = cast("TensorStorageMetadata", self.metadata.state_dict_metadata[key]).chunks
+        if len(chunks) != 1 or tuple(chunks[0].sizes) != self.tensors[key].shape:
+            return super()._read_whole(key)
+        return self._load_part(MetadataIndex(key, chunks[0].offsets), shape=chunks[0].sizes).contiguous()
+
     def _read_part(self, index: MetadataIndex, *, into: torch.Tensor) -> None:
+        into.copy_(self._load_part(index, shape=into.shape))
+
+    def _load_part(self, index: MetadataIndex, *, shape: torch.Size) -> torch.Tensor:
         values = self._load(index, weights_only=True)
-        if not isinstance(values, torch.Tensor) or values.shape != into.shape:
+        if not isinstance(values, torch.Tensor) or (values.shape, values.dtype) != (
+            shape,
+            self.tensors[index.fqn].dtype,
+        ):
             raise CheckpointError(f"{index.fqn!r} is not what its metadata says: it is damaged")
-        into.copy_(values)
+        return values
 
     def _load(self, index: MetadataIndex, *, weights_only: bool) -> Any:
         with self._open(index) as part:

@@ -10,7 +10,7 @@ It is written last, when every other file is safely on the storage. Its layout:
       "world_size": 4,
       "versions": {"meshbolt": "0.1.0", "torch": "2.13.0"},
       "plan": {"zero.stage": 3},                           what the run was told to do, as plain data
-      "algorithm": "rows4096-blake2b64",                   of the checksums: `checksum.py`
+      "algorithm": "words64-blake2b64",                   of the checksums: `checksum.py`
       "files": {
         "__0_0.distcp": {"bytes": 1536, "chunks": [[0, 1536, 576, "adb0e38c693ef421"]]}
       },
@@ -144,8 +144,12 @@ class Manifest:
                 f"the plan cannot be written to {FILE_NAME} ({error}); use plain values in it"
             ) from error
         lines += [_entries("files", files), _entries("tensors", dict(sorted(self.tensors.items())))]
-        body = "{\n" + ",\n".join(lines)
-        return f"{body}{_SEAL}{checksum_of(body.encode())}{_END}"
+        return seal("{\n" + ",\n".join(lines))
+
+
+def seal(body: str) -> str:
+    """Return a JSON object, given without its end, with the checksum of itself as its last entry."""
+    return f"{body}{_SEAL}{checksum_of(body.encode())}{_END}"
 
 
 def _entries(key: str, entries: Mapping[str, Any]) -> str:

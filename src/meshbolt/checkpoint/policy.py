@@ -15,8 +15,8 @@ class Checkpoint:
     Attributes:
         asynchronous: write in the background while training goes on, instead of waiting until the files are on the
             disk.
-        verify: compare the sizes of a checkpoint's files with its manifest before anything is loaded. False saves one
-            look at each file, and a damaged checkpoint is then found only where its files cannot be read at all.
+        verify: compare the checksum of everything that is read, while it is read. False saves little time, and damaged
+            values are then loaded as they are. The sizes of the files are compared in any case.
         keep_partial: keep the files of a save that failed, in a hidden directory beside the checkpoint, to look at
             them. The next save under the same name removes those of earlier failures unless it has this setting, too.
         trainable_only: leave out of checkpoints the frozen parameters that no optimizer has ever trained. They are

@@ -62,9 +62,10 @@ def info_of(key: str, tensor: Any) -> TensorInfo:
         raise CheckpointError(f"{key!r} is a {type(tensor).__name__}; tensors are saved here, other values as objects")
     if tensor.is_meta:
         raise CheckpointError(f"{key!r} is on the meta device and has no values; materialise the model first")
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantized" if tensor.is_quantized else str(tensor.layout)
-        raise CheckpointError(f"{key!r} is {kind}, and plain dense tensors are saved here; convert it, or leave it out")
+    if tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{key!r} is {tensor.layout}, and dense tensors are saved here; convert it with to_dense(), or leave it out"
+        )
     if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
         raise CheckpointError(f"{key!r} is a sum that is not reduced yet ({tensor.placements}); reduce it first")
     return TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
-from meshbolt.checkpoint.checksum import BLOCK_BYTES, Checksum
+from meshbolt.checkpoint.checksum import Checksum
 from meshbolt.checkpoint.manifest import FILE_NAME, Chunk, FileRecord
 from meshbolt.checkpoint.metadata import FILE_NAME as METADATA
 from meshbolt.checkpoint.metadata import read_metadata
@@ -71,12 +71,12 @@ def _is_covered(record: FileRecord) -> bool:
 
 
 def _sum_of(stream: IO[bytes], chunk: Chunk, *, on_bytes: Callable[[int], None]) -> str:
-    checksum, left = Checksum(), chunk.length
+    checksum = Checksum()
     stream.seek(chunk.offset)
-    while left and (block := stream.read(min(left, BLOCK_BYTES))):
-        checksum.update(block)
-        on_bytes(len(block))
-        left -= len(block)
+    for block in checksum.blocks(chunk.length):
+        content = stream.read(block.stop - block.start)
+        checksum.update(content)
+        on_bytes(len(content))
     return checksum.hexdigest()
 
 

@@ -123,8 +123,9 @@ def load_tree(
     prefix, same_ranks = _random_state_for(plan.mesh.data_parallel_rank(dist.get_rank()), saved, plan=plan)
     random_keys = [key for key in saved if prefix and key.startswith(prefix)]
     random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
-    # The files have just been compared with the manifest; nothing is unexpected, since the objects name what is read.
-    load_tensors(path, {**tensors, **random_state}, prefix=(), verify=False, group=group)
+    asked = {**tensors, **random_state}
+    # Nothing is unexpected, since the objects name what is read; and all of it was made for this load.
+    load_tensors(path, asked, prefix=(), verify=plan.settings.checkpoint.verify, fresh=asked.keys(), group=group)
     return Loaded(
         tree=_joined(objects, tensors),
         notes=notes,

@@ -132,9 +132,18 @@ def test_a_path_without_a_name_is_refused(path: str) -> None:
         directory.local_path(path)
 
 
-def test_a_url_is_refused(tmp_path: Path) -> None:
+def test_a_url_of_another_storage_is_no_local_path() -> None:
     with pytest.raises(UnsupportedError, match=r"'s3://bucket/last\.ckpt' is a URL"):
-        is_checkpoint("s3://bucket/last.ckpt")
+        directory.local_path("s3://bucket/last.ckpt")
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_url_of_the_local_file_system_is_a_path(tmp_path: Path, scheme: str) -> None:
+    assert directory.local_path(f"{scheme}://{tmp_path}/last.ckpt") == tmp_path / "last.ckpt"
+    checkpoint(tmp_path / NAME)
+    assert is_checkpoint(f"{scheme}://{tmp_path}/{NAME}")
+    remove_directory(f"{scheme}://{tmp_path}/{NAME}")
+    assert not names_in(tmp_path)
 
 
 def test_removal_takes_the_checkpoint_and_all_that_saves_of_its_name_left(tmp_path: Path) -> None:

@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from meshbolt.checkpoint import manifest
 from meshbolt.checkpoint.agreement import in_words
+from meshbolt.checkpoint.checksum import checksum_of
 from meshbolt.checkpoint.directory import sync_directory
 from meshbolt.checkpoint.foreign import DcpReader
 from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
 from meshbolt.checkpoint.formats.safetensors import weights_only_objects
 from meshbolt.checkpoint.lazy import LazyTensor
+from meshbolt.checkpoint.local import LocalFiles
+from meshbolt.checkpoint.manifest import Chunk
 from meshbolt.checkpoint.metadata import FILE_NAME
 from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS_FILE
 from meshbolt.checkpoint.objects import read_objects
 from meshbolt.checkpoint.optimizers import OWN, by_name, sharded_keys
 from meshbolt.checkpoint.reader import CheckpointReader
+from meshbolt.checkpoint.shard_writer import ShardWriter
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.errors import CheckpointError
 
@@ -67,8 +71,9 @@ class DcpWriter:
         beside = {key: tensor for key, tensor in tensors.items() if key not in named}
         # DCP makes text of all keys and forgets empty dictionaries; in a tuple they stay what they are, for an import.
         whole = {**tree, **beside, OWN: (self._objects,)}
+        out.mkdir()
         with _plain_errors():
-            dcp_save(whole, storage_writer=_Files(out, overwrite=False), no_dist=True)
+            dcp_save(whole, storage_writer=_StreamedWriter(LocalFiles(out), rank=0), no_dist=True)
         sync_directory(out)
 
     def _lazy(self, key: str, on_bytes: OnBytes) -> LazyTensor:
@@ -87,10 +92,16 @@ def _with_lists(tree: Any) -> Any:
     return list(map(_with_lists, tree)) if type(tree) in (list, tuple) and markers(tree) else tree
 
 
-class _Files(FileSystemWriter):
-    def storage_meta(self) -> StorageMeta:
-        """Return metadata without a path, which would be that of the unfinished export."""
-        return StorageMeta(save_id=self.save_id)
+class _StreamedWriter(ShardWriter):
+    """Writes objects too. Torch's own writer keeps every tensor that it has written until the file is closed."""
+
+    def write_item(self, stream: IO[bytes], data: torch.Tensor | io.BytesIO, item: WriteItem, *, offset: int) -> Chunk:
+        """Write a tensor or the bytes of an object."""
+        if isinstance(data, torch.Tensor):
+            return super().write_item(stream, data, item, offset=offset)
+        content = data.getvalue()
+        stream.write(content)
+        return Chunk(offset, len(content), 0, checksum_of(content))
 
 
 @contextlib.contextmanager

@@ -6,12 +6,10 @@ tensor by tensor: the library's own writer takes a whole file's tensors at once,
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -210,25 +208,23 @@ def read(path: Path, *, prefix: str, weights_only: bool | None) -> Source:
         CheckpointError: a file cannot be read, or two hold tensors of one name.
     """
     found: dict[str, torch.Tensor] = {}
-    with ExitStack() as closing:
-        for file in safetensors_files(path):
-            try:
-                opened = closing.enter_context(safe_open(file, framework="pt"))
-                tensors = {name: _lazy(opened, name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read as safetensors: {error}.") from error
-            if twice := sorted(tensors.keys() & found.keys()):
-                raise CheckpointError(
-                    f"{path} has {twice[0]!r} in two files. Give one of them, or a directory with an index."
-                )
-            found.update(tensors)
-        kept = closing.pop_all()
+    for file in safetensors_files(path):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: _lazy(opened, name, file=file) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read as safetensors: {error}.") from error
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise CheckpointError(
+                f"{path} has {twice[0]!r} in two files. Give one of them, or a directory with an index."
+            )
+        found.update(tensors)
     keys = {f"{prefix}{name}": f"state_dict.{prefix}{name}" for name in found}
     objects = {
         **weights_only_objects({name: {MARKER: key} for name, key in keys.items()}),
         OWN: {"sharded": sorted(keys.values())},
     }
-    return Source(tensors=dict(zip(keys.values(), found.values(), strict=True)), objects=objects, closing=kept)
+    return Source(tensors=dict(zip(keys.values(), found.values(), strict=True)), objects=objects)
 
 
 def weights_only_objects(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,10 +241,16 @@ def weights_only_objects(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lazy(opened: Any, name: str) -> LazyTensor:
+def _lazy(opened: Any, name: str, *, file: Path) -> LazyTensor:
     part = opened.get_slice(name)
     dtype = _DTYPES.get(part.get_dtype())
     if dtype is None:
-        raise UnsupportedError(f"{name!r} has the dtype {part.get_dtype()}, which torch does not have.")
-    info = TensorInfo(shape=tuple(part.get_shape()), dtype=dtype)
-    return LazyTensor(functools.partial(opened.get_tensor, name), info=info, keeps_parts=False)
+        raise UnsupportedError(f"{name!r} has the dtype {part.get_dtype()}, which is not imported. Cast it first.")
+
+    def values() -> torch.Tensor:
+        # Opened anew: what was read stays mapped, and counts as memory, as long as the file is open.
+        with safe_open(file, framework="pt") as again:
+            tensor: torch.Tensor = again.get_tensor(name)
+        return tensor
+
+    return LazyTensor(values, info=TensorInfo(shape=tuple(part.get_shape()), dtype=dtype), keeps_parts=False)
