@@ -31,6 +31,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 __all__ = [
     "BackwardSyncControl",
+    "BatchCount",
     "FabricForkLauncher",
     "FabricScriptLauncher",
     "TrainerForkLauncher",
@@ -155,3 +156,58 @@ def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> N
 
     handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
     handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]
+
+
+class BatchCount:
+    """Lightning's count of the training batches of an epoch."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        """Look at a Trainer's loop.
+
+        Args:
+            trainer: whose loop it is.
+        """
+        self._fit_loop, self._loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        self._went_back = False
+
+    @property
+    def _trackers(self) -> tuple[Any, Any]:
+        progress = self._loop.batch_progress
+        return progress.current, progress.total
+
+    @property
+    def done(self) -> int:
+        """How many batches are done; the same when a checkpoint is saved, and after it was loaded."""
+        current, total = self._trackers
+        # At the end of a batch, where checkpoints are saved, only the last of the counters is behind.
+        at_end = total.ready == total.processed == total.completed + 1
+        return int(current.completed) + int(at_end)
+
+    @property
+    def is_inside_a_batch(self) -> bool:
+        """Whether a batch has begun whose step is not done."""
+        current, _ = self._trackers
+        return bool(current.ready > current.processed)
+
+    @property
+    def epoch_is_done(self) -> bool:
+        """Whether the last batch of the epoch is done."""
+        return bool(self._loop.batch_progress.is_last_batch) and not self.is_inside_a_batch
+
+    def go_back_to(self, done: int) -> None:
+        """Count as if fewer batches (or, on fewer ranks, more) were done; without a difference do nothing."""
+        back = self.done - done
+        if not back:
+            return
+        self._went_back = True
+        current, total = self._trackers
+        for tracker, count in ((total, total.completed + self.done - current.completed - back), (current, done)):
+            tracker.ready = tracker.started = tracker.processed = tracker.completed = count
+        self._loop.batch_progress.is_last_batch = False
+
+    def settle(self) -> None:
+        """Where the count went back to a validation that has run, keep Lightning from counting its step again."""
+        fetcher: Any = self._fit_loop._data_fetcher
+        if self._went_back and self._loop._should_check_val_fx(fetcher):
+            self._loop._batches_that_stepped -= 1
+        self._went_back = False

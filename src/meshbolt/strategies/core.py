@@ -107,6 +107,7 @@ class MeshCore:
             compile=compile,
             checkpoint=checkpoint,
         )
+        self._refuse_settings()
         refuse_checkpoint_io(checkpoint_io)
         self._backend = process_group_backend
         self._timeout = timeout
@@ -128,6 +129,9 @@ class MeshCore:
         zero = self.settings.zero
         written = zero if dataclasses.replace(zero, stage=3) != Zero() else zero.stage
         return f"{self.call}(zero={written!r}) for {self.is_for}"
+
+    def _refuse_settings(self) -> None:
+        """Raise where a setting makes no sense for whose strategy this is."""
 
     # What a Trainer or Fabric sets before ranks exist -----------------------------------------------------------------
 

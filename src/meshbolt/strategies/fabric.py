@@ -45,6 +45,14 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     call = "meshbolt.fabric.MeshStrategy"
     is_for = "lightning.fabric.Fabric"
 
+    @override
+    def _refuse_settings(self) -> None:
+        if self.settings.checkpoint.load_weights_only:
+            raise ConfigError(
+                "Checkpoint(load_weights_only=True) is for a Trainer's fit. In Fabric, load what you name: "
+                'fabric.load(path, {"model": model}).'
+            )
+
     @property
     @override
     def precision(self) -> MeshPrecision:

@@ -46,7 +46,9 @@ from meshbolt.strategies.hooks import (
     report_norm,
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
+from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.position import Position
 from meshbolt.strategies.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -117,8 +119,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         super().setup_environment()
         self._attendance.forget()
         self._has_begun = self._has_loaded = False
-        check_trainer(self._module().trainer, world_size=self.world_size)
+        trainer = self._module().trainer
+        check_trainer(trainer, world_size=self.world_size)
         self._connect()
+        self._position = Position(trainer, ranks=self.plan.mesh.data_parallel_size, device=self.root_device)
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
 
@@ -164,8 +168,17 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     # Steps ------------------------------------------------------------------------------------------------------------
 
     @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Check that the loaders of all ranks agree, and begin where a checkpoint was saved."""
+        if not self._module().trainer.training:
+            return super().process_dataloader(dataloader)
+        self._position.take_loader(dataloader)
+        return checked_loader(dataloader, group=self._control_group, position=self._position)
+
+    @override
     def on_train_start(self) -> None:
         """Begin to train, and to watch for signals that end the job."""
+        self._position.on_train_start()
         self._has_begun = True
         self._fits += 1
         self._signals = Signals(self._module().trainer, number=self._fits)
@@ -240,6 +253,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             agree_on_path(None, group=self._control_group)
         elif self._resumes:
             self._take_random_state(self._loaded)
+            self._position.resume(self._loaded.notes.get("position", {}))
         self._loaded = Loaded(tree={})  # its memory is needed from now on
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -276,7 +290,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self._reachable() is None:
             return
         try:
-            notes = {"left_out": {"state_dict": self._left_out}}
+            notes = {"left_out": {"state_dict": self._left_out}, "position": self._position.notes()}
             self._save(filepath, checkpoint, storage_options=storage_options, notes=notes)
         except CheckpointError as error:
             if not self._was_interrupted():
@@ -284,6 +298,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             # The exception that ended the run is the one to be seen; and nothing may be deleted in favour of this save.
             _log.error("%s", error)
             self._attendance.dismiss()
+
+    @override
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        return self._position.random_state()
 
     @property
     def _resumes(self) -> bool:

@@ -59,3 +59,41 @@ def test_the_optimizer_is_found_inside_the_wrapper_that_users_see() -> None:
 def test_the_backend_is_the_one_of_the_device(device: str, backend: str) -> None:
     assert compat.default_backend(torch.device(device)) == backend
     assert not compat.ranks_are_connected()
+
+
+def count_of(trainer: pl.Trainer, **counters: int) -> compat.BatchCount:
+    """Return the count of a loop with these counters, the same ones of the epoch and in all."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for tracker in (progress.current, progress.total):
+        vars(tracker).update(counters)
+    return compat.BatchCount(trainer)
+
+
+def test_batches_are_counted_alike_at_the_end_of_one_and_between_two() -> None:
+    at_end = count_of(quiet(), ready=5, started=5, processed=5, completed=4)
+    between = count_of(quiet(), ready=5, started=5, processed=5, completed=5)
+    inside = count_of(quiet(), ready=6, started=6, processed=5, completed=5)
+    assert [count.done for count in (at_end, between, inside)] == [5, 5, 5]
+    assert [count.is_inside_a_batch for count in (at_end, between, inside)] == [False, False, True]
+    assert count_of(quiet(), ready=0, started=0, processed=0, completed=0).done == 0
+
+
+def test_a_count_goes_back_in_the_epoch_and_in_all() -> None:
+    trainer = quiet()
+    count = count_of(trainer, ready=5, started=5, processed=5, completed=4)
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress.is_last_batch = True
+    assert count.epoch_is_done
+    progress.total.ready = progress.total.started = progress.total.processed = 15
+    progress.total.completed = 14
+    count.go_back_to(3)
+    assert (count.done, count.epoch_is_done) == (3, False)
+    assert vars(progress.current) == {"ready": 3, "started": 3, "processed": 3, "completed": 3}
+    assert vars(progress.total) == {"ready": 13, "started": 13, "processed": 13, "completed": 13}
+
+
+def test_a_count_that_is_there_already_is_left_as_it_is() -> None:
+    trainer = quiet()
+    count = count_of(trainer, ready=5, started=5, processed=5, completed=4)
+    count.go_back_to(5)
+    assert trainer.fit_loop.epoch_loop.batch_progress.current.completed == 4

@@ -78,3 +78,10 @@ def test_the_text_of_a_strategy_is_the_call_that_makes_it_and_what_it_is_for() -
         "meshbolt.fabric.MeshStrategy(zero=Zero(stage=3, replicate=2, unit='auto', reduce_dtype='auto')) "
         "for lightning.fabric.Fabric"
     )
+
+
+def test_fabric_which_is_told_what_to_load_refuses_to_be_told_so_by_a_setting() -> None:
+    asked = Checkpoint(load_weights_only=True)
+    assert MeshStrategy(checkpoint=asked).settings.checkpoint == asked
+    with pytest.raises(ConfigError, match=r'fabric\.load\(path, \{"model": model\}\)'):
+        FabricMeshStrategy(checkpoint=asked)
