@@ -5,7 +5,9 @@ It has no manifest and no checksums. Its metadata is read as that of our own che
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +82,7 @@ class DcpReader(TensorReader):
             try:
                 return torch.load(part, map_location="cpu", weights_only=weights_only)
             except Exception as error:  # of a damaged file, errors of almost every class
-                raise CheckpointError(f"{index.fqn!r} cannot be read ({in_words(error)})") from error
+                raise CheckpointError(f"{index.fqn!r} {refusal(error, part)}") from error
 
     @contextmanager
     def _open(self, index: MetadataIndex) -> Iterator[IO[bytes]]:
@@ -91,3 +93,22 @@ class DcpReader(TensorReader):
             raise CheckpointError(f"{index.fqn!r} was written with {place.transform_descriptors}; save it without")
         with (self._directory / place.relative_path).open("rb") as file:
             yield part_of_file(file, place.offset, place.length)
+
+
+def refusal(error: Exception, file: Path | IO[bytes]) -> str:
+    """Return in words why `torch.load` has not read a file.
+
+    Args:
+        error: what it raised.
+        file: what it was to read.
+    """
+    classes: list[str] = []
+    if isinstance(error, pickle.UnpicklingError):
+        with contextlib.suppress(Exception):  # it is damaged, and not for its classes that it was refused
+            classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    if not classes:
+        return f"cannot be read ({in_words(error)})"
+    return (
+        f"holds objects of the classes {', '.join(classes)}, and to build them is to run their code. If you trust it, use "
+        "weights_only=False, or allow the classes by torch.serialization.add_safe_globals"
+    )

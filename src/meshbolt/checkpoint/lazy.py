@@ -63,6 +63,15 @@ class LazyTensor(torch.Tensor):
         result = operation(*plain_args, **plain_kwargs)
         return written[0] if written else result
 
+    def tolist(self) -> Any:
+        """Return the values as lists; torch asks no operation for them."""
+        return self.value().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Return the values as an array, which shares the memory that they are kept in from now on."""
+        self._kept = self.value()
+        return self._kept.numpy(force=force)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """Return the values in a tensor of their own."""
         return self.value().clone()

@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import torch
 
-from meshbolt.checkpoint.agreement import in_words
 from meshbolt.checkpoint.chunks import bytes_of
+from meshbolt.checkpoint.foreign import refusal
 from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
 from meshbolt.checkpoint.formats.safetensors import weights_only_objects
 from meshbolt.checkpoint.lazy import LazyTensor
@@ -197,12 +197,7 @@ def _loaded(path: Path, *, weights_only: bool | None) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only is not False)
     except Exception as error:  # of a damaged file, errors of almost every class
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            raise CheckpointError(
-                f"{str(path)!r} holds objects of classes, and to build them is to run their code ({in_words(error)}). If you "
-                "trust this file, use weights_only=False, or allow the classes by torch.serialization.add_safe_globals."
-            ) from error
-        raise CheckpointError(f"{str(path)!r} cannot be read as a checkpoint file ({in_words(error)}).") from error
+        raise CheckpointError(f"{str(path)!r} {refusal(error, path)}.") from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{str(path)!r} holds a {type(found).__name__}, and no checkpoint of Lightning's.")
     return dict(found)
