@@ -57,7 +57,7 @@ def make(folder: Path, num_bytes: int) -> None:
     from meshbolt.checkpoint.tree import split_tensors
 
     rows = LARGEST_BYTES // 4 // WIDTH
-    names = [f"net.layers.{number}.weight" for number in range(max(1, num_bytes // 3 // LARGEST_BYTES))]
+    names = [f"net.layers.{number}.weight" for number in range(-(-num_bytes // (3 * LARGEST_BYTES)))]
     info = TensorInfo(shape=(rows, WIDTH), dtype=torch.float32)
 
     def lazy(seed: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ It has no manifest and no checksums. Its metadata is read as that of our own che
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -82,7 +83,8 @@ class DcpReader(TensorReader):
             try:
                 return torch.load(part, map_location="cpu", weights_only=weights_only)
             except Exception as error:  # of a damaged file, errors of almost every class
-                raise CheckpointError(f"{index.fqn!r} {refusal(error, part)}") from error
+                part.seek(0)
+                raise CheckpointError(f"{index.fqn!r} {refusal(error, io.BytesIO(part.read()))}") from error
 
     @contextmanager
     def _open(self, index: MetadataIndex) -> Iterator[IO[bytes]]:

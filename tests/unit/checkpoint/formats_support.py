@@ -43,11 +43,11 @@ def trainer_tree(**more: Any) -> dict[str, Any]:
     }
 
 
-def saved(path: Path, tree: dict[str, Any] | None = None) -> Path:
-    """Save a tree, with a random state beside it, and return the path."""
+def saved(path: Path, tree: dict[str, Any] | None = None, *, notes: dict[str, Any] | None = None) -> Path:
+    """Save a tree, with a random state beside it and notes of our own, and return the path."""
     tensors: dict[str, torch.Tensor] = {}
     objects = {key: split_tensors(value, key, tensors) for key, value in (tree or trainer_tree()).items()}
-    objects[OWN] = {"sharded": sorted(key for key in tensors if "net." in key)}
+    objects[OWN] = {**(notes or {}), "sharded": sorted(key for key in tensors if "net." in key)}
     save_directory(path, tensors={**tensors, "random.0.torch": torch.arange(5)}, objects=objects)
     return path
 

@@ -45,13 +45,14 @@ def run(arguments: Sequence[str]) -> int:
             tell_json(described(reader, tensors=options.tensors))
             return DONE
         print_table("checkpoint", columns=("", ""), rows=_summary(reader))
-        print_table("holds", columns=("entry", "tensors", "size"), rows=_entries(reader))
+        print_table("tensors by entry", columns=("entry", "tensors", "size"), rows=_entries(reader))
         if options.tensors:
             rows = [
                 (key, _dtype(info), _shape(info), format_bytes(_bytes(info))) for key, info in reader.tensors.items()
             ]
             print_table("tensors", columns=_TENSOR_COLUMNS, rows=rows)
-        print_table("plan", columns=("", ""), rows=[(key, str(value)) for key, value in reader.manifest.plan.items()])
+        if plan := reader.manifest.plan:
+            print_table("plan", columns=("", ""), rows=[(key, str(value)) for key, value in plan.items()])
     return DONE
 
 

@@ -50,12 +50,13 @@ def test_the_configuration_is_copied_from_a_file_or_with_the_tokenizer_from_a_di
     )
     assert (tmp_path / "one/config.json").read_text() == "other"
     assert not any("config.json" in note for note in done.notes)
-    with pytest.raises(ConfigError, match="is no file, and no directory with a config.json"):
+    with pytest.raises(ConfigError, match=r"is no file, and no directory with a config\.json"):
         export_checkpoint(path, tmp_path / "none", to="hf", options=ExportOptions(config=str(tmp_path)))
 
 
-def test_transformers_loads_the_directory(tmp_path: Path) -> None:
+def test_transformers_loads_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra `hf` has it")
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # its bars would start a thread
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=6)
     model = transformers.GPT2LMHeadModel(config)
     model.save_pretrained(tmp_path / "pretrained")
