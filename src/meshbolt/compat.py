@@ -9,13 +9,15 @@ import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Variable
 from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group, _fsdp_state
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
@@ -28,6 +30,7 @@ __all__ = [
     "AllGather",
     "ReduceScatter",
     "TorchDispatchMode",
+    "aliased_arguments",
     "casts",
     "distributed_tensor",
     "drop_kept_gradients",
@@ -44,6 +47,7 @@ __all__ = [
     "make_hooks_skippable",
     "managed_parameters",
     "on_gradient",
+    "part_of_file",
     "plain_calls",
     "queue_after_backward",
     "replicate",
@@ -52,11 +56,17 @@ __all__ = [
     "set_async_gather",
     "set_group_timeout",
     "storage_identity",
+    "storages_without_memory",
+    "tensors_without_memory",
     "tree_leaves",
     "tree_map",
+    "untouched_by_functions",
     "was_gathered",
     "written_arguments",
 ]
+
+# What a tensor subclass says that only changes what operations do, not what torch's functions do.
+untouched_by_functions = torch._C._disabled_torch_function_impl
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -394,6 +404,30 @@ def plain_calls() -> AbstractContextManager[Any]:
     return cast("AbstractContextManager[Any]", torch._C.DisableTorchFunction())
 
 
+def part_of_file(file: IO[bytes], start: int, num_bytes: int) -> IO[bytes]:
+    """Return a part of a file as a file that `torch.load` reads.
+
+    Args:
+        file: open for reading.
+        start: where the part begins.
+        num_bytes: its length.
+    """
+    return cast("IO[bytes]", _create_file_view(cast("Any", file), start, num_bytes))
+
+
+def tensors_without_memory() -> AbstractContextManager[Any]:
+    """Make tensors inside that have shape, dtype and a storage of their own, but no memory."""
+    return FakeTensorMode()
+
+
+def storages_without_memory() -> AbstractContextManager[Any]:
+    """Have `torch.save` inside write a file with room for the memory of its tensors, which is left empty.
+
+    Tensors without memory are written as if they had some.
+    """
+    return torch.serialization.skip_data(materialize_fake_tensors=True)
+
+
 def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
     """Yield the tensors that an operation writes to.
 
@@ -402,11 +436,29 @@ def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, 
         args: its positional arguments.
         kwargs: its other arguments.
     """
+    for alias, tensor in _aliases(operation, args, kwargs):
+        if alias.is_write:
+            yield tensor
+
+
+def aliased_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an operation writes to, or returns parts of that share their memory.
+
+    Args:
+        operation: as a dispatch mode gets it.
+        args: its positional arguments.
+        kwargs: its other arguments.
+    """
+    for _, tensor in _aliases(operation, args, kwargs):
+        yield tensor
+
+
+def _aliases(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Tensor]]:
     declared = operation._schema.arguments
     given = [
         *zip(declared, args, strict=False),
         *((each, kwargs[each.name]) for each in declared if each.name in kwargs),
     ]
     for argument, value in given:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+        if argument.alias_info is not None:
+            yield from ((argument.alias_info, leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

@@ -11,7 +11,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ _ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
 }
+_PATHS_IN = ("pathlib", "pathlib._local")  # the latter in Python 3.13
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class that metadata is made of, or a dtype."""
+        if module in _PATHS_IN and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where it was written, which torch notes and nothing reads; no system has both classes
         if (module, name) == ("builtins", "getattr"):
             return _member_of_encoding  # some releases of Python 3.11 pickle an enum member as getattr(class, name)
         if name in _ALLOWED.get(module, ()):

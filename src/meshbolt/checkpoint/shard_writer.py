@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
@@ -55,7 +56,7 @@ class ShardWriter(StorageWriter):
         with naming_file(name), self._files.open(name, "wb") as stream:
             for item in plan.items:
                 end = chunks[-1].offset + chunks[-1].length if chunks else 0
-                chunks.append(write_chunk(stream, _data(item, planner), offset=end))
+                chunks.append(self.write_item(stream, planner.resolve_data(item), item, offset=end))
         self.records[name] = FileRecord(sum(chunk.length for chunk in chunks), tuple(chunks))
         self.begun = [item.index.fqn for item in plan.items if not any(item.index.offset or ())]
         results = [
@@ -69,6 +70,22 @@ class ShardWriter(StorageWriter):
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    def write_item(self, stream: IO[bytes], data: torch.Tensor | io.BytesIO, item: WriteItem, *, offset: int) -> Chunk:
+        """Write what the plan has one item for, and return what the manifest says of it.
+
+        Args:
+            stream: the file.
+            data: to be written.
+            item: what it is.
+            offset: where the stream is.
+
+        Raises:
+            CheckpointError: it is no tensor.
+        """
+        if not isinstance(data, torch.Tensor):
+            raise CheckpointError(f"{item.index.fqn!r} is no tensor")
+        return write_chunk(stream, data, offset=offset)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the metadata of all ranks' parts; called on the first rank."""
@@ -88,10 +105,3 @@ class ShardWriter(StorageWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return False: where to write is not chosen by an id."""
         return False
-
-
-def _data(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
-    data = planner.resolve_data(item)
-    if not isinstance(data, torch.Tensor):
-        raise CheckpointError(f"{item.index.fqn!r} is no tensor")
-    return data

@@ -1,8 +1,7 @@
-"""What a checkpoint holds, by name: tensors under flat keys, and everything else as plain objects.
+"""What a checkpoint holds of an optimizer, by name.
 
 Names are those of the user's module, never of a unit or a wrapper, and optimizer state is keyed by the parameter's name, so
-that any layout can read what any other wrote. A state dict that holds tensors anywhere is split into tensors, each under the
-path that leads to it, and the same tree with a marker in each tensor's place.
+that any layout can read what any other wrote.
 """
 
 from __future__ import annotations
@@ -21,54 +20,10 @@ from meshbolt.engine.gathered import as_sharded, local_part
 from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.errors import CheckpointError
 
-MARKER = "__tensor__"
 _SHOWN = 3
 
 # Settings of torch's optimizers that their first versions did not have.
 _LATER_SETTINGS = frozenset({"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"})
-
-
-def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors of a tree into a flat dictionary and return the tree with markers in their places.
-
-    Args:
-        tree: nested dicts, lists and tuples.
-        prefix: key of the tree; the keys of tensors grow from it with dots.
-        tensors: filled with the tensors found.
-    """
-    if isinstance(tree, torch.Tensor):
-        tensors[prefix] = tree.detach()
-        return {MARKER: prefix}
-    if isinstance(tree, Mapping):
-        return type(tree)() if not tree else {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(split_tensors(item, f"{prefix}.{index}", tensors) for index, item in enumerate(tree))
-    return tree
-
-
-def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Put tensors back in the places of their markers; the inverse of `split_tensors`.
-
-    Raises:
-        CheckpointError: a marked tensor is not among `tensors`.
-    """
-    if isinstance(tree, Mapping):
-        if set(tree) == {MARKER}:
-            key = tree[MARKER]
-            if key not in tensors:
-                raise CheckpointError(f"The checkpoint's objects refer to a tensor {key!r} that it does not hold.")
-            return tensors[key]
-        return {key: join_tensors(value, tensors) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(join_tensors(item, tensors) for item in tree)
-    return tree
-
-
-def markers(tree: Any) -> list[str]:
-    """Return the keys of all tensors that a tree refers to."""
-    if isinstance(tree, Mapping):
-        return [tree[MARKER]] if set(tree) == {MARKER} else [key for value in tree.values() for key in markers(value)]
-    return [key for item in tree for key in markers(item)] if type(tree) in (list, tuple) else []
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:

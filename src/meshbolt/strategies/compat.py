@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,9 +21,11 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint, pl_legacy_patch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -35,6 +38,7 @@ __all__ = [
     "TrainerLauncher",
     "TrainerScriptLauncher",
     "asked_precision",
+    "built_from",
     "connect_ranks",
     "default_backend",
     "default_store",
@@ -46,6 +50,9 @@ __all__ = [
     "set_rank_zero_only",
     "time_between_validations",
 ]
+
+
+Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: timedelta, device: torch.device) -> None:
@@ -105,6 +112,32 @@ def time_between_validations(trainer: pl.Trainer) -> float | None:
 def asked_precision(trainer: pl.Trainer) -> str:
     """Return the Trainer's precision flag; "32-true" also where none was given."""
     return str(trainer._accelerator_connector._precision_flag)
+
+
+def built_from(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    *,
+    strict: bool | None,
+    overrides: Mapping[str, Any],
+    quiet: bool = False,
+) -> Module:
+    """Return a module as `load_from_checkpoint` of its class does with the content of a file.
+
+    Args:
+        module_class: the LightningModule's class.
+        checkpoint: the content; its top level is copied, since migrations and hooks may change it.
+        strict: as for `load_from_checkpoint`.
+        overrides: arguments of the constructor, instead of the saved hyperparameters.
+        quiet: do not warn of names that differ.
+    """
+    with pl_legacy_patch(), warnings.catch_warnings():
+        if quiet:
+            warnings.filterwarnings("ignore", message="Found keys that are")
+        content = _pl_migrate_checkpoint({**checkpoint, "state_dict": dict(checkpoint["state_dict"])})
+        key = module_class.CHECKPOINT_HYPER_PARAMS_KEY
+        content[key] = {**content.get(key, {}), **overrides}
+        return cast("Module", _load_state(module_class, content, strict=strict, **overrides))
 
 
 def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> None:

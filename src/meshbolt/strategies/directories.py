@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint.optimizers import OWN
+from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
-from meshbolt.engine.state import empty_like_saved, join_tensors, markers, split_tensors
+from meshbolt.engine.state import empty_like_saved
 
-# A key of our own among the user's: which of the tensors were sharded when they were saved, and notes on them.
-_OWN = "meshbolt"
 # Where random states are, by data-parallel coordinate.
 _RANDOM = "random"
 
@@ -87,7 +87,7 @@ def save_tree(
     save_directory(
         path,
         tensors={**held, **{f"{_random_prefix(coordinate)}{key}": value for key, value in random_state.items()}},
-        objects={**objects, _OWN: {**notes, "sharded": sharded}},
+        objects={**objects, OWN: {**notes, "sharded": sharded}},
         plan=dict(plan.rows()),
         versions={"lightning": version("lightning")},
         keep_partial=plan.settings.checkpoint.keep_partial,
@@ -112,7 +112,7 @@ def load_tree(
         Exception: what `into.check` raises; on every rank, and before any tensor is read.
     """
     objects = load_objects(path, weights_only=weights_only, verify=plan.settings.checkpoint.verify, group=group)
-    notes = objects.pop(_OWN, {})
+    notes = objects.pop(OWN, {})
     objects = {key: value for key, value in objects.items() if key not in into.leave_out}
     saved = saved_tensors(path)
     agree_on_error(
@@ -124,9 +124,8 @@ def load_tree(
     random_keys = [key for key in saved if prefix and key.startswith(prefix)]
     random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
     asked = {**tensors, **random_state}
-    # Nothing is unexpected, since the objects name what is read; and nothing of it is anybody's yet.
-    verify = plan.settings.checkpoint.verify
-    load_tensors(path, asked, prefix=(), verify=verify, fresh=asked.keys(), group=group)
+    # Nothing is unexpected, since the objects name what is read; and all of it was made for this load.
+    load_tensors(path, asked, prefix=(), verify=plan.settings.checkpoint.verify, fresh=asked.keys(), group=group)
     return Loaded(
         tree=_joined(objects, tensors),
         notes=notes,
