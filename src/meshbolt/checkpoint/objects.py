@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,32 @@ from meshbolt.errors import CheckpointError
 FILE_NAME = "meta.pt"
 
 
-def write_objects(directory: Path, objects: Mapping[str, object]) -> None:
+@dataclass(frozen=True)
+class PackedObjects:
+    """The file's content: objects as they were when it was made, whatever becomes of them.
+
+    Attributes:
+        content: what is written.
+    """
+
+    content: memoryview
+
+
+def write_objects(directory: Path, objects: Mapping[str, object] | PackedObjects) -> None:
     """Write the file and have it on the disk.
 
     Raises:
         CheckpointError: something in it cannot be pickled, or is a sharded tensor.
+    """
+    packed = objects if isinstance(objects, PackedObjects) else pack_objects(objects)
+    write_synced(directory / FILE_NAME, packed.content)
+
+
+def pack_objects(objects: Mapping[str, object]) -> PackedObjects:
+    """Return objects as the file will hold them.
+
+    Raises:
+        CheckpointError: something among them cannot be pickled, or is a sharded tensor.
     """
     for key, value in objects.items():
         _refuse_sharded(value, where=f"objects[{key!r}]")
@@ -31,7 +53,7 @@ def write_objects(directory: Path, objects: Mapping[str, object]) -> None:
         torch.save(dict(objects), content)
     except Exception as error:  # pickle raises whatever the objects' own hooks raise
         raise CheckpointError(f"{_culprit(objects)} cannot be pickled ({in_words(error)}); leave it out") from error
-    write_synced(directory / FILE_NAME, content.getbuffer())
+    return PackedObjects(content.getbuffer())
 
 
 def read_objects(directory: Path, *, weights_only: bool | None) -> dict[str, Any]:

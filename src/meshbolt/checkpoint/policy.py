@@ -14,7 +14,7 @@ class Checkpoint:
 
     Attributes:
         asynchronous: write in the background while training goes on, instead of waiting until the files are on the
-            disk.
+            disk. What is written is the state at the call. It takes the memory of one copy of each rank's state.
         verify: compare the sizes of a checkpoint's files with its manifest before anything is loaded. False saves one
             look at each file, and a damaged checkpoint is then found only where its files cannot be read at all.
         keep_partial: keep the files of a save that failed, in a hidden directory beside the checkpoint, to look at

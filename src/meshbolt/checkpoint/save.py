@@ -14,7 +14,7 @@ import torch.distributed as dist
 from meshbolt.checkpoint import directory, manifest
 from meshbolt.checkpoint.agreement import Ranks
 from meshbolt.checkpoint.manifest import Manifest
-from meshbolt.checkpoint.objects import write_objects
+from meshbolt.checkpoint.objects import PackedObjects, write_objects
 from meshbolt.checkpoint.shards import files_of_rank, info_of, write_shards
 
 
@@ -22,7 +22,7 @@ def save_directory(
     path: str | os.PathLike[str],
     *,
     tensors: Mapping[str, torch.Tensor],
-    objects: Mapping[str, object],
+    objects: Mapping[str, object] | PackedObjects,
     plan: Mapping[str, object] | None = None,
     versions: Mapping[str, str] | None = None,
     keep_partial: bool = False,
@@ -37,7 +37,7 @@ def save_directory(
         path: the directory to make, the same on every rank, on a file system that all ranks share.
         tensors: by key. Of a DTensor each rank saves its own part. A plain tensor under a key of several ranks is the
             same on each and saved once; a key may exist on one rank only.
-        objects: everything else, as `torch.save` takes it; those of the first rank are saved.
+        objects: everything else, as `torch.save` takes it, or packed already; those of the first rank are saved.
         plan: what the run was told to do, as plain data, for the manifest.
         versions: of packages beyond torch and meshbolt, for the manifest.
         keep_partial: where the save fails, keep what was written of it, and of earlier ones that failed.
@@ -83,7 +83,7 @@ class _Save:
     description: Manifest
     keep_partial: bool
 
-    def prepare(self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object]) -> None:
+    def prepare(self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object] | PackedObjects) -> None:
         """Find what would fail, and write what is small, before anything large is written."""
         for key, tensor in tensors.items():
             info_of(key, tensor)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint import Checkpoint, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint import Checkpoint, load_objects, load_tensors, saved_tensors
 from meshbolt.config import Plan
 from meshbolt.engine.random_state import collect_random_state
 from meshbolt.engine.state import empty_like_saved, join_tensors, markers, split_tensors
@@ -36,32 +36,26 @@ class LoadInto:
     leave_out: frozenset[str] = field(default=frozenset())
 
 
-def save_tree(
-    path: str, tree: Mapping[str, Any], *, plan: Plan, device: torch.device, group: dist.ProcessGroup | None
-) -> None:
-    """Write a checkpoint directory; every rank writes its shards, and its random state.
+def savable(tree: Mapping[str, Any], *, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Return what `save_directory` takes to write a state dict: of this rank, its shards and its random state.
 
     Args:
-        path: the same on every rank.
         tree: of rank 0 everything is saved, of the others the sharded tensors.
         plan: what the run does.
         device: this rank's.
-        group: of all ranks, for tensors on the CPU.
     """
     tensors: dict[str, torch.Tensor] = {}
     objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
     random_state = {_random_key(key): value for key, value in collect_random_state(device).items()}
-    save_directory(
-        path,
-        tensors={**held, **random_state},
-        objects={**objects, _OWN: {"sharded": sharded}},
-        plan=dict(plan.rows()),
-        versions={"lightning": version("lightning")},
-        keep_partial=plan.settings.checkpoint.keep_partial,
-        group=group,
-    )
+    return {
+        "tensors": {**held, **random_state},
+        "objects": {**objects, _OWN: {"sharded": sharded}},
+        "plan": dict(plan.rows()),
+        "versions": {"lightning": version("lightning")},
+        "keep_partial": plan.settings.checkpoint.keep_partial,
+    }
 
 
 def load_tree(

@@ -39,6 +39,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     call = "meshbolt.fabric.MeshStrategy"
     is_for = "lightning.fabric.Fabric"
+    _is_new_window = True
 
     @property
     @override
@@ -72,6 +73,12 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     def _set_world_ranks(self) -> None:
         self._set_ranks()
+
+    @override
+    def teardown(self) -> None:
+        """Wait for the checkpoint that is being written, and free what the run held."""
+        self._saving.finish(for_good=True)
+        super().teardown()
 
     @override
     def setup_environment(self) -> None:
@@ -119,6 +126,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def backward(self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward inside the engines of all modules: the loss may go through several."""
+        self._is_new_window = True
         loss = tensor if self.precision.loss_scaler is None else self.precision.loss_scaler.scale(tensor)
         with ExitStack() as stack:
             for engine in self._engines.values():
@@ -127,7 +135,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Take an optimizer step on the shards; a closure runs first."""
+        """Take an optimizer step on the shards; a closure runs first. A checkpoint that could not be written is raised here."""
+        if self._is_new_window:
+            # Several optimizers may step in one window; in the backward of the next all ranks meet.
+            self._is_new_window = False
+            self._saving.before_window()
         closure: Callable[[], Any] | None = kwargs.pop("closure", None)
         result = closure() if closure is not None else None
         stepped = self.precision.step(optimizer, self._engine_of(optimizer), **kwargs)
@@ -176,7 +188,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Write a checkpoint directory; every rank writes its shards.
+        """Save a checkpoint directory; every rank writes its shards.
 
         Args:
             path: of the directory.
@@ -187,7 +199,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         tree = {key: self._state_of(value) for key, value in state.items()}
         for key, keep in (filter or {}).items():
             tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
-        self._save(path, tree, storage_options=storage_options)
+        self._save(path, tree, storage_options=storage_options, in_background=True)
 
     @override
     def load_checkpoint(

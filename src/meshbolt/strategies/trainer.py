@@ -18,7 +18,6 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from meshbolt.checkpoint import remove_directory
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import load_model
 from meshbolt.engine.state import optimizer_state
@@ -29,11 +28,13 @@ from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import LoadInto
 from meshbolt.strategies.entry import redirect_entries
-from meshbolt.strategies.files import agree_on_path, load_file, load_optimizer_states
+from meshbolt.strategies.files import agree_on_path, load_optimizer_states
 from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
     let_finetuning_catch_up,
+    look_at_files_as_now,
+    look_at_files_as_when_saved,
     report_norm,
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
@@ -97,7 +98,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._asked_weights_only = weights_only
 
     _asked_weights_only: bool | None = None
-    _has_begun = _has_loaded = False
+    _has_begun = _has_loaded = _is_training = False
     _fits = 0
 
     # Set-up, in the order of the calls --------------------------------------------------------------------------------
@@ -157,14 +158,25 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def on_train_start(self) -> None:
         """Begin to train, and to watch for signals that end the job."""
-        self._has_begun = True
+        self._has_begun = self._is_training = True
         self._fits += 1
+        look_at_files_as_when_saved(self._module().trainer, self._saving)
         self._signals = Signals(self._module().trainer, number=self._fits)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Act on those signals, between two steps."""
-        self._signals.before_batch(batch_idx)
+        """Act on those signals, and on a checkpoint that could not be written, between two steps."""
+        with self._saving.urgent():
+            self._signals.before_batch(batch_idx)
+        if batch_idx % self._module().trainer.accumulate_grad_batches == 0:
+            self._saving.before_window()
+
+    @override
+    def on_train_end(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._is_training = False
+        look_at_files_as_now(self._module().trainer)
+        self._saving.finish(for_good=True)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -252,11 +264,14 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
+        """Save a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
         if self._reachable() is None:
             return
+        if self._was_interrupted():
+            self._saving.abandon()
+        goes_on = self._is_training and not self._was_interrupted()
         try:
-            self._save(filepath, checkpoint, storage_options=storage_options)
+            self._save(filepath, checkpoint, storage_options=storage_options, in_background=goes_on)
         except CheckpointError as error:
             if not self._was_interrupted():
                 raise
@@ -271,8 +286,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         path = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
         self.engine.settle()
-        if Path(path).is_file():
-            return load_file(path, weights_only=weights_only, group=self._control_group)
         is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
         live = {f"state_dict.{k}": v for k, v in self._module().state_dict().items() if isinstance(v, torch.Tensor)}
         into = LoadInto(
@@ -298,13 +311,20 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint directory (on rank 0), or a file; not where its successor could not be saved."""
         if self.is_global_zero and self._reachable() is not None:
-            remove_directory(str(filepath))
+            self._saving.delete(str(filepath))
 
     @override
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""
         if self.lightning_module is not None and (deferred := attached(self.lightning_module)) is not None:
             deferred.stop()  # it ended before the module was sharded
+        self._is_training = False
+        if self.lightning_module is not None:
+            look_at_files_as_now(self.lightning_module.trainer)
+        if self._was_interrupted():
+            self._saving.abandon()
+        else:
+            self._saving.finish(for_good=True)
         # After an exception, what is gathered may never arrive: its peers are gone.
         with suppress(RuntimeError) if self._was_interrupted() else nullcontext():
             for engine in self._engines.values():
@@ -312,6 +332,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
 

@@ -1,0 +1,29 @@
+"""A second name for a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from meshbolt.checkpoint import directory
+
+
+def make_link(path: str | os.PathLike[str], *, to: str | os.PathLike[str]) -> None:
+    """Make a path a link to a checkpoint; a checkpoint, link or file of that name is replaced in one step.
+
+    Args:
+        path: of the link.
+        to: where it leads; there may be nothing yet.
+
+    Raises:
+        CheckpointError: there is a directory of another kind at the path.
+    """
+    link, target = directory.local_path(path), directory.local_path(to)
+    directory.refuse_foreign(link)
+    beside = directory.partial_of(link, save_id=directory.new_save_id())
+    beside.symlink_to(Path(os.path.relpath(target, link.parent)))
+    try:
+        directory.commit(beside, target=link)
+    finally:
+        directory.discard(beside)
+    directory.discard(directory.previous_of(link))
