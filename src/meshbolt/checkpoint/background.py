@@ -168,8 +168,10 @@ class BackgroundSaver:
 
     def free(self) -> None:
         """Wait as `wait` does, and give the memory of the copies back."""
-        self.wait()
-        self._copies.free()
+        try:
+            self.wait()
+        finally:
+            self._copies.free()
 
 
 class _Flight:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 
+from meshbolt.collectives import agree_on_error
 from meshbolt.engine import Engine
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.compat import file_is_there, link_instead
@@ -87,24 +88,26 @@ def look_at_files_as_when_saved(trainer: pl.Trainer, saving: Saving) -> None:
         trainer: with its callbacks.
         saving: knows what is being written.
     """
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
 
     def link(path: str, to: str) -> None:
-        if trainer.is_global_zero:
-            saving.link(path, to)
-        strategy.barrier()
+        if strategy._reachable() is not None:  # else an exception has ended the run, and nothing was saved
+            make = functools.partial(saving.link, path, to) if trainer.is_global_zero else lambda: None
+            agree_on_error(make, group=strategy._control_group)
 
     for callback in _model_checkpoints(trainer):
+        link_instead(callback, link)
+        if type(callback).file_exists is not ModelCheckpoint.file_exists:
+            continue  # the user's own idea of it
 
         def exists(path: Any, _trainer: pl.Trainer, *, _callback: ModelCheckpoint = callback) -> bool:
             found = False
             if trainer.is_global_zero:
                 coming = saving.will_exist(path)
                 found = file_is_there(_callback, path) if coming is None else coming
-            return strategy.reduce_boolean_decision(found, all=False)
+            return bool(strategy.reduce_boolean_decision(found, all=False))
 
         vars(callback)["file_exists"] = exists
-        link_instead(callback, link)
 
 
 def look_at_files_as_now(trainer: pl.Trainer) -> None:

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tests.ranks.trainer.background_support import At, before_writing, full_disk_on, saver_of, slow_writer, strategy
@@ -155,6 +156,7 @@ def test_the_end_of_fit_waits_for_the_checkpoint(tmp_path: Path) -> None:
     assert run_ranks(save_last, 2, tmp_path / "a.ckpt") == [[False, True, True, True, True]] * 2
 
 
+SELECTED = ("best two of one name", "latest", "all and last", "link to the latest")
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "best two": {"filename": "{epoch}", "monitor": "val", "save_top_k": 2},
     "best two of one name": {"filename": "best", "monitor": "val", "save_top_k": 2},
@@ -188,7 +190,9 @@ def kept(folder: Path, options: dict[str, Any], in_background: bool) -> dict[str
     return {"paths": paths, "best": best, "loaded": loaded, "links": links, "untouched": untouched}
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [name if name in SELECTED else pytest.param(name, marks=pytest.mark.full) for name in CONFIGURATIONS]
+)
 def test_model_checkpoint_leaves_what_it_leaves_without_it(tmp_path: Path, name: str) -> None:
     expected = run_ranks(kept, 2, tmp_path / "at once", CONFIGURATIONS[name], False)
     found = run_ranks(kept, 2, tmp_path / "background", CONFIGURATIONS[name], True)
@@ -388,3 +392,37 @@ def test_a_terminated_job_finishes_what_it_writes(tmp_path: Path) -> None:
     assert 4 <= first[0] <= 6
     assert first[1][0] == "on_exception.ckpt"
     assert first[1][1] in ("step=3.ckpt", "step=6.ckpt")
+
+
+class Notified(Regressor):
+    """Gets SLURM's signal on one rank while a checkpoint is being written."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        if self.global_step == 3 and self.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return super().training_step(batch, index)
+
+
+def run_out_of_time(folder: Path) -> None:
+    slow_writer(0.5)
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"SLURM_NTASKS": size, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": "0"}
+    os.environ |= {"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "training", "SLURM_NTASKS_PER_NODE": size}
+    os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR2)
+    saving = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=3)
+    owner = trainer(strategy(), callbacks=[saving], plugins=[environment], default_root_dir=folder)
+    owner.fit(Notified(), batches())
+
+
+def test_a_job_is_put_into_the_queue_again_when_its_checkpoint_is_whole(tmp_path: Path) -> None:
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        f"#!/bin/sh\nls {tmp_path}/*/manifest.json {tmp_path}/saved/*/manifest.json > {tmp_path}/seen\n"
+    )
+    scontrol.chmod(0o755)
+    run_ranks(run_out_of_time, 2, tmp_path)
+    seen = [Path(line).parent.name for line in (tmp_path / "seen").read_text().split()]
+    # All act on the signal some steps after it came; whatever was being written then is whole as well.
+    assert seen in (["hpc_ckpt_1.ckpt", "step=3.ckpt"], ["hpc_ckpt_1.ckpt", "step=6.ckpt"])

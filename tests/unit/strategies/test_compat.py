@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from meshbolt.strategies import compat
@@ -59,3 +61,22 @@ def test_the_optimizer_is_found_inside_the_wrapper_that_users_see() -> None:
 def test_the_backend_is_the_one_of_the_device(device: str, backend: str) -> None:
     assert compat.default_backend(torch.device(device)) == backend
     assert not compat.ranks_are_connected()
+
+
+def test_a_file_is_looked_for_where_a_model_checkpoint_saves(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path)
+    assert compat.file_is_there(callback, str(tmp_path))
+    assert not compat.file_is_there(callback, str(tmp_path / "a.ckpt"))
+
+
+def test_a_model_checkpoint_makes_its_link_as_it_is_told_and_then_as_before(tmp_path: Path) -> None:
+    made: list[tuple[str, str]] = []
+    callback = ModelCheckpoint(tmp_path, save_last="link")
+    callback._last_checkpoint_saved = str(tmp_path / "a.ckpt")
+    before = callback._link_checkpoint
+    compat.link_instead(callback, lambda path, to: made.append((path, to)))
+    callback._save_last_checkpoint(quiet(), {"epoch": torch.tensor(0), "step": torch.tensor(0)})
+    assert made == [(str(tmp_path / "last.ckpt"), str(tmp_path / "a.ckpt"))]
+
+    compat.link_instead(callback, None)
+    assert callback._link_checkpoint is before
