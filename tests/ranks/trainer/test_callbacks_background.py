@@ -22,7 +22,7 @@ from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, strate
 from torch import Tensor
 
 from meshbolt import CheckpointError, Zero
-from meshbolt.checkpoint import is_checkpoint
+from meshbolt.checkpoint import background, is_checkpoint
 from meshbolt.plugins import MixedPrecision
 from meshbolt.testing import RankFailure, run_ranks
 
@@ -264,6 +264,31 @@ def test_an_error_of_the_writer_is_raised_by_all_ranks_at_the_same_of_the_next_s
     # Known after step 3; rank 0 finds it before the next window, and all act before the one after.
     assert step == 4
     assert names_in(tmp_path) == []
+
+
+def fail_and_learn_it_late(folder: Path, late: int) -> tuple[str, int]:
+    full_disk_on(1)
+    original = background.save_directory
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        finally:
+            time.sleep(0.6 * (dist.get_rank() == late))
+
+    background.save_directory = save
+    saving = At(2, do=lambda owner: owner.save_checkpoint(folder / "a.ckpt"))
+    owner = trainer(strategy(), callbacks=[saving], max_epochs=500)
+    with pytest.raises(CheckpointError) as raised:
+        owner.fit(Regressor(), batches())
+    return str(raised.value), owner.global_step
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_learns_of_the_error_later_raises_it_at_the_same_step(tmp_path: Path, late: int) -> None:
+    first, second = run_ranks(fail_and_learn_it_late, 2, tmp_path, late)
+    assert first == second
+    assert "No space left on device" in first[0]
 
 
 def fail_late(folder: Path, at: str) -> tuple[str, int]:
