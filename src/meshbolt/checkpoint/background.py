@@ -45,7 +45,9 @@ class HostCopies:
         Args:
             tensors: by key; of a DTensor this rank's part is copied.
         """
-        copies = {key: self._copy(key, tensor) for key, tensor in tensors.items()}
+        # A validation may call this in inference mode, whose tensors could not be written to after it.
+        with torch.inference_mode(False), torch.no_grad():
+            copies = {key: self._copy(key, tensor) for key, tensor in tensors.items()}
         for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         return copies

@@ -20,6 +20,7 @@ def make_link(path: str | os.PathLike[str], *, to: str | os.PathLike[str]) -> No
     """
     link, target = directory.local_path(path), directory.local_path(to)
     directory.refuse_foreign(link)
+    directory.remove_partials(link)
     beside = directory.partial_of(link, save_id=directory.new_save_id())
     beside.symlink_to(Path(os.path.relpath(target, link.parent)))
     try:

@@ -24,6 +24,7 @@ from torch import Tensor
 from meshbolt import CheckpointError, Zero
 from meshbolt.checkpoint import background, is_checkpoint
 from meshbolt.plugins import MixedPrecision
+from meshbolt.strategies import saving
 from meshbolt.testing import RankFailure, run_ranks
 
 pytestmark = [*ADVICE, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
@@ -120,8 +121,8 @@ def test_what_loads_is_the_state_at_the_call_whatever_ran_meanwhile(
 def fit_epochs(folder: Path, epochs: int, path: Path | None) -> dict[str, Any]:
     pl.seed_everything(0, workers=True, verbose=False)
     slow_writer(0.3)
-    saving = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)
-    owner = trainer(strategy(), max_epochs=epochs, callbacks=[saving])
+    keeping = ModelCheckpoint(folder, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    owner = trainer(strategy(), max_epochs=epochs, callbacks=[keeping])
     owner.fit(Dropping(), batches(), ckpt_path=path)
     return {**state_of(owner), "drawn next": torch.rand(4)}
 
@@ -171,22 +172,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 def kept(folder: Path, options: dict[str, Any], in_background: bool) -> dict[str, Any]:
-    saving = ModelCheckpoint(folder, **options)
+    keeping = ModelCheckpoint(folder, **options)
     if in_background:
         slow_writer(0.1)
-    owner = trainer(strategy() if in_background else "zero3", max_epochs=4, callbacks=[saving])
+    owner = trainer(strategy() if in_background else "zero3", max_epochs=4, callbacks=[keeping])
     owner.fit(Regressor(), batches(), batches())
     dist.barrier()  # what rank 0 deletes last
-    state = saving.state_dict()
+    state = keeping.state_dict()
     paths = {key: os.path.relpath(state[key], folder) for key in ("best_model_path", "last_model_path") if state[key]}
-    best = sorted((os.path.relpath(path, folder), float(score)) for path, score in saving.best_k_models.items())
+    best = sorted((os.path.relpath(path, folder), float(score)) for path, score in keeping.best_k_models.items())
     loaded = {}
     for name in names_in(folder):
         again = trainer("zero3")
         again.validate(module := Regressor(), batches(), ckpt_path=folder / name, verbose=False)
         loaded[name] = [float(value.double().sum()) for value in weights(module).values()]
     links = {name: str((folder / name).readlink()) for name in names_in(folder) if (folder / name).is_symlink()}
-    untouched = {"file_exists", "_link_checkpoint"}.isdisjoint(vars(saving))
+    untouched = {"file_exists", "_link_checkpoint"}.isdisjoint(vars(keeping))
     return {"paths": paths, "best": best, "loaded": loaded, "links": links, "untouched": untouched}
 
 
@@ -216,8 +217,8 @@ def watched(folder: Path, options: dict[str, Any]) -> list[Any]:
         look("write")
 
     before_writing(write_slowly)
-    saving = ModelCheckpoint(folder, "{step}", save_top_k=1, every_n_train_steps=1, **options)
-    owner = trainer(strategy(), callbacks=[saving, At(*range(9), do=lambda _: look("step"))])
+    keeping = ModelCheckpoint(folder, "{step}", save_top_k=1, every_n_train_steps=1, **options)
+    owner = trainer(strategy(), callbacks=[keeping, At(*range(9), do=lambda _: look("step"))])
     owner.fit(Regressor(), batches())
     return seen
 
@@ -234,6 +235,27 @@ def test_at_no_moment_is_there_no_checkpoint_or_a_link_that_leads_nowhere(
         assert all(sound for _, _, sound in seen)
 
 
+def delete_while_writing(folder: Path) -> None:
+    slow_writer(0.2)
+
+    def save_and_delete(owner: pl.Trainer) -> None:
+        path = folder / f"{owner.global_step}.ckpt"
+        owner.save_checkpoint(path)
+        owner.strategy.remove_checkpoint(path)
+        assert not path.exists()
+        if owner.global_step == 4:
+            owner.save_checkpoint(path)
+
+    owner = trainer(strategy(), callbacks=[At(2, 4, do=save_and_delete)])
+    owner.fit(Regressor(), batches())
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_written_is_gone_and_its_name_is_free(tmp_path: Path) -> None:
+    run_ranks(delete_while_writing, 2, tmp_path)
+    assert names_in(tmp_path) == ["4.ckpt"]
+    assert is_checkpoint(tmp_path / "4.ckpt")
+
+
 # Failures ---------------------------------------------------------------------------------------------------------------
 
 
@@ -245,8 +267,10 @@ def fail_in_the_middle(folder: Path, accumulate: int) -> tuple[str, int]:
         while not saver_of(owner).failed:
             told.wait(0.01)
 
-    saving = At(2, do=lambda owner: saver_of(owner).pending or owner.save_checkpoint(folder / "a.ckpt"))
-    owner = trainer(strategy(), callbacks=[saving, At(3, do=hold)], max_epochs=20, accumulate_grad_batches=accumulate)
+    save_once = At(2, do=lambda owner: saver_of(owner).pending or owner.save_checkpoint(folder / "a.ckpt"))
+    owner = trainer(
+        strategy(), callbacks=[save_once, At(3, do=hold)], max_epochs=20, accumulate_grad_batches=accumulate
+    )
     with pytest.raises(CheckpointError) as raised:
         owner.fit(Regressor(), batches())
     return str(raised.value), owner.global_step
@@ -277,8 +301,8 @@ def fail_and_learn_it_late(folder: Path, late: int) -> tuple[str, int]:
             time.sleep(0.6 * (dist.get_rank() == late))
 
     background.save_directory = save
-    saving = At(2, do=lambda owner: owner.save_checkpoint(folder / "a.ckpt"))
-    owner = trainer(strategy(), callbacks=[saving], max_epochs=500)
+    save_once = At(2, do=lambda owner: owner.save_checkpoint(folder / "a.ckpt"))
+    owner = trainer(strategy(), callbacks=[save_once], max_epochs=500)
     with pytest.raises(CheckpointError) as raised:
         owner.fit(Regressor(), batches())
     return str(raised.value), owner.global_step
@@ -323,15 +347,34 @@ def test_an_error_is_raised_at_the_latest_by_the_next_save_or_the_end_of_fit(tmp
 def fail_the_third(folder: Path, last: Any) -> None:
     slow_writer(0.1)
     full_disk_on(1, after_saves=2)
-    saving = ModelCheckpoint(folder, "{step}", save_top_k=1, every_n_train_steps=1, save_last=last)
+    keeping = ModelCheckpoint(folder, "{step}", save_top_k=1, every_n_train_steps=1, save_last=last)
     with pytest.raises(CheckpointError, match="No space left"):
-        trainer(strategy(), callbacks=[saving]).fit(Regressor(), batches())
+        trainer(strategy(), callbacks=[keeping]).fit(Regressor(), batches())
 
 
 def test_nothing_is_deleted_or_linked_in_favour_of_a_checkpoint_that_could_not_be_written(tmp_path: Path) -> None:
     run_ranks(fail_the_third, 2, tmp_path, "link")
     assert names_in(tmp_path) == ["last.ckpt", "step=2.ckpt"]
     assert str((tmp_path / "last.ckpt").readlink()) == "step=2.ckpt"
+
+
+def fail_to_delete(folder: Path) -> str:
+    def refuse(path: str) -> None:
+        raise CheckpointError(f"{Path(path).name} cannot be removed")
+
+    saving.remove_directory = refuse
+    slow_writer(0.1)
+    keeping = ModelCheckpoint(folder, "{step}", save_top_k=1, every_n_train_steps=4)
+    with pytest.raises(CheckpointError) as raised:
+        trainer(strategy(), callbacks=[keeping]).fit(Regressor(), batches())
+    return str(raised.value)
+
+
+def test_a_deletion_that_fails_on_the_first_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(fail_to_delete, 2, tmp_path)
+    assert first == second
+    assert "step=8.ckpt' was saved, but what was to follow it failed: rank 0: step=4.ckpt cannot be removed" in first
+    assert is_checkpoint(tmp_path / "step=8.ckpt")
 
 
 # Exceptions and signals in training ------------------------------------------------------------------------------------
@@ -435,8 +478,8 @@ def run_out_of_time(folder: Path) -> None:
     os.environ |= {"SLURM_JOB_ID": "12345", "SLURM_JOB_NAME": "training", "SLURM_NTASKS_PER_NODE": size}
     os.environ["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signal.SIGUSR2)
-    saving = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=3)
-    owner = trainer(strategy(), callbacks=[saving], plugins=[environment], default_root_dir=folder)
+    keeping = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=3)
+    owner = trainer(strategy(), callbacks=[keeping], plugins=[environment], default_root_dir=folder)
     owner.fit(Notified(), batches())
 
 

@@ -91,6 +91,16 @@ def test_copies_are_apart_from_what_they_are_copies_of() -> None:
     assert copies.take({"part": torch.ones(5)})["part"].shape == (5,)
 
 
+def test_memory_is_used_again_whether_the_call_is_in_inference_mode_or_not() -> None:
+    copies = HostCopies()
+    for value in (1.0, 2.0):
+        with torch.inference_mode():
+            inside = copies.take({"w": torch.full((2,), value)})["w"]
+        assert torch.equal(inside, torch.full((2,), value))
+        assert torch.equal(copies.take({"w": torch.full((2,), value + 10)})["w"], torch.full((2,), value + 10))
+        assert not inside.is_inference()
+
+
 def refuse_to_write(*_args: Any, **_kwargs: Any) -> None:
     raise CheckpointError("the disk is full")
 

@@ -37,6 +37,12 @@ def test_a_link_takes_the_place_of_a_checkpoint_and_of_a_file(tmp_path: Path) ->
     assert names_in(tmp_path) == ["file.ckpt", "last.ckpt", "new.ckpt"]
 
 
+def test_what_a_kill_left_of_a_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".last.ckpt.partial-1234").symlink_to("gone.ckpt")
+    make_link(tmp_path / "last.ckpt", to=save(tmp_path / "a.ckpt", 1))
+    assert names_in(tmp_path) == ["a.ckpt", "last.ckpt"]
+
+
 def test_a_link_survives_that_its_folder_is_moved(tmp_path: Path) -> None:
     (tmp_path / "before").mkdir()
     make_link(tmp_path / "before/last.ckpt", to=save(tmp_path / "before/a.ckpt", 1))
