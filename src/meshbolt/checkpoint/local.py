@@ -53,9 +53,13 @@ class LocalPlace:
         except FileNotFoundError:  # it was replaced between two looks at it
             return self._look()
 
+    def refuse_foreign(self) -> None:
+        """Refuse a directory of another kind."""
+        directory.refuse_foreign(self.target)
+
     def prepare(self, save_id: str, *, keep_partial: bool) -> None:
         """Make the directory that the save writes to."""
-        directory.refuse_foreign(self.target)
+        self.refuse_foreign()
         if not keep_partial:
             directory.remove_partials(self.target)
         self._partial(save_id).mkdir(parents=True)

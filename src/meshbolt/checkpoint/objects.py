@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,33 @@ from meshbolt.errors import CheckpointError
 FILE_NAME = "meta.pt"
 
 
-def write_objects(files: Path | Files, objects: Mapping[str, object]) -> FileRecord:
+@dataclass(frozen=True)
+class PackedObjects:
+    """The file's content: objects as they were when it was made, whatever becomes of them.
+
+    Attributes:
+        content: what is written.
+    """
+
+    content: memoryview
+
+
+def write_objects(files: Path | Files, objects: Mapping[str, object] | PackedObjects) -> FileRecord:
     """Write the file, have it on the storage, and return what the manifest says of it.
 
     Raises:
         CheckpointError: something in it cannot be pickled, or is a sharded tensor.
+    """
+    packed = objects if isinstance(objects, PackedObjects) else pack_objects(objects)
+    write_file(files_at(files), FILE_NAME, packed.content)
+    return FileRecord.of(packed.content)
+
+
+def pack_objects(objects: Mapping[str, object]) -> PackedObjects:
+    """Return objects as the file will hold them.
+
+    Raises:
+        CheckpointError: something among them cannot be pickled, or is a sharded tensor.
     """
     for key, value in objects.items():
         _refuse_sharded(value, where=f"objects[{key!r}]")
@@ -33,8 +56,7 @@ def write_objects(files: Path | Files, objects: Mapping[str, object]) -> FileRec
         torch.save(dict(objects), content)
     except Exception as error:  # pickle raises whatever the objects' own hooks raise
         raise CheckpointError(f"{_culprit(objects)} cannot be pickled ({in_words(error)}); leave it out") from error
-    write_file(files_at(files), FILE_NAME, content.getbuffer())
-    return FileRecord.of(content.getbuffer())
+    return PackedObjects(content.getbuffer())
 
 
 def read_objects(files: Path | Files, *, weights_only: bool | None, record: FileRecord | None = None) -> dict[str, Any]:

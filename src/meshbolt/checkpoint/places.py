@@ -37,6 +37,15 @@ def place_of(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any]
     return LocalPlace(local_path(path))
 
 
+def name_of(path: str | os.PathLike[str]) -> str:
+    """Return one text for all ways to write a path, or a URL with and without a slash at its end.
+
+    Raises:
+        CheckpointError: it names no directory that could be created.
+    """
+    return os.fspath(path).rstrip("/") if is_remote(path) else str(local_path(path))
+
+
 def is_checkpoint(path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None) -> bool:
     """Return whether there is a checkpoint at a path, whole as far as its manifest tells; it asks no other rank.
 

@@ -103,9 +103,20 @@ class RemotePlace:
             manifest = self._spare(torn)
         return Found(manifest, RemoteFiles(self.system, f"{self.path}/{manifest.folder}"))
 
+    def refuse_foreign(self) -> None:
+        """Refuse a file, and a folder of another kind."""
+        self.system.invalidate_cache()
+        if self.system.isfile(self.path):
+            raise CheckpointError("there is a file of that name already. Delete it, or use another name")
+        if names := [name for name in self._entries() if name != FILE_NAME and not name.startswith(_DATA)]:
+            raise CheckpointError(
+                f"there is a folder of that name already that is not a checkpoint of meshbolt (it has {names[0]!r}). "
+                "Move it away, or use another name"
+            )
+
     def prepare(self, save_id: str, *, keep_partial: bool) -> None:
         """Delete what failed saves left; a folder of data needs no making."""
-        self._refuse_foreign()
+        self.refuse_foreign()
         # Which data a manifest of another version names is not known: it all stays until it is replaced.
         with suppress(OtherFormatError):
             if not keep_partial:
@@ -143,7 +154,7 @@ class RemotePlace:
 
     def remove(self) -> None:
         """Delete the manifest, with which the checkpoint is gone, then the rest."""
-        self._refuse_foreign()
+        self.refuse_foreign()
         if self.system.isfile(f"{self.path}/{FILE_NAME}"):
             self.system.rm_file(f"{self.path}/{FILE_NAME}")
         self._delete(self.path)
@@ -171,16 +182,6 @@ class RemotePlace:
             return self._committed() == folder
         except OtherFormatError:
             return False
-
-    def _refuse_foreign(self) -> None:
-        self.system.invalidate_cache()
-        if self.system.isfile(self.path):
-            raise CheckpointError("there is a file of that name already. Delete it, or use another name")
-        if names := [name for name in self._entries() if name != FILE_NAME and not name.startswith(_DATA)]:
-            raise CheckpointError(
-                f"there is a folder of that name already that is not a checkpoint of meshbolt (it has {names[0]!r}). "
-                "Move it away, or use another name"
-            )
 
     def _entries(self) -> list[str]:
         try:

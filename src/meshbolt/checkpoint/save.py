@@ -17,7 +17,7 @@ from meshbolt.checkpoint.agreement import Ranks
 from meshbolt.checkpoint.manifest import FileRecord, Manifest, own_versions
 from meshbolt.checkpoint.metadata import tensors_in
 from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS
-from meshbolt.checkpoint.objects import write_objects
+from meshbolt.checkpoint.objects import PackedObjects, write_objects
 from meshbolt.checkpoint.places import place_of
 from meshbolt.checkpoint.shards import Written, info_of, write_shards
 from meshbolt.checkpoint.storage import Place
@@ -27,7 +27,7 @@ def save_directory(
     path: str | os.PathLike[str],
     *,
     tensors: Mapping[str, torch.Tensor],
-    objects: Mapping[str, object],
+    objects: Mapping[str, object] | PackedObjects,
     plan: Mapping[str, object] | None = None,
     versions: Mapping[str, str] | None = None,
     keep_partial: bool = False,
@@ -44,7 +44,7 @@ def save_directory(
             scheme that fsspec knows.
         tensors: by key. Of a DTensor each rank saves its own part. A plain tensor under a key of several ranks is the
             same on each and saved once; a key may exist on one rank only.
-        objects: everything else, as `torch.save` takes it; those of the first rank are saved.
+        objects: everything else, as `torch.save` takes it, or packed already; those of the first rank are saved.
         plan: what the run was told to do, as plain data, for the manifest.
         versions: of packages beyond torch and meshbolt, for the manifest.
         keep_partial: where the save fails, keep what was written of it, and of earlier ones that failed.
@@ -98,7 +98,7 @@ class _Save:
     keep_partial: bool
 
     def prepare(
-        self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object]
+        self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object] | PackedObjects
     ) -> Mapping[str, FileRecord]:
         """Find what would fail, and write what is small, before anything large is written."""
         for key, tensor in tensors.items():

@@ -58,6 +58,13 @@ class Place(Protocol):
             CheckpointError: there is none, or what is there is no whole checkpoint.
         """
 
+    def refuse_foreign(self) -> None:
+        """Check that a save would replace nothing but a checkpoint.
+
+        Raises:
+            CheckpointError: something else is there.
+        """
+
     def prepare(self, save_id: str, *, keep_partial: bool) -> None:
         """Make room for a save, once it is sure that it would replace nothing but a checkpoint.
 

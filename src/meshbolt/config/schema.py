@@ -48,15 +48,13 @@ class Settings:
         _refuse_unless(tensor_parallel == 1, f"tensor_parallel={tensor_parallel!r}", "tensor_parallel=1")
         _refuse_unless(pipeline_parallel == 1, f"pipeline_parallel={pipeline_parallel!r}", "pipeline_parallel=1")
         _refuse_unless(offload is None, f"offload={offload!r}", "offload=None")
-        saving = checkpoint or Checkpoint()
-        _refuse_unless(not saving.asynchronous, "Checkpoint(asynchronous=True)", "asynchronous=False")
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
         return cls(
             zero=zero if isinstance(zero, Zero) else Zero(stage=zero),
             recompute=recompute if isinstance(recompute, Recompute) else Recompute(mode=_mode(recompute)),
             compile=compile,
-            checkpoint=saving,
+            checkpoint=checkpoint or Checkpoint(),
         )
 
 

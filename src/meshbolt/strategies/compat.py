@@ -21,7 +21,9 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.saving import _load_state
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
@@ -37,12 +39,15 @@ __all__ = [
     "TrainerForkLauncher",
     "TrainerLauncher",
     "TrainerScriptLauncher",
+    "WrappingCheckpointIO",
     "asked_precision",
     "built_from",
     "connect_ranks",
     "default_backend",
     "default_store",
+    "file_is_there",
     "is_compiled",
+    "link_instead",
     "note_termination_instead",
     "plain_optimizer",
     "ranks_are_connected",
@@ -211,3 +216,20 @@ class BatchCount:
         if self._went_back and self._loop._should_check_val_fx(fetcher):
             self._loop._batches_that_stepped -= 1
         self._went_back = False
+
+
+def file_is_there(callback: ModelCheckpoint, path: str) -> bool:
+    """Return whether there is something at a path, on the file system of a ModelCheckpoint."""
+    return bool(callback._fs.exists(path))
+
+
+def link_instead(callback: ModelCheckpoint, link: Callable[[str, str], None] | None) -> None:
+    """Replace how a ModelCheckpoint makes the link of `save_last="link"`.
+
+    Args:
+        callback: the ModelCheckpoint.
+        link: called with the path of the link and that of the checkpoint, on every rank; None: as it was before.
+    """
+    vars(callback).pop("_link_checkpoint", None)
+    if link is not None:
+        vars(callback)["_link_checkpoint"] = lambda _trainer, filepath, linkpath: link(linkpath, filepath)

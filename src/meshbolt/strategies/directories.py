@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, saved_tensors
 from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.collectives import agree_on_error
@@ -36,9 +36,9 @@ class LoadInto:
         leave_out: entries at the top of the tree that are not read.
     """
 
-    weights: Mapping[str, torch.Tensor]
-    parameters: Mapping[str, Mapping[str, nn.Parameter]]
-    check: Callable[[Loaded], object]
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, nn.Parameter]] = field(default_factory=dict)
+    check: Callable[[Loaded], object] = lambda _: None
     leave_out: frozenset[str] = field(default=frozenset())
 
 
@@ -52,47 +52,53 @@ class Loaded:
         random_state: of this rank's data-parallel coordinate, or of the first one where the numbers of them differ;
             empty if none was saved.
         same_ranks: whether as many data-parallel coordinates have saved it as load it.
+        is_file: whether it is a single file, which Lightning may have to bring up to date before it is compared.
     """
 
     tree: dict[str, Any]
     notes: Mapping[str, Any] = field(default_factory=dict)
     random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     same_ranks: bool = False
+    is_file: bool = False
 
 
-def save_tree(
-    path: str,
-    tree: Mapping[str, Any],
-    *,
-    plan: Plan,
-    random_state: Mapping[str, torch.Tensor],
-    notes: Mapping[str, Any],
-    group: dist.ProcessGroup | None,
-) -> None:
-    """Write a checkpoint directory; every rank writes its shards, and its random state.
+@dataclass(frozen=True, kw_only=True)
+class ToSave:
+    """What a checkpoint is to hold.
+
+    Attributes:
+        tree: a state dict of any shape; of rank 0 everything is saved, of the others the sharded tensors.
+        notes: plain data about the tree, for whoever loads it.
+        random_state: this rank's.
+    """
+
+    tree: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def savable(state: ToSave, *, plan: Plan) -> dict[str, Any]:
+    """Return what `save_directory` takes to write a checkpoint: of this rank, its shards and its random state.
 
     Args:
-        path: the same on every rank.
-        tree: of rank 0 everything is saved, of the others the sharded tensors.
+        state: this rank's.
         plan: what the run does.
-        random_state: this rank's.
-        notes: plain data about the tree, for whoever loads it.
-        group: of all ranks, for tensors on the CPU.
     """
     tensors: dict[str, torch.Tensor] = {}
-    objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
+    objects = {key: split_tensors(value, key, tensors) for key, value in state.tree.items()}
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
     coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
-    save_directory(
-        path,
-        tensors={**held, **{f"{_random_prefix(coordinate)}{key}": value for key, value in random_state.items()}},
-        objects={**objects, OWN: {**notes, "sharded": sharded}},
-        plan=dict(plan.rows()),
-        versions={"lightning": version("lightning")},
-        keep_partial=plan.settings.checkpoint.keep_partial,
-        group=group,
-    )
+    return {
+        "tensors": {
+            **held,
+            **{f"{_random_prefix(coordinate)}{key}": value for key, value in state.random_state.items()},
+        },
+        "objects": {**objects, OWN: {**state.notes, "sharded": sharded}},
+        "plan": dict(plan.rows()),
+        "versions": {"lightning": lightning.__version__},
+        "keep_partial": plan.settings.checkpoint.keep_partial,
+    }
 
 
 def load_tree(

@@ -27,7 +27,7 @@ from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, 
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import Loaded, LoadInto, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
-from meshbolt.strategies.files import agree_on_path, load_file
+from meshbolt.strategies.files import agree_on_path
 from meshbolt.strategies.meta import meta_tensors
 
 _log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     call = "meshbolt.fabric.MeshStrategy"
     is_for = "lightning.fabric.Fabric"
+    _is_new_window = True
 
     @override
     def _refuse_settings(self) -> None:
@@ -85,6 +86,12 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     def _set_world_ranks(self) -> None:
         self._set_ranks()
+
+    @override
+    def teardown(self) -> None:
+        """Wait for the checkpoint that is being written, and free what the run held."""
+        self._saving.finish(for_good=True)
+        super().teardown()
 
     @override
     def setup_environment(self) -> None:
@@ -132,6 +139,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def backward(self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward inside the engines of all modules: the loss may go through several."""
+        self._is_new_window = True
         loss = tensor if self.precision.loss_scaler is None else self.precision.loss_scaler.scale(tensor)
         with ExitStack() as stack:
             for engine in self._engines.values():
@@ -140,7 +148,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Take an optimizer step on the shards; a closure runs first."""
+        """Take an optimizer step on the shards; a closure runs first. A checkpoint that could not be written is raised here."""
+        if self._is_new_window:
+            # Several optimizers may step in one window; in the backward of the next all ranks meet.
+            self._is_new_window = False
+            self._saving.before_window()
         closure: Callable[[], Any] | None = kwargs.pop("closure", None)
         result = closure() if closure is not None else None
         stepped = self.precision.step(optimizer, self._engine_of(optimizer), **kwargs)
@@ -189,7 +201,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Write a checkpoint directory; every rank writes its shards.
+        """Save a checkpoint directory; every rank writes its shards.
 
         Args:
             path: of the directory.
@@ -206,7 +218,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
                     tree[key], left_out[key] = trained_state(tree[key], behind_entry(value), optimizers)
         for key, keep in (filter or {}).items():
             tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
-        self._save(path, tree, storage_options=storage_options, notes={"left_out": left_out})
+        self._save(path, tree, notes={"left_out": left_out}, storage_options=storage_options, in_background=True)
 
     @override
     def load_checkpoint(
@@ -229,22 +241,19 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """
         place, is_file = agree_on_path(str(path), group=self._control_group)
         if is_file and isinstance(state, nn.Module):
-            loaded = Loaded(tree={"": load_file(place, weights_only=weights_only, group=self._control_group)})
-            self._load_objects({"": state}, loaded, strict=strict)
+            content = self._load(place, LoadInto(), weights_only=weights_only).tree
+            self._load_objects({"": state}, Loaded(tree={"": content}), strict=strict)
             return {}
         if not isinstance(state, MutableMapping):
             raise CheckpointError(
                 f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
                 "of the objects to read into, or the file of one module's state dict and that module."
             )
-        if is_file:
-            loaded = Loaded(tree=load_file(place, weights_only=weights_only, group=self._control_group))
-        else:
-            loaded = self._load(place, self._wanted(place, state, strict=strict), weights_only=weights_only)
+        loaded = self._load(place, self._wanted(state, strict=strict), weights_only=weights_only)
         self._load_objects(state, loaded, strict=strict)
         return {key: value for key, value in loaded.tree.items() if key not in state}
 
-    def _wanted(self, path: str, state: Mapping[str, Any], *, strict: bool) -> LoadInto:
+    def _wanted(self, state: Mapping[str, Any], *, strict: bool) -> LoadInto:
         weights: dict[str, torch.Tensor] = {}
         owners: dict[str, Mapping[str, nn.Parameter]] = {}
         for key, target in state.items():

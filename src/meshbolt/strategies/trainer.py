@@ -19,7 +19,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from meshbolt.checkpoint import remove_directory
 from meshbolt.collectives import agree_on_error
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import check_weights, load_model
@@ -35,13 +34,14 @@ from meshbolt.strategies.files import (
     agree_on_path,
     check_is_lightnings,
     check_training_state,
-    load_file,
     without_training_state,
 )
 from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
     let_finetuning_catch_up,
+    look_at_files_as_now,
+    look_at_files_as_when_saved,
     optimizers_regrouped_by,
     report_norm,
 )
@@ -108,7 +108,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._asked_weights_only = weights_only
 
     _asked_weights_only: bool | None = None
-    _has_begun = _has_loaded = False
+    _has_begun = _has_loaded = _is_training = False
     _fits = 0
 
     # Set-up, in the order of the calls --------------------------------------------------------------------------------
@@ -180,14 +180,25 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def on_train_start(self) -> None:
         """Begin to train, and to watch for signals that end the job."""
         self._position.on_train_start()
-        self._has_begun = True
+        self._has_begun = self._is_training = True
         self._fits += 1
+        look_at_files_as_when_saved(self._module().trainer, self._saving)
         self._signals = Signals(self._module().trainer, number=self._fits)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Act on those signals, between two steps."""
-        self._signals.before_batch(batch_idx)
+        """Act on those signals, and on a checkpoint that could not be written, between two steps."""
+        with self._saving.urgent():
+            self._signals.before_batch(batch_idx)
+        if batch_idx % self._module().trainer.accumulate_grad_batches == 0:
+            self._saving.before_window()
+
+    @override
+    def on_train_end(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._is_training = False
+        look_at_files_as_now(self._module().trainer)
+        self._saving.finish(for_good=True)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -287,12 +298,20 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
+        """Save a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
         if self._reachable() is None:
             return
+        if self._was_interrupted():
+            self._saving.abandon()
+        goes_on = self._is_training and not self._was_interrupted()
         try:
-            notes = {"left_out": {"state_dict": self._left_out}, "position": self._position.notes()}
-            self._save(filepath, checkpoint, storage_options=storage_options, notes=notes)
+            self._save(
+                filepath,
+                checkpoint,
+                notes={"left_out": {"state_dict": self._left_out}, "position": self._position.notes()},
+                storage_options=storage_options,
+                in_background=goes_on,
+            )
             self._written.add(str(filepath))
         except CheckpointError as error:
             if not self._was_interrupted():
@@ -309,17 +328,13 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint directory, or a plain file of Lightning's; nothing of this run is changed yet."""
         self._has_loaded = True
-        path, is_file = agree_on_path(str(checkpoint_path), group=self._control_group)
+        path, _ = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
         is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
         # The learning rate finder goes back to where it began: to a checkpoint of this very fit.
         self._resumes = is_fit and (not self.settings.checkpoint.load_weights_only or path in self._written)
         self.engine.settle()
-        if is_file:
-            self._loaded = Loaded(tree=load_file(path, weights_only=weights_only, group=self._control_group))
-            agree_on_error(lambda: check_is_lightnings(self._loaded.tree, path), group=self._control_group)
-        else:
-            self._loaded = self._load(path, self._wanted(path), weights_only=weights_only)
+        self._loaded = self._load(path, self._wanted(path), weights_only=weights_only)
         if self._resumes or not is_fit:
             return self._loaded.tree
         trainer = self._module().trainer
@@ -334,7 +349,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
         def check(loaded: Loaded) -> None:
             check_is_lightnings(loaded.tree, path)
-            if not is_overridden("on_load_checkpoint", module):  # which may make it fit
+            # A hook of the user's may make it fit, and Lightning may have to bring a file up to date first.
+            if not loaded.is_file and not is_overridden("on_load_checkpoint", module):
                 self._check(loaded.tree, loaded.notes, strict=module.strict_loading)
 
         return LoadInto(
@@ -395,13 +411,20 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint directory (on rank 0), or a file; not where its successor could not be saved."""
         if self.is_global_zero and self._reachable() is not None:
-            remove_directory(str(filepath))
+            self._saving.delete(str(filepath))
 
     @override
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""
         if self.lightning_module is not None and (deferred := attached(self.lightning_module)) is not None:
             deferred.stop()  # it ended before the module was sharded
+        self._is_training = False
+        if self.lightning_module is not None:
+            look_at_files_as_now(self.lightning_module.trainer)
+        if self._was_interrupted():
+            self._saving.abandon()
+        else:
+            self._saving.finish(for_good=True)
         # After an exception, what is gathered may never arrive: its peers are gone.
         with suppress(RuntimeError) if self._was_interrupted() else nullcontext():
             for engine in self._engines.values():
@@ -409,6 +432,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
 

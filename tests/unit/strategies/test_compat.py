@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from meshbolt.strategies import compat
@@ -97,3 +99,22 @@ def test_a_count_that_is_there_already_is_left_as_it_is() -> None:
     count = count_of(trainer, ready=5, started=5, processed=5, completed=4)
     count.go_back_to(5)
     assert trainer.fit_loop.epoch_loop.batch_progress.current.completed == 4
+
+
+def test_a_file_is_looked_for_where_a_model_checkpoint_saves(tmp_path: Path) -> None:
+    callback = ModelCheckpoint(tmp_path)
+    assert compat.file_is_there(callback, str(tmp_path))
+    assert not compat.file_is_there(callback, str(tmp_path / "a.ckpt"))
+
+
+def test_a_model_checkpoint_makes_its_link_as_it_is_told_and_then_as_before(tmp_path: Path) -> None:
+    made: list[tuple[str, str]] = []
+    callback = ModelCheckpoint(tmp_path, save_last="link")
+    callback._last_checkpoint_saved = str(tmp_path / "a.ckpt")
+    before = callback._link_checkpoint
+    compat.link_instead(callback, lambda path, to: made.append((path, to)))
+    callback._save_last_checkpoint(quiet(), {"epoch": torch.tensor(0), "step": torch.tensor(0)})
+    assert made == [(str(tmp_path / "last.ckpt"), str(tmp_path / "a.ckpt"))]
+
+    compat.link_instead(callback, None)
+    assert callback._link_checkpoint is before

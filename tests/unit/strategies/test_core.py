@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch.plugins.precision as trainer_plugins
 import pytest
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from meshbolt import Checkpoint, ConfigError, MeshStrategy, Recompute, UnsupportedError, Zero
 from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
@@ -28,8 +29,8 @@ BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
         ({"tensor_parallel": 2}, UnsupportedError, "tensor_parallel=2"),
         ({"pipeline_parallel": 2}, UnsupportedError, "pipeline_parallel=2"),
         ({"offload": "cpu"}, UnsupportedError, "offload='cpu'"),
-        ({"checkpoint": Checkpoint(asynchronous=True)}, UnsupportedError, "asynchronous=True"),
         ({"checkpoint_io": TorchCheckpointIO()}, UnsupportedError, "TorchCheckpointIO"),
+        ({"checkpoint_io": AsyncCheckpointIO()}, UnsupportedError, r"Checkpoint\(asynchronous=True\)"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
