@@ -402,12 +402,13 @@ class MeshCore:
         tree: Mapping[str, Any],
         *,
         notes: Mapping[str, Any],
+        buffers: frozenset[str],
         storage_options: Any,
         in_background: bool,
     ) -> None:
         self._saving.save(
             self.broadcast(str(path)),
-            ToSave(tree=tree, notes=notes, random_state=self._random_state()),
+            ToSave(tree=tree, notes=notes, random_state=self._random_state(), buffers=buffers),
             storage_options=storage_options,
             in_background=in_background,
             group=self._control_group,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +15,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, saved_tensors
+from meshbolt.checkpoint.agreement import Ranks
+from meshbolt.checkpoint.chunks import bytes_of
 from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
 from meshbolt.engine.state import empty_like_saved
 
-# Where random states are, by data-parallel coordinate.
-_RANDOM = "random"
+# Where random states are, by data-parallel coordinate, and the buffers that differ from those of the first one.
+_RANDOM, _BUFFERS = "random", "buffers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,29 +73,52 @@ class ToSave:
         tree: a state dict of any shape; of rank 0 everything is saved, of the others the sharded tensors.
         notes: plain data about the tree, for whoever loads it.
         random_state: this rank's.
+        buffers: keys of tensors of modules that are no parameters: of them, each rank may have its own.
     """
 
     tree: Mapping[str, Any]
     notes: Mapping[str, Any] = field(default_factory=dict)
     random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    buffers: frozenset[str] = field(default=frozenset())
 
 
-def savable(state: ToSave, *, plan: Plan) -> dict[str, Any]:
-    """Return what `save_directory` takes to write a checkpoint: of this rank, its shards and its random state.
+def buffers_of(module: nn.Module, state: Mapping[str, Any], *, key: str) -> frozenset[str]:
+    """Return the keys, in a tree, of the tensors of a module that are no parameters.
+
+    Args:
+        module: the module.
+        state: its state dict, or a part of it.
+        key: what the tree has it under.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return frozenset(f"{key}.{name}" for name in state if name not in parameters)
+
+
+def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[str, Any]:
+    """Return what `save_directory` takes to write a checkpoint; a collective of all ranks.
+
+    Of this rank, its shards, its random state, and those buffers that differ from rank 0's.
 
     Args:
         state: this rank's.
         plan: what the run does.
+        ranks: all of them.
+        failing: how an error's message begins.
+
+    Raises:
+        CheckpointError: some rank has buffers that cannot be read; the same on every rank.
     """
     tensors: dict[str, torch.Tensor] = {}
     objects = {key: split_tensors(value, key, tensors) for key, value in state.tree.items()}
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
+    buffers = {key: tensors[key] for key in sorted(state.buffers & tensors.keys() - set(sharded))}
+    own = {_RANDOM: state.random_state, _BUFFERS: _unlike_the_first(buffers, ranks=ranks, failing=failing)}
     coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
     return {
         "tensors": {
             **held,
-            **{f"{_random_prefix(coordinate)}{key}": value for key, value in state.random_state.items()},
+            **{_prefix(kind, coordinate) + key: value for kind, values in own.items() for key, value in values.items()},
         },
         "objects": {**objects, OWN: {**state.notes, "sharded": sharded}},
         "plan": dict(plan.rows()),
@@ -125,11 +151,14 @@ def load_tree(
         lambda: into.check(Loaded(tree=_joined(objects, saved), notes=notes)),  # type: ignore[arg-type]
         group=group,
     )
-    tensors = _room(markers(objects), saved, sharded=set(notes.get("sharded", ())), into=into)
-    prefix, same_ranks = _random_state_for(plan.mesh.data_parallel_rank(dist.get_rank()), saved, plan=plan)
+    coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
+    prefix, same_ranks = _random_state_for(coordinate, saved, plan=plan)
+    buffers = _prefix(_BUFFERS, coordinate)
+    places = {key: buffers + key if same_ranks and buffers + key in saved else key for key in markers(objects)}
+    tensors = _room(places, saved, sharded=set(notes.get("sharded", ())), into=into)
     random_keys = [key for key in saved if prefix and key.startswith(prefix)]
     random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
-    asked = {**tensors, **random_state}
+    asked = {**{places[key]: tensor for key, tensor in tensors.items()}, **random_state}
     # Nothing is unexpected, since the objects name what is read; and all of it was made for this load.
     load_tensors(path, asked, prefix=(), verify=plan.settings.checkpoint.verify, fresh=asked.keys(), group=group)
     return Loaded(
@@ -150,21 +179,41 @@ def _joined(objects: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _room(
-    keys: Iterable[str], saved: Mapping[str, TensorInfo], *, sharded: set[str], into: LoadInto
+    places: Mapping[str, str], saved: Mapping[str, TensorInfo], *, sharded: set[str], into: LoadInto
 ) -> dict[str, torch.Tensor]:
-    """Return tensors to read into, of the shapes and dtypes that were saved, in the layout of what they belong to."""
+    """Return tensors to read into, of the shapes and dtypes that were saved, in the layout of what they belong to.
+
+    Args:
+        places: the key under which each was saved, by its key in the tree.
+        saved: what is known of them.
+        sharded: keys of those that were sharded.
+        into: what they belong to.
+    """
     room = {}
-    for key in keys:
-        shape = torch.Size(saved[key].shape)
+    for key, place in places.items():
+        shape = torch.Size(saved[place].shape)
         owner = into.weights.get(key)
         if owner is None and key in sharded:
             owner = _owner(key, shape, into.parameters)
-        room[key] = empty_like_saved(shape, saved[key].dtype, owner)
+        room[key] = empty_like_saved(shape, saved[place].dtype, owner)
     return room
 
 
-def _random_prefix(coordinate: int) -> str:
-    return f"{_RANDOM}.{coordinate}."
+def _prefix(kind: str, coordinate: int) -> str:
+    return f"{kind}.{coordinate}."
+
+
+def _unlike_the_first(buffers: Mapping[str, torch.Tensor], *, ranks: Ranks, failing: str) -> dict[str, torch.Tensor]:
+    """Return those buffers of this rank that differ from rank 0's, in any bit."""
+    digests = ranks.each(lambda: {key: _digest(value) for key, value in buffers.items()}, failing=failing)
+    own, first = digests[ranks.rank], digests[0]
+    return {key: value for key, value in buffers.items() if own[key] != first.get(key)}
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    content = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    content.update(bytes_of(tensor.detach().cpu().contiguous()))
+    return content.digest()
 
 
 def _random_state_for(coordinate: int, saved: Iterable[str], *, plan: Plan) -> tuple[str, bool]:
@@ -174,7 +223,7 @@ def _random_state_for(coordinate: int, saved: Iterable[str], *, plan: Plan) -> t
     if not found:
         return "", False
     same_ranks = found == set(range(plan.mesh.data_parallel_size))
-    return _random_prefix(coordinate if same_ranks else min(found)), same_ranks
+    return _prefix(_RANDOM, coordinate if same_ranks else min(found)), same_ranks
 
 
 def _owner(key: str, shape: torch.Size, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> nn.Parameter | None:

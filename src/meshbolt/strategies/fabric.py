@@ -25,7 +25,7 @@ from meshbolt.errors import CheckpointError, ConfigError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.directories import Loaded, LoadInto, left_out_of
+from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
 from meshbolt.strategies.files import agree_on_path
 from meshbolt.strategies.meta import meta_tensors
@@ -210,15 +210,23 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             filter: by key of `state`, says of each entry of a state dict whether it is saved.
         """
         tree = {key: self._state_of(value) for key, value in state.items()}
+        modules = {key: behind_entry(value) for key, value in state.items() if isinstance(value, nn.Module)}
         left_out: dict[str, list[str]] = {}
         if self.settings.checkpoint.trainable_only:
             optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
-            for key, value in state.items():
-                if isinstance(value, nn.Module):
-                    tree[key], left_out[key] = trained_state(tree[key], behind_entry(value), optimizers)
+            for key, module in modules.items():
+                tree[key], left_out[key] = trained_state(tree[key], module, optimizers)
         for key, keep in (filter or {}).items():
             tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
-        self._save(path, tree, notes={"left_out": left_out}, storage_options=storage_options, in_background=True)
+        buffers = [buffers_of(module, tree[key], key=key) for key, module in modules.items()]
+        self._save(
+            path,
+            tree,
+            notes={"left_out": left_out},
+            buffers=frozenset().union(*buffers),
+            storage_options=storage_options,
+            in_background=True,
+        )
 
     @override
     def load_checkpoint(

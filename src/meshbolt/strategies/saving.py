@@ -214,7 +214,9 @@ class Saving:
             raise AssertionError("A checkpoint was written before the ranks were connected.")
         self._meet(path)
         self.finish()
-        what = savable(dataclasses.replace(self._to_save, tree=checkpoint), plan=self._plan)
+        state = dataclasses.replace(self._to_save, tree=checkpoint)
+        failing = f"Checkpoint {path!r} was not saved, and what had this name before is untouched"
+        what = savable(state, plan=self._plan, ranks=Ranks(self._group), failing=failing)
         if self._saver is None or self._is_urgent or not self._in_background:
             save_directory(path, **what, group=self._group)
             return

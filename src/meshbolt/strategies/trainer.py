@@ -28,7 +28,7 @@ from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.directories import Loaded, LoadInto, left_out_of
+from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import redirect_entries
 from meshbolt.strategies.files import (
     agree_on_path,
@@ -309,6 +309,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
                 filepath,
                 checkpoint,
                 notes={"left_out": {"state_dict": self._left_out}, "position": self._position.notes()},
+                buffers=buffers_of(self._module(), checkpoint.get("state_dict", {}), key="state_dict"),
                 storage_options=storage_options,
                 in_background=goes_on,
             )

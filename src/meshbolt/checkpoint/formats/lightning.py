@@ -37,7 +37,7 @@ _DESCRIPTOR = b"PK\x07\x08"  # follows the content of a record, and has its chec
 
 
 class LightningWriter:
-    """Writes one file with everything that a checkpoint holds but the random states of its ranks."""
+    """Writes one file with everything that a checkpoint holds but what is of single ranks: their random states, and buffers."""
 
     def __init__(self, reader: CheckpointReader, options: ExportOptions) -> None:
         """Read what is no tensor.
