@@ -22,7 +22,7 @@ from meshbolt.errors import (
     UnsupportedError,
 )
 from meshbolt.strategies import FabricMeshStrategy as _FabricMeshStrategy
-from meshbolt.strategies import MeshStrategy
+from meshbolt.strategies import MeshStrategy, load_from_checkpoint
 from meshbolt.strategies import register_presets as _register_presets
 from meshbolt.zero import Zero
 
@@ -37,6 +37,7 @@ __all__ = [
     "TopologyError",
     "UnsupportedError",
     "Zero",
+    "load_from_checkpoint",
     "load_pretrained",
 ]
 

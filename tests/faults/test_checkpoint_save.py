@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from meshbolt.checkpoint import directory, is_checkpoint, load_objects, load_tensors, save, save_directory, shards
+from meshbolt.checkpoint import (
+    directory,
+    is_checkpoint,
+    load_objects,
+    load_tensors,
+    local,
+    save,
+    save_directory,
+)
+from meshbolt.checkpoint.local import LocalFiles, LocalPlace
 from meshbolt.errors import CheckpointError
 from meshbolt.testing import Outcome, RankFailure, run_ranks, run_ranks_expecting
 
@@ -115,12 +124,12 @@ def break_shards(happening: Callable[[], None]) -> None:
     """Let something happen to this rank in the middle of its shard, below all that is ours."""
 
     @contextlib.contextmanager
-    def create_stream(self: Any, path: Any, mode: str) -> Iterator[Any]:
-        with original(self, path, mode) as stream:
-            yield HalfWritten(stream, happening) if mode == "wb" and str(path).endswith("distcp") else stream
+    def open_file(self: Any, name: str, mode: Any) -> Iterator[Any]:
+        with original(self, name, mode) as stream:
+            yield HalfWritten(stream, happening) if mode == "wb" and name.endswith("distcp") else stream
 
-    original = shards.FileSystem.create_stream
-    shards.FileSystem.create_stream = create_stream  # type: ignore[method-assign]
+    original = LocalFiles.open
+    LocalFiles.open = open_file  # type: ignore[method-assign]
 
 
 def no_exchange() -> None:
@@ -143,8 +152,8 @@ CUTS: dict[str, tuple[Cut, int, float]] = {
     "before its shard": (lambda: end_at(save, "write_shards"), 1, OLD),
     "in the middle of its shard": (lambda: break_shards(lambda: os._exit(9)), 1, OLD),
     "in the middle of the first rank's shard": (lambda: break_shards(lambda: os._exit(9)), 0, OLD),
-    "when all shards are written": (lambda: end_at(save, "files_of_rank"), 1, OLD),
-    "before the manifest": (lambda: end_at(save.Manifest, "check_files", after=True), 0, OLD),
+    "when all shards are written": (lambda: end_at(LocalPlace, "settle"), 1, OLD),
+    "before the manifest": (lambda: end_at(local, "check_sizes", after=True), 0, OLD),
     "after the manifest": (lambda: end_at(directory, "commit"), 0, OLD),
     "between two renames": (between_renames, 0, OLD),
     "after the exchange": (lambda: end_at(directory, "exchange", after=True), 0, NEW),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshbolt.units import format_bytes, format_seconds
+from meshbolt.units import format_bytes, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,17 @@ def test_sizes_take_the_largest_unit_that_keeps_them_above_one(num_bytes, text):
 )
 def test_durations_grow_from_milliseconds_to_hours(seconds, text):
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("512MiB", 2**29), ("5GB", 5 * 10**9), ("1.5 gib", 3 * 2**29), (" 7 B ", 7), ("100", 100), ("2KB", 2000)],
+)
+def test_sizes_in_words_are_read(text, num_bytes):
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "3GX", "-1", "1e3", "3 4"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is no size"):
+        parse_bytes(text)

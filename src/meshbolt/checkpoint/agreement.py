@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -14,6 +14,10 @@ T = TypeVar("T")
 
 _SHOWN_FAILURES = 3
 _SHOWN_CHARACTERS = 600
+
+
+class ReplacedError(CheckpointError):
+    """A checkpoint was replaced or removed while it was read: another look may find a whole one."""
 
 
 class Ranks:
@@ -58,13 +62,15 @@ class Ranks:
             value = action()
         except BaseException as error:  # an interrupt as well: the other ranks wait for this one
             own = error
-        outcomes = self.gather((own and in_words(own), value), failing=failing)
+        outcomes = self.gather((own and in_words(own), kind_of([own]), value), failing=failing)
         if own is not None and not isinstance(own, Exception):
             raise own
-        texts = [text for text, _ in outcomes]
+        texts = [text for text, _, _ in outcomes]
         if any(text is not None for text in texts):
-            raise CheckpointError(f"{failing}: {summary(texts)}") from own
-        return [returned for _, returned in outcomes]
+            kinds = {kind for text, kind, _ in outcomes if text is not None}
+            kind = ReplacedError if kinds == {ReplacedError} else CheckpointError
+            raise kind(f"{failing}: {summary(texts)}") from own
+        return [returned for *_, returned in outcomes]
 
     def agree(self, action: Callable[[], T], *, failing: str) -> T:
         """Run an action as `each` does, and return what it returned on this rank, which may be large."""
@@ -86,6 +92,11 @@ class Ranks:
         except Exception as error:  # gloo has errors of several classes for a peer that is gone
             raise lost_contact(error, failing=failing) from error
         return values
+
+
+def kind_of(failures: Iterable[BaseException | None]) -> type[CheckpointError]:
+    """Return the class of the error that all ranks raise for what failed on some."""
+    return ReplacedError if all(isinstance(one, ReplacedError) for one in failures) else CheckpointError
 
 
 def lost_contact(error: BaseException, *, failing: str) -> CheckpointError:

@@ -22,6 +22,7 @@ from meshbolt.errors import CheckpointError, UnsupportedError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_LOCAL_SCHEMES = ("file", "local")
 # The last: what some containers answer to a system call that their filter does not know.
 _CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
@@ -29,22 +30,27 @@ _log = logging.getLogger(__name__)
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return an absolute path for what the user gave.
+    """Return an absolute path for what the user gave: a path, or a URL of this machine's own files.
 
     Raises:
-        UnsupportedError: it is a URL.
+        UnsupportedError: it is a URL of another kind.
         CheckpointError: it names no directory that could be created.
     """
     text = os.fspath(path)
+    if is_remote(text):
+        raise UnsupportedError(f"{text!r} is a URL, and only local paths can be used here. Copy the checkpoint to one.")
     if "://" in text:
-        raise UnsupportedError(
-            f"Checkpoint {text!r} is a URL, and this version of meshbolt reads and writes local paths only. "
-            "Save to a mounted directory."
-        )
+        text = text.split("://", 1)[1]
     absolute = Path(os.path.abspath(text))  # noqa: PTH100 - a link stays a link: it may be replaced as such
     if not text or not absolute.name:
         raise CheckpointError(f"Checkpoint path {text!r} names no directory. Give one such as 'last.ckpt'.")
     return absolute
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL of a storage other than this machine's own file system."""
+    scheme, separator, _ = os.fspath(path).partition("://")
+    return bool(separator) and scheme not in _LOCAL_SCHEMES
 
 
 def partial_of(target: Path, *, save_id: str) -> Path:
@@ -84,36 +90,24 @@ def find(target: Path) -> Path:
     return found
 
 
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Return whether there is a checkpoint at a path, whole as far as its manifest tells; it asks no other rank."""
-    try:
-        return manifest.is_manifest(find(local_path(path)) / manifest.FILE_NAME)
-    except (CheckpointError, OSError):
-        return False
-
-
-def remove_directory(path: str | os.PathLike[str]) -> None:
+def remove(target: Path) -> None:
     """Remove a checkpoint and what saves of its name left behind; where there is nothing, do nothing.
 
     It vanishes in one step: another process that reads it meanwhile gets an error, never a part. A link or a single
-    file is removed as such. Call it on one rank.
+    file is removed as such.
 
     Raises:
-        CheckpointError: there is another directory, or the system refuses.
+        CheckpointError: there is another directory.
     """
-    target = local_path(path)
-    try:
-        refuse_foreign(target)
-        # First, lest a reader takes the previous checkpoint for the one that was just removed.
-        discard(previous_of(target))
-        remove_partials(target)
-        trash = partial_of(target, save_id=new_save_id())
-        with contextlib.suppress(FileNotFoundError):
-            target.rename(trash)
-            sync_directory(target.parent)
-            discard(trash)
-    except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"Checkpoint {str(target)!r} cannot be removed: {error}.") from error
+    refuse_foreign(target)
+    # First, lest a reader takes the previous checkpoint for the one that was just removed.
+    discard(previous_of(target))
+    remove_partials(target)
+    trash = partial_of(target, save_id=new_save_id())
+    with contextlib.suppress(FileNotFoundError):
+        target.rename(trash)
+        sync_directory(target.parent)
+        discard(trash)
 
 
 def refuse_foreign(target: Path) -> None:

@@ -6,16 +6,21 @@ classes that such a file is made of can be built.
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, TensorStorageMetadata
 
-from meshbolt.checkpoint.directory import find, local_path
+from meshbolt.checkpoint.local import files_at
+from meshbolt.checkpoint.manifest import FileRecord
+from meshbolt.checkpoint.places import place_of
+from meshbolt.checkpoint.storage import Files, read_file
 from meshbolt.errors import CheckpointError
 
 FILE_NAME = ".metadata"
@@ -35,6 +40,7 @@ _ALLOWED = {
         "_MEM_FORMAT_ENCODING",
     },
 }
+_PATHS_IN = ("pathlib", "pathlib._local")  # the latter in Python 3.13
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class that metadata is made of, or a dtype."""
+        if module in _PATHS_IN and name in ("PosixPath", "WindowsPath"):
+            return PurePath  # where it was written, which torch notes and nothing reads; no system has both classes
         if (module, name) == ("builtins", "getattr"):
             return _member_of_encoding  # some releases of Python 3.11 pickle an enum member as getattr(class, name)
         if name in _ALLOWED.get(module, ()):
@@ -77,16 +85,22 @@ def _member_of_encoding(owner: Any, name: str) -> Any:
     return _MEM_FORMAT_ENCODING[name]
 
 
-def read_metadata(directory: Path) -> Metadata:
-    """Read the metadata of a checkpoint's directory.
+def read_metadata(files: Path | Files, *, record: FileRecord | None = None) -> Metadata:
+    """Read the metadata of a checkpoint.
+
+    Args:
+        files: the checkpoint's directory, or its files.
+        record: what the manifest says of the file, to compare it with; None reads it as it is.
 
     Raises:
         CheckpointError: it is damaged, or holds what does not belong there.
     """
+    content = read_file(files_at(files), FILE_NAME)
+    if record is not None:
+        record.check(content, name=FILE_NAME)
     try:
-        with (directory / FILE_NAME).open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (CheckpointError, OSError):
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises errors of almost every class
         raise CheckpointError(f"its {FILE_NAME} is damaged ({type(error).__name__}: {error})") from error
@@ -104,14 +118,21 @@ def tensors_in(metadata: Metadata) -> dict[str, TensorInfo]:
     }
 
 
-def saved_tensors(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+def saved_tensors(
+    path: str | os.PathLike[str], *, storage_options: Mapping[str, Any] | None = None
+) -> dict[str, TensorInfo]:
     """Return shape and dtype of every tensor in a checkpoint, by key, without reading one; it asks no other rank.
+
+    Args:
+        path: a local path or a URL.
+        storage_options: what fsspec passes to the file system of a URL.
 
     Raises:
         CheckpointError: there is no checkpoint, or its metadata is damaged.
     """
-    target = local_path(path)
+    place = place_of(path, storage_options=storage_options)
     try:
-        return tensors_in(read_metadata(find(target)))
+        found = place.find()
+        return tensors_in(read_metadata(found.files, record=found.manifest.files.get(FILE_NAME)))
     except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"Checkpoint {str(target)!r} cannot be read: {error}.") from error
+        raise CheckpointError(f"Checkpoint {place.text!r} cannot be read: {error}.") from error

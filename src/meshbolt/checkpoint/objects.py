@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,41 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from meshbolt.checkpoint.agreement import in_words
-from meshbolt.checkpoint.directory import write_synced
+from meshbolt.checkpoint.local import files_at
+from meshbolt.checkpoint.manifest import FileRecord
+from meshbolt.checkpoint.storage import Files, read_file, write_file
 from meshbolt.errors import CheckpointError
 
 FILE_NAME = "meta.pt"
 
 
-def write_objects(directory: Path, objects: Mapping[str, object]) -> None:
-    """Write the file and have it on the disk.
+@dataclass(frozen=True)
+class PackedObjects:
+    """The file's content: objects as they were when it was made, whatever becomes of them.
+
+    Attributes:
+        content: what is written.
+    """
+
+    content: memoryview
+
+
+def write_objects(files: Path | Files, objects: Mapping[str, object] | PackedObjects) -> FileRecord:
+    """Write the file, have it on the storage, and return what the manifest says of it.
 
     Raises:
         CheckpointError: something in it cannot be pickled, or is a sharded tensor.
+    """
+    packed = objects if isinstance(objects, PackedObjects) else pack_objects(objects)
+    write_file(files_at(files), FILE_NAME, packed.content)
+    return FileRecord.of(packed.content)
+
+
+def pack_objects(objects: Mapping[str, object]) -> PackedObjects:
+    """Return objects as the file will hold them.
+
+    Raises:
+        CheckpointError: something among them cannot be pickled, or is a sharded tensor.
     """
     for key, value in objects.items():
         _refuse_sharded(value, where=f"objects[{key!r}]")
@@ -31,24 +56,27 @@ def write_objects(directory: Path, objects: Mapping[str, object]) -> None:
         torch.save(dict(objects), content)
     except Exception as error:  # pickle raises whatever the objects' own hooks raise
         raise CheckpointError(f"{_culprit(objects)} cannot be pickled ({in_words(error)}); leave it out") from error
-    write_synced(directory / FILE_NAME, content.getbuffer())
+    return PackedObjects(content.getbuffer())
 
 
-def read_objects(directory: Path, *, weights_only: bool | None) -> dict[str, Any]:
+def read_objects(files: Path | Files, *, weights_only: bool | None, record: FileRecord | None = None) -> dict[str, Any]:
     """Read the file, tensors to the CPU.
 
     Args:
-        directory: the checkpoint's.
+        files: the checkpoint's directory, or its files.
         weights_only: False builds objects of any class, which runs code from the file; else plain data only.
+        record: what the manifest says of the file, to compare it with; None reads it as it is.
 
     Raises:
         CheckpointError: it holds objects of classes and `weights_only` does not allow them, or it is damaged.
     """
-    file = directory / FILE_NAME
+    content = read_file(files_at(files), FILE_NAME)
+    if record is not None:
+        record.check(content, name=FILE_NAME)
     try:
-        objects = torch.load(file, map_location="cpu", weights_only=weights_only is not False)
+        objects = torch.load(io.BytesIO(content), map_location="cpu", weights_only=weights_only is not False)
     except Exception as error:  # of a damaged file, errors of almost every class
-        classes = _refused_classes(file) if isinstance(error, pickle.UnpicklingError) else []
+        classes = _refused_classes(content) if isinstance(error, pickle.UnpicklingError) else []
         if not classes:
             raise CheckpointError(f"its {FILE_NAME} cannot be read ({in_words(error)})") from error
         raise CheckpointError(
@@ -73,9 +101,9 @@ def _refuse_sharded(value: object, *, where: str) -> None:
         _refuse_sharded(entry, where=f"{where}[{key!r}]")
 
 
-def _refused_classes(file: Path) -> list[str]:
+def _refused_classes(content: bytes) -> list[str]:
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
     except Exception:  # it is damaged, and not for its classes that it was refused
         return []
 

@@ -6,26 +6,32 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
 
-from meshbolt.checkpoint import directory, manifest
+from meshbolt.checkpoint import directory
 from meshbolt.checkpoint.agreement import Ranks
-from meshbolt.checkpoint.manifest import Manifest
-from meshbolt.checkpoint.objects import write_objects
-from meshbolt.checkpoint.shards import files_of_rank, info_of, write_shards
+from meshbolt.checkpoint.manifest import FileRecord, Manifest, own_versions
+from meshbolt.checkpoint.metadata import tensors_in
+from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS
+from meshbolt.checkpoint.objects import PackedObjects, write_objects
+from meshbolt.checkpoint.places import place_of
+from meshbolt.checkpoint.shards import Written, info_of, write_shards
+from meshbolt.checkpoint.storage import Place
 
 
 def save_directory(
     path: str | os.PathLike[str],
     *,
     tensors: Mapping[str, torch.Tensor],
-    objects: Mapping[str, object],
+    objects: Mapping[str, object] | PackedObjects,
     plan: Mapping[str, object] | None = None,
     versions: Mapping[str, str] | None = None,
     keep_partial: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """Save a checkpoint; a collective of all ranks, which returns when the checkpoint is whole and on the disk.
@@ -34,88 +40,95 @@ def save_directory(
     single file of that name is replaced as well.
 
     Args:
-        path: the directory to make, the same on every rank, on a file system that all ranks share.
+        path: the directory to make, the same on every rank, on a file system that all ranks share; or a URL of any
+            scheme that fsspec knows.
         tensors: by key. Of a DTensor each rank saves its own part. A plain tensor under a key of several ranks is the
             same on each and saved once; a key may exist on one rank only.
-        objects: everything else, as `torch.save` takes it; those of the first rank are saved.
+        objects: everything else, as `torch.save` takes it, or packed already; those of the first rank are saved.
         plan: what the run was told to do, as plain data, for the manifest.
         versions: of packages beyond torch and meshbolt, for the manifest.
         keep_partial: where the save fails, keep what was written of it, and of earlier ones that failed.
+        storage_options: what fsspec passes to the file system of a URL, such as credentials.
         group: the ranks that save, with a CPU backend; None for all, or for a single process.
 
     Raises:
         CheckpointError: some rank could not save; the same on every rank that lives.
-        UnsupportedError: the path is a URL, or the group has no CPU backend.
+        ConfigError: there are storage options for a local path.
+        MissingPackageError: the URL's scheme needs a package that is not installed.
+        UnsupportedError: nobody knows the URL's scheme, or the group has no CPU backend.
     """
     ranks = Ranks(group)
-    target = directory.local_path(path)
-    failing = f"Checkpoint {str(target)!r} was not saved, and what had this name before is untouched"
+    place = place_of(path, storage_options=storage_options)
+    failing = f"Checkpoint {place.text!r} was not saved, and what had this name before is untouched"
     # The first rank's; every rank draws one, so that one exchange is enough.
     save_id = ranks.each(directory.new_save_id, failing=failing)[0]
     description = Manifest(
         save_id=save_id,
         world_size=ranks.size,
-        versions={**manifest.own_versions(), **(versions or {})},
+        versions={**own_versions(), **(versions or {})},
         plan=plan or {},
         files={},
+        folder=place.folder_of(save_id),
     )
-    partial = directory.partial_of(target, save_id=save_id)
-    save = _Save(target=target, partial=partial, ranks=ranks, description=description, keep_partial=keep_partial)
+    save = _Save(place=place, ranks=ranks, description=description, keep_partial=keep_partial)
     try:
-        ranks.each(lambda: save.prepare(tensors, objects=objects), failing=failing)
-        write_shards(partial, tensors=tensors, ranks=ranks, failing=failing)
-        files = ranks.each(save.own_files, failing=failing)
-        committing = f"Checkpoint {str(target)!r} is the old or the new one, each whole, but its commit failed"
-        ranks.each(lambda: save.commit(files), failing=committing)
+        own = ranks.each(lambda: save.prepare(tensors, objects=objects), failing=failing)[0]
+        files = ranks.agree(lambda: place.files_of(save_id), failing=failing)
+        written = write_shards(files, tensors=tensors, ranks=ranks, failing=failing)
+        parts = ranks.each(lambda: save.settle(written), failing=failing)
+        committing = f"Checkpoint {place.text!r} is the old or the new one, each whole, but its commit failed"
+        ranks.each(lambda: save.commit(own, parts=parts, metadata=written.metadata), failing=committing)
     except BaseException:
         save.clean_up(failed=True)
         raise
     save.clean_up(failed=False)
 
 
+# What a rank tells the first one of what it wrote: its files, and how tensors are laid out.
+_Part = tuple[Mapping[str, FileRecord], Mapping[str, str]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Save:
     """The steps of one save around the writing of the shards; what is done once, the first rank does."""
 
-    target: Path
-    partial: Path
+    place: Place
     ranks: Ranks
     description: Manifest
     keep_partial: bool
 
-    def prepare(self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object]) -> None:
+    def prepare(
+        self, tensors: Mapping[str, torch.Tensor], *, objects: Mapping[str, object] | PackedObjects
+    ) -> Mapping[str, FileRecord]:
         """Find what would fail, and write what is small, before anything large is written."""
         for key, tensor in tensors.items():
             info_of(key, tensor)
         if not self.ranks.first:
-            return
+            return {}
         self.description.to_json()
-        directory.refuse_foreign(self.target)
-        if not self.keep_partial:
-            directory.remove_partials(self.target)
-        self.partial.mkdir(parents=True)
-        write_objects(self.partial, objects)
+        save_id = self.description.save_id
+        self.place.prepare(save_id, keep_partial=self.keep_partial)
+        return {OBJECTS: write_objects(self.place.files_of(save_id), objects)}
 
-    def own_files(self) -> dict[str, int]:
-        """Bring the names of the files to the disk, and return the bytes of those that this rank wrote."""
-        directory.sync_directory(self.partial)
-        return files_of_rank(self.partial, self.ranks)
+    def settle(self, written: Written) -> _Part:
+        """Bring the names of this rank's files to the storage, and return what is known of them."""
+        self.place.settle(self.description.save_id)
+        return written.files, written.placements
 
-    def commit(self, files: Sequence[Mapping[str, int]]) -> None:
-        """Make the directory a checkpoint, and give it its name."""
+    def commit(self, own: Mapping[str, FileRecord], *, parts: Sequence[_Part], metadata: Metadata) -> None:
+        """Make the save the checkpoint of its path."""
         if not self.ranks.first:
             return
-        sizes = {name: num_bytes for part in files for name, num_bytes in part.items()}
-        whole = dataclasses.replace(self.description, files=sizes)
-        whole.check_files(self.partial, names=sizes)
-        directory.write_synced(self.partial / manifest.FILE_NAME, whole.to_json().encode())
-        directory.sync_directory(self.partial)
-        directory.commit(self.partial, target=self.target)
+        placements = {key: text for _, part in parts for key, text in part.items()}
+        tensors = {
+            key: {"shape": info.shape, "dtype": str(info.dtype).removeprefix("torch."), "placement": placements[key]}
+            for key, info in tensors_in(metadata).items()
+        }
+        files = {**own, **{name: record for part, _ in parts for name, record in part.items()}}
+        manifest = dataclasses.replace(self.description, files=files, tensors=tensors)
+        self.place.commit(manifest.save_id, manifest=manifest)
 
     def clean_up(self, *, failed: bool) -> None:
-        """Delete what nobody needs: the partial directory, or what the checkpoint has replaced."""
-        if not self.ranks.first or (failed and self.keep_partial):
-            return
-        directory.discard(self.partial)
-        if not failed:
-            directory.discard(directory.previous_of(self.target))
+        """Delete what nobody needs any more."""
+        if self.ranks.first and not (failed and self.keep_partial):
+            self.place.clean_up(self.description.save_id, failed=failed)

@@ -1,87 +1,56 @@
-"""The tensors of a checkpoint, written and read by torch's distributed checkpoint (DCP).
+"""The tensors of a checkpoint, planned by torch's distributed checkpoint (DCP) and written and read by us.
 
 Each rank writes its own parts of sharded tensors; what several ranks have whole is written by one of them. DCP plans
-that over the ranks' group, and reads any layout into any other. Here stands what it needs around it: typed errors that
-name the file, metadata that is no code, and silence.
+that over the ranks' group, and reads any layout into any other. Here stands what it needs around it: the files, with
+checksums; typed errors that name the file; metadata that is no code; and silence.
+
+A load reads and verifies all that a rank needs first, and fills the tensors only when every rank has done so. Until then
+the values wait where `staging.py` keeps them: in the system's cache of local files, at no other cost; of other storage,
+and without verification, in as much memory on the CPU as the rank's part of what is loaded takes in the dtypes that it
+was saved in. Tensors that are marked as fresh are filled while the files are read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import os
-import re
-import sys
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint.agreement import Ranks, in_words, lost_contact, summary
+from meshbolt.checkpoint.agreement import Ranks, in_words, kind_of, lost_contact, summary
+from meshbolt.checkpoint.local import files_at
+from meshbolt.checkpoint.manifest import FILE_NAME, FileRecord, Manifest, parse_manifest
 from meshbolt.checkpoint.metadata import TensorInfo
+from meshbolt.checkpoint.shard_reader import ShardReader
+from meshbolt.checkpoint.shard_writer import ShardWriter
+from meshbolt.checkpoint.storage import Files, read_file
 from meshbolt.errors import CheckpointError
 
 
-class CheckpointFiles(FileSystem):
-    """The files of one directory: errors name the file, and travel between ranks whatever they were."""
+@dataclass(frozen=True)
+class Written:
+    """What one rank wrote.
 
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
-        """Open a file for as long as the context lasts."""
-        handled = sys.exc_info()[1]
-        try:
-            with super().create_stream(path, mode) as stream:
-                yield stream
-        except Exception as error:  # torch reports a short read or write by errors of many classes
-            first = _first(error, besides=handled)
-            if not isinstance(first, Exception):
-                raise first from None  # an interrupt, which torch has buried under an error of its own
-            raise CheckpointError(f"file {Path(path).name}: {in_words(first)}") from error
+    Attributes:
+        files: by name; the first rank's include DCP's metadata.
+        placements: by key, how the tensors are laid out that this rank wrote the beginning of.
+        metadata: what DCP knows of the tensors of all ranks.
+    """
 
-    def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """Check that the directory, which the first rank has made, is there for this rank as well."""
-        if not Path(path).is_dir():
-            raise CheckpointError(
-                f"{str(path)!r} was made by the first rank and is not there for this one. "
-                "Save to a file system that all machines share, by the same path"
-            )
-
-
-def _first(error: BaseException, *, besides: BaseException | None) -> BaseException:
-    """Return the error that came first, where torch met others on its way out and would tell of the last one."""
-    while not error.__suppress_context__ and error.__context__ not in (None, besides):
-        error = error.__context__
-    return error
-
-
-class _Writer(FileSystemWriter):
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory, overwrite=False, sync_files=True)
-        self.fs = CheckpointFiles()
-
-    def storage_meta(self) -> StorageMeta:
-        """Return metadata without a path: it would be the partial directory's, and not every Python could read it."""
-        return StorageMeta(save_id=self.save_id)
-
-
-class _Reader(FileSystemReader):
-    def __init__(self, directory: Path, metadata: Metadata) -> None:
-        super().__init__(directory)
-        self.fs = CheckpointFiles()
-        self._metadata = metadata
-
-    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
-        """Return the metadata that was read and checked before."""
-        return self._metadata
+    files: Mapping[str, FileRecord]
+    placements: Mapping[str, str]
+    metadata: Metadata
 
 
 def info_of(key: str, tensor: Any) -> TensorInfo:
@@ -94,56 +63,92 @@ def info_of(key: str, tensor: Any) -> TensorInfo:
         raise CheckpointError(f"{key!r} is a {type(tensor).__name__}; tensors are saved here, other values as objects")
     if tensor.is_meta:
         raise CheckpointError(f"{key!r} is on the meta device and has no values; materialise the model first")
+    if tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{key!r} is {tensor.layout}, and dense tensors are saved here; convert it with to_dense(), or leave it out"
+        )
     if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
         raise CheckpointError(f"{key!r} is a sum that is not reduced yet ({tensor.placements}); reduce it first")
     return TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
 
 
-def write_shards(directory: Path, *, tensors: Mapping[str, torch.Tensor], ranks: Ranks, failing: str) -> None:
-    """Write this rank's part of the tensors and have it on the disk; a collective of all ranks.
+def write_shards(files: Path | Files, *, tensors: Mapping[str, torch.Tensor], ranks: Ranks, failing: str) -> Written:
+    """Write this rank's part of the tensors and have it on the storage; a collective of all ranks.
 
     Args:
-        directory: an empty directory that is there for all ranks.
+        files: where to, without any shards yet.
         tensors: by key; a plain tensor under a key of several ranks is the same on each.
         ranks: who writes.
         failing: how an error's message begins.
 
+    Returns:
+        What this rank wrote.
+
     Raises:
         CheckpointError: some rank could not write; the same on every rank that lives.
     """
+    writer = ShardWriter(files_at(files), rank=ranks.rank)
     with _errors_of_dcp(ranks, failing=failing):
-        dcp_save(dict(tensors), storage_writer=_Writer(directory), process_group=ranks.group)
+        metadata = dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+    placements = {key: placement_of(tensors[key]) for key in writer.begun}
+    return Written(writer.records, placements, metadata)
 
 
 def read_shards(
-    directory: Path, *, metadata: Metadata, into: Mapping[str, torch.Tensor], ranks: Ranks, failing: str
+    files: Path | Files,
+    *,
+    metadata: Metadata,
+    into: Mapping[str, torch.Tensor],
+    ranks: Ranks,
+    failing: str,
+    manifest: Manifest | None = None,
+    verify: bool = True,
+    fresh: Collection[str] = (),
+    reading: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Fill this rank's tensors from a checkpoint, whatever layout it was written in; a collective of all ranks.
 
     Args:
-        directory: the checkpoint's.
+        files: the checkpoint's.
         metadata: what `read_metadata` gave for it.
         into: the tensors by key, all of them in the checkpoint and of its shapes.
         ranks: who reads.
         failing: how an error's message begins.
+        manifest: the checkpoint's; None reads it, from beside the files.
+        verify: compare the checksums of what is read.
+        fresh: keys of tensors that nobody has used yet, which may be filled in part where the load fails.
+        reading: entered around what this rank reads, to look at its errors.
+        check: what else has to be right on every rank before tensors are filled.
 
     Raises:
-        CheckpointError: some rank could not read; the same on every rank that lives. Tensors may be filled in part.
+        CheckpointError: some rank could not read; the same on every rank that lives. No tensor has changed but those
+            that are fresh.
     """
+    found = files_at(files)
+    known = manifest or parse_manifest(read_file(found, FILE_NAME))
+    reader = ShardReader(found, manifest=known, metadata=metadata, verify=verify, fresh=fresh, reading=reading)
     planner = DefaultLoadPlanner(flatten_state_dict=False)
     with _errors_of_dcp(ranks, failing=failing):
-        dcp_load(dict(into), storage_reader=_Reader(directory, metadata), planner=planner, process_group=ranks.group)
+        dcp_load(dict(into), storage_reader=reader, planner=planner, process_group=ranks.group)
+    if check is not None:
+        ranks.each(check, failing=failing)
+    reader.fill()
 
 
-def files_of_rank(directory: Path, ranks: Ranks) -> dict[str, int]:
-    """Return the bytes of the files that this rank wrote, by name; the first rank's include those that exist once."""
-    sizes = {file.name: file.stat().st_size for file in directory.iterdir() if _writer_of(file) == ranks.rank}
-    return dict(sorted(sizes.items()))
+def placement_of(tensor: torch.Tensor) -> str:
+    """Return in words how a tensor lies on the ranks.
 
-
-def _writer_of(file: Path) -> int:
-    shard = re.fullmatch(r"__(\d+)_\d+\.distcp", file.name)  # DCP's names
-    return int(shard[1]) if shard else 0
+    Example:
+        >>> placement_of(torch.ones(2))
+        'whole'
+    """
+    if not isinstance(tensor, DTensor):
+        return "whole"
+    mesh = tensor.device_mesh
+    names = mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.ndim))
+    axes = zip(tensor.placements, names, mesh.mesh.shape, strict=True)
+    return ", ".join(f"{placement!r} over {name}={size}" for placement, name, size in axes)
 
 
 @contextlib.contextmanager
@@ -163,7 +168,7 @@ def _converted(error: CheckpointException, *, ranks: Ranks, failing: str) -> Bas
     if own is not None and not isinstance(own, Exception):
         return own  # an interrupt of this rank stays one
     texts = [in_words(failures[rank]) if rank in failures else None for rank in range(ranks.size)]
-    return CheckpointError(f"{failing}: {summary(texts)}")
+    return kind_of(failures.values())(f"{failing}: {summary(texts)}")
 
 
 @contextlib.contextmanager

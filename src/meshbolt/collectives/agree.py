@@ -20,7 +20,7 @@ def same_on_all_ranks(value: Any, *, group: dist.ProcessGroup | None = None) -> 
     return all(other == values[0] for other in values), values
 
 
-def agree_on_error(check: Callable[[], None], *, group: dist.ProcessGroup | None = None) -> None:
+def agree_on_error(check: Callable[[], object], *, group: dist.ProcessGroup | None = None) -> None:
     """Run a check that may fail on some ranks only, and fail on all of them if it fails on one.
 
     Args:

@@ -65,7 +65,7 @@ class Settings:
             zero=_setting("zero", zero, Zero),
             recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
-            checkpoint=saving,
+            checkpoint=checkpoint or Checkpoint(),
         )
 
     def written(self) -> dict[str, str]:

@@ -1,13 +1,13 @@
-"""What a checkpoint holds, by name: tensors under flat keys, and everything else as plain objects.
+"""What a checkpoint holds of an optimizer, by name.
 
 Names are those of the user's module, never of a unit or a wrapper, and optimizer state is keyed by the parameter's name, so
-that any layout can read what any other wrote. A state dict that holds tensors anywhere is split into tensors, each under the
-path that leads to it, and the same tree with a marker in each tensor's place.
+that any layout can read what any other wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,53 +16,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshbolt.compat import local_tensor
-from meshbolt.engine.gathered import as_sharded
+from meshbolt.engine.gathered import as_sharded, local_part
+from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.errors import CheckpointError
 
-MARKER = "__tensor__"
+_SHOWN = 3
 
-
-def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """Move the tensors of a tree into a flat dictionary and return the tree with markers in their places.
-
-    Args:
-        tree: nested dicts, lists and tuples.
-        prefix: key of the tree; the keys of tensors grow from it with dots.
-        tensors: filled with the tensors found.
-    """
-    if isinstance(tree, torch.Tensor):
-        tensors[prefix] = tree.detach()
-        return {MARKER: prefix}
-    if isinstance(tree, Mapping):
-        return type(tree)() if not tree else {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(split_tensors(item, f"{prefix}.{index}", tensors) for index, item in enumerate(tree))
-    return tree
-
-
-def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Put tensors back in the places of their markers; the inverse of `split_tensors`.
-
-    Raises:
-        CheckpointError: a marked tensor is not among `tensors`.
-    """
-    if isinstance(tree, Mapping):
-        if set(tree) == {MARKER}:
-            key = tree[MARKER]
-            if key not in tensors:
-                raise CheckpointError(f"The checkpoint's objects refer to a tensor {key!r} that it does not hold.")
-            return tensors[key]
-        return {key: join_tensors(value, tensors) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(join_tensors(item, tensors) for item in tree)
-    return tree
-
-
-def markers(tree: Any) -> list[str]:
-    """Return the keys of all tensors that a tree refers to."""
-    if isinstance(tree, Mapping):
-        return [tree[MARKER]] if set(tree) == {MARKER} else [key for value in tree.values() for key in markers(value)]
-    return [key for item in tree for key in markers(item)] if type(tree) in (list, tuple) else []
+# Settings of torch's optimizers that their first versions did not have.
+_LATER_SETTINGS = frozenset({"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"})
 
 
 def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
@@ -80,45 +41,114 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> 
     groups = []
     for group in optimizer.param_groups:
         groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": groups, "class": type(optimizer).__name__}
 
 
-def load_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+def trained_state(
+    state: Mapping[str, Any], module: nn.Module, optimizers: Iterable[Optimizer]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a module's state without the parameters that nobody trains, and the names of those.
+
+    A parameter that some optimizer keeps state for has been trained, and stays, frozen or not; so do all buffers.
+
+    Args:
+        state: the module's state dict.
+        module: sharded, with nothing gathered.
+        optimizers: of this module.
+    """
+    trained = {parameter for optimizer in optimizers for parameter in optimizer.state}
+    frozen = {
+        name
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if not parameter.requires_grad and parameter not in trained
+    }
+    return {name: value for name, value in state.items() if name not in frozen}, sorted(frozen & set(state))
+
+
+def check_optimizer_state(
+    optimizer: Optimizer, saved: Mapping[str, Any], names: Mapping[nn.Parameter, str], *, regrouped: bool = False
+) -> None:
+    """Compare saved optimizer state with an optimizer: its class, and its groups of parameters.
+
+    Args:
+        optimizer: made on the sharded parameters.
+        saved: as `optimizer_state` returned it, or as the optimizer's own `state_dict` did, by number; its tensors are
+            not looked at.
+        names: of all parameters of the module.
+        regrouped: the optimizer takes its groups from the checkpoint too, before it is loaded.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    _check_class(optimizer, saved)
+    ours = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    theirs = [list(group["params"]) for group in saved["param_groups"]]
+    if regrouped:
+        ours = [[name for name in group if name in set(names.values())] for group in theirs]
+    by_number = _is_by_number(saved)
+    if [len(group) for group in ours] != [len(group) for group in theirs] or (not by_number and ours != theirs):
+        difference = "" if by_number else _first_difference(ours, theirs)
+        raise CheckpointError(
+            f"The checkpoint's {type(optimizer).__name__} has parameter groups of {[len(g) for g in theirs]} parameters, this "
+            f"run's has {[len(g) for g in ours]}{difference}. Make the optimizer as it was made when the checkpoint was "
+            "written, or load only the weights."
+        )
+    if strangers := sorted(set(saved["state"]) - {key for group in theirs for key in group}):
+        raise CheckpointError(
+            f"The checkpoint's {type(optimizer).__name__} has state for {strangers[:_SHOWN]}, which are in none of its parameter "
+            "groups: the checkpoint is damaged. Load only the weights."
+        )
+    if not regrouped and type(optimizer) in ELEMENTWISE:
+        _check_shapes(optimizer, saved, names)
+
+
+def load_optimizer_state(
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    names: Mapping[nn.Parameter, str],
+    *,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
     """Give an optimizer the state that `optimizer_state` returned, here or on another layout.
 
     Args:
         optimizer: made on the sharded parameters.
-        saved: its tensors are in the layout of this run's parameters.
+        saved: its tensors are in the layout of this run's parameters, or whole; by name, or by number.
         names: of all parameters of the module.
+        dtypes: of the saved parameters, by name. State in the dtype of its parameter then follows the parameter into
+            this run's dtype; other state keeps its own.
 
     Raises:
-        CheckpointError: the groups of parameters differ.
+        CheckpointError: the class or the groups of parameters differ; the optimizer is as it was.
     """
-    ours = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    theirs = [list(group["params"]) for group in saved["param_groups"]]
-    if ours != theirs:
-        raise CheckpointError(
-            f"The checkpoint's {type(optimizer).__name__} has parameter groups of {[len(g) for g in theirs]} parameters, this "
-            f"run's has {[len(g) for g in ours]}{_first_difference(ours, theirs)}. Make the optimizer as it was made when the "
-            "checkpoint was written, or load only the weights."
-        )
+    check_optimizer_state(optimizer, saved, names)
+    state: dict[nn.Parameter, dict[str, Any]] = {}
+    for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        counts_on_device = bool(other.get("fused") or other.get("capturable"))
+        for parameter, key in zip(group["params"], other["params"], strict=True):
+            if key in saved["state"]:
+                place = _Place(
+                    parameter=parameter,
+                    saved_dtype=(dtypes or {}).get(names[parameter]),
+                    counts_on_device=counts_on_device,
+                    as_plain=type(optimizer) in ELEMENTWISE,
+                )
+                state[parameter] = {name: place.take(name, value) for name, value in saved["state"][key].items()}
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in other.items() if key != "params"})
-    parameters = {name: parameter for parameter, name in names.items()}
     optimizer.state.clear()
-    for name, values in saved["state"].items():
-        optimizer.state[parameters[name]] = {
-            key: local_tensor(value) if isinstance(value, torch.Tensor) else value for key, value in values.items()
-        }
+    optimizer.state.update(cast("dict[torch.Tensor, Any]", state))
+    # What torch has added to groups and state since the checkpoint was written gets its default.
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
-def empty_like_saved(key_shape: torch.Size, dtype: torch.dtype, parameter: nn.Parameter | None) -> torch.Tensor:
+def empty_like_saved(key_shape: torch.Size, dtype: torch.dtype, parameter: torch.Tensor | None) -> torch.Tensor:
     """Return a tensor for a saved one to be read into: sharded like its parameter where it has the parameter's shape.
 
     Args:
         key_shape: whole shape of the saved tensor.
         dtype: of the saved tensor.
-        parameter: the parameter that the state belongs to, if any.
+        parameter: the parameter that is saved, or that the state belongs to, if any.
     """
     if isinstance(parameter, DTensor) and parameter.shape == key_shape and key_shape != torch.Size([]):
         local = torch.empty_like(local_tensor(parameter), dtype=dtype)
@@ -133,7 +163,76 @@ def _saved(value: Any, parameter: nn.Parameter) -> Any:
     return value
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where saved state of one parameter goes.
+
+    Attributes:
+        parameter: this run's.
+        saved_dtype: of the parameter when it was saved, if known.
+        counts_on_device: step counts lie where the parameter does, as fused kernels need it.
+        as_plain: the optimizer runs on plain shards, not on DTensors.
+    """
+
+    parameter: nn.Parameter
+    saved_dtype: torch.dtype | None
+    counts_on_device: bool
+    as_plain: bool
+
+    def take(self, key: str, value: Any) -> Any:
+        """Return a saved value as the optimizer keeps it."""
+        parameter = self.parameter
+        if not isinstance(value, torch.Tensor):
+            return value
+        device = local_tensor(parameter).device
+        if key == "step":
+            return local_tensor(value).to(device if self.counts_on_device else "cpu", copy=True)
+        dtype = parameter.dtype if (value.shape, value.dtype) == (parameter.shape, self.saved_dtype) else value.dtype
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return local_tensor(value).to(device, dtype, copy=True)
+        # A whole one may lie in a file: only this rank's part of it is read.
+        own = local_tensor(value) if isinstance(value, DTensor) else local_part(value, like=parameter).clone()
+        own = own.to(device, dtype).contiguous()
+        return own if self.as_plain else as_sharded(own, like=parameter)
+
+
+def _is_by_number(saved: Mapping[str, Any]) -> bool:
+    return any(not isinstance(key, str) for group in saved["param_groups"] for key in group["params"])
+
+
+def _check_class(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    own = type(optimizer).__name__
+    if "class" in saved:
+        differs, theirs = saved["class"] != own, saved["class"]
+    else:
+        # The optimizer's own form does not say the class, but its settings do.
+        group = saved["param_groups"][0]
+        lacking = sorted(set(optimizer.defaults) - set(group) - _LATER_SETTINGS)
+        decoupled = [settings.get("decoupled_weight_decay", False) for settings in (optimizer.defaults, group)]
+        differs = bool(lacking) or ("decoupled_weight_decay" in group and decoupled[0] != decoupled[1])
+        theirs = f"an optimizer with the settings {sorted(set(group) - {'params'})}"
+    if differs:
+        raise CheckpointError(
+            f"The checkpoint has the state of {theirs}, and this run's optimizer is {own}. Use the optimizer that the "
+            "checkpoint was written with, or load only the weights."
+        )
+
+
+def _check_shapes(optimizer: Optimizer, saved: Mapping[str, Any], names: Mapping[nn.Parameter, str]) -> None:
+    """Check that state has the shape of its parameter, or none."""
+    wrong = []
+    for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, key in zip(group["params"], other["params"], strict=True):
+            shapes = [tuple(getattr(value, "shape", ())) for value in saved["state"].get(key, {}).values()]
+            wrong += [f"{names[parameter]} {shape}" for shape in shapes if shape not in ((), tuple(parameter.shape))]
+    if wrong:
+        raise CheckpointError(
+            f"The checkpoint's {type(optimizer).__name__} has state of other shapes than this run's parameters: "
+            f"{wrong[:_SHOWN]}. Build the module in its old sizes, or load only the weights."
+        )
+
+
 def _first_difference(ours: list[list[str]], theirs: list[list[str]]) -> str:
     mine, other = {n for g in ours for n in g}, {n for g in theirs for n in g}
     extra, missing = sorted(mine - other)[:3], sorted(other - mine)[:3]
-    return f" (only here: {extra}; only there: {missing})" if extra or missing else ""
+    return f" (only here: {extra}; only there: {missing})" if extra or missing else " (in another order)"

@@ -1,12 +1,13 @@
 """The strategies for Lightning's Trainer and for Fabric: which hook calls what of the engine, and nothing more.
 
-May import: `plugins` and below, and Lightning. `trainer.py` and `fabric.py` are the two adapters; `core.py` is what they share;
-`checks.py` refuses what cannot be honoured; `registry.py` has the preset names. To add a preset, add a row to `PRESETS`. Read
-`trainer.py` first.
+May import: `plugins` and below, and Lightning. `trainer.py` and `fabric.py` are the two adapters; `core.py` is what they
+share; `from_checkpoint.py` needs neither; `checks.py` refuses what cannot be honoured; `registry.py` has the preset names. To
+add a preset, add a row to `PRESETS`. Read `trainer.py` first.
 """
 
 from meshbolt.strategies.fabric import MeshStrategy as FabricMeshStrategy
+from meshbolt.strategies.from_checkpoint import load_from_checkpoint
 from meshbolt.strategies.registry import PRESETS, register_presets
 from meshbolt.strategies.trainer import MeshStrategy
 
-__all__ = ["PRESETS", "FabricMeshStrategy", "MeshStrategy", "register_presets"]
+__all__ = ["PRESETS", "FabricMeshStrategy", "MeshStrategy", "load_from_checkpoint", "register_presets"]

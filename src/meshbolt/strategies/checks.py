@@ -7,11 +7,15 @@ from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
+from meshbolt.checkpoint.directory import is_remote
 from meshbolt.errors import ConfigError, UnsupportedError
-from meshbolt.strategies.compat import asked_precision, is_compiled, time_between_validations
+from meshbolt.plugins import MeshCheckpointIO
+from meshbolt.strategies.compat import WrappingCheckpointIO, asked_precision, is_compiled, time_between_validations
 
 REFUSED_CALLBACKS: Mapping[str, str] = MappingProxyType(
     {
@@ -112,17 +116,48 @@ def refuse_foreign(module: nn.Module, *, sharded: Iterable[nn.Module], parameter
         )
 
 
-def refuse_checkpoint_io(io: Any) -> None:
-    """Refuse a CheckpointIO plugin.
+def refuse_links_elsewhere(callback: ModelCheckpoint) -> None:
+    """Refuse a ModelCheckpoint that is to make links where there are none.
+
+    Args:
+        callback: whose directory is known.
 
     Raises:
-        UnsupportedError: there is one.
+        UnsupportedError: it is to make them at a URL.
     """
-    if io is not None:
+    if callback.save_last == "link" and callback.dirpath is not None and is_remote(callback.dirpath):
         raise UnsupportedError(
-            f"The CheckpointIO plugin {type(io).__name__} is not available with meshbolt: checkpoints are directories that "
-            "all ranks write together. Leave the plugin out."
+            f'ModelCheckpoint(save_last="link") cannot save to {str(callback.dirpath)!r}: only local file systems have links. '
+            "Use save_last=True, which saves the last checkpoint under a name of its own."
         )
+
+
+def mesh_io_inside(io: CheckpointIO) -> MeshCheckpointIO:
+    """Return meshbolt's CheckpointIO plugin inside those that the user has put around it, or put one there.
+
+    Args:
+        io: the outermost.
+
+    Raises:
+        UnsupportedError: one of them cannot be honoured.
+    """
+    inner: CheckpointIO | None = io
+    while isinstance(inner, WrappingCheckpointIO):
+        if isinstance(inner, AsyncCheckpointIO):
+            raise UnsupportedError(
+                f"The CheckpointIO plugin {type(inner).__name__} saves in a thread of one rank, while checkpoints of meshbolt "
+                "are written by all ranks together. Leave it out and use MeshStrategy(checkpoint=Checkpoint(asynchronous=True))."
+            )
+        if inner.checkpoint_io is None:
+            inner.checkpoint_io = MeshCheckpointIO()
+        inner = inner.checkpoint_io
+    if isinstance(inner, MeshCheckpointIO):
+        return inner
+    raise UnsupportedError(
+        f"The CheckpointIO plugin {type(inner).__name__} saves one rank's dictionary by itself, while checkpoints of meshbolt "
+        "are directories that all ranks write together. Leave it out; or derive it from Lightning's _WrappingCheckpointIO and "
+        "put it around meshbolt.plugins.MeshCheckpointIO()."
+    )
 
 
 def _check_callback(callback: Callback) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,24 +21,33 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.saving import _load_state
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as WrappingCheckpointIO
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
+from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint, pl_legacy_patch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
 __all__ = [
     "BackwardSyncControl",
+    "BatchCount",
     "FabricForkLauncher",
     "FabricScriptLauncher",
     "TrainerForkLauncher",
     "TrainerLauncher",
     "TrainerScriptLauncher",
+    "WrappingCheckpointIO",
     "asked_precision",
+    "built_from",
     "connect_ranks",
     "default_backend",
     "default_store",
+    "file_is_there",
     "is_compiled",
+    "link_instead",
     "note_termination_instead",
     "plain_optimizer",
     "ranks_are_connected",
@@ -46,6 +56,9 @@ __all__ = [
     "time_between_validations",
     "trainer_of",
 ]
+
+
+Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: timedelta, device: torch.device) -> None:
@@ -112,6 +125,32 @@ def asked_precision(trainer: pl.Trainer) -> str:
     return str(trainer._accelerator_connector._precision_flag)
 
 
+def built_from(
+    module_class: type[Module],
+    checkpoint: Mapping[str, Any],
+    *,
+    strict: bool | None,
+    overrides: Mapping[str, Any],
+    quiet: bool = False,
+) -> Module:
+    """Return a module as `load_from_checkpoint` of its class does with the content of a file.
+
+    Args:
+        module_class: the LightningModule's class.
+        checkpoint: the content; its top level is copied, since migrations and hooks may change it.
+        strict: as for `load_from_checkpoint`.
+        overrides: arguments of the constructor, instead of the saved hyperparameters.
+        quiet: do not warn of names that differ.
+    """
+    with pl_legacy_patch(), warnings.catch_warnings():
+        if quiet:
+            warnings.filterwarnings("ignore", message="Found keys that are")
+        content = _pl_migrate_checkpoint({**checkpoint, "state_dict": dict(checkpoint["state_dict"])})
+        key = module_class.CHECKPOINT_HYPER_PARAMS_KEY
+        content[key] = {**content.get(key, {}), **overrides}
+        return cast("Module", _load_state(module_class, content, strict=strict, **overrides))
+
+
 def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> None:
     """Replace the part of Lightning's SIGTERM handler that broadcasts from within the handler.
 
@@ -128,3 +167,75 @@ def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> N
 
     handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
     handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]
+
+
+class BatchCount:
+    """Lightning's count of the training batches of an epoch."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        """Look at a Trainer's loop.
+
+        Args:
+            trainer: whose loop it is.
+        """
+        self._fit_loop, self._loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        self._went_back = False
+
+    @property
+    def _trackers(self) -> tuple[Any, Any]:
+        progress = self._loop.batch_progress
+        return progress.current, progress.total
+
+    @property
+    def done(self) -> int:
+        """How many batches are done; the same when a checkpoint is saved, and after it was loaded."""
+        current, total = self._trackers
+        # At the end of a batch, where checkpoints are saved, only the last of the counters is behind.
+        at_end = total.ready == total.processed == total.completed + 1
+        return int(current.completed) + int(at_end)
+
+    @property
+    def is_inside_a_batch(self) -> bool:
+        """Whether a batch has begun whose step is not done."""
+        current, _ = self._trackers
+        return bool(current.ready > current.processed)
+
+    @property
+    def epoch_is_done(self) -> bool:
+        """Whether the last batch of the epoch is done."""
+        return bool(self._loop.batch_progress.is_last_batch) and not self.is_inside_a_batch
+
+    def go_back_to(self, done: int) -> None:
+        """Count as if fewer batches (or, on fewer ranks, more) were done; without a difference do nothing."""
+        back = self.done - done
+        if not back:
+            return
+        self._went_back = True
+        current, total = self._trackers
+        for tracker, count in ((total, total.completed + self.done - current.completed - back), (current, done)):
+            tracker.ready = tracker.started = tracker.processed = tracker.completed = count
+        self._loop.batch_progress.is_last_batch = False
+
+    def settle(self) -> None:
+        """Where the count went back to a validation that has run, keep Lightning from counting its step again."""
+        fetcher: Any = self._fit_loop._data_fetcher
+        if self._went_back and self._loop._should_check_val_fx(fetcher):
+            self._loop._batches_that_stepped -= 1
+        self._went_back = False
+
+
+def file_is_there(callback: ModelCheckpoint, path: str) -> bool:
+    """Return whether there is something at a path, on the file system of a ModelCheckpoint."""
+    return bool(callback._fs.exists(path))
+
+
+def link_instead(callback: ModelCheckpoint, link: Callable[[str, str], None] | None) -> None:
+    """Replace how a ModelCheckpoint makes the link of `save_last="link"`.
+
+    Args:
+        callback: the ModelCheckpoint.
+        link: called with the path of the link and that of the checkpoint, on every rank; None: as it was before.
+    """
+    vars(callback).pop("_link_checkpoint", None)
+    if link is not None:
+        vars(callback)["_link_checkpoint"] = lambda _trainer, filepath, linkpath: link(linkpath, filepath)

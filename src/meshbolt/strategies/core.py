@@ -13,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.accelerators.accelerator import Accelerator
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.plugins.precision.precision import Precision
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,14 +24,14 @@ from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.engine import Engine, gathered
-from meshbolt.engine.random_state import restore_random_state
-from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
+from meshbolt.errors import ConfigError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
-from meshbolt.strategies.checks import refuse_checkpoint_io, refuse_foreign
+from meshbolt.strategies.checks import refuse_foreign
 from meshbolt.strategies.compat import (
     connect_ranks,
     default_backend,
@@ -39,9 +40,10 @@ from meshbolt.strategies.compat import (
     reduce_over_ranks,
     set_rank_zero_only,
 )
-from meshbolt.strategies.directories import LoadInto, load_tree, save_tree
+from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
+from meshbolt.strategies.saving import Saving
 from meshbolt.zero import Zero
 
 
@@ -86,7 +88,7 @@ class MeshCore:
             accelerator: as Lightning's strategies have it.
             parallel_devices: as Lightning's strategies have it.
             cluster_environment: as Lightning's strategies have it.
-            checkpoint_io: not in this version; None.
+            checkpoint_io: a plugin of yours around `meshbolt.plugins.MeshCheckpointIO`, which carries checkpoints.
             precision_plugin: one of `meshbolt.plugins`, or a stock one, which is converted.
             process_group_backend: "gloo" or "nccl"; None: the device's own.
             timeout: how long a collective waits for its peers.
@@ -117,7 +119,9 @@ class MeshCore:
             "start_method": start_method,
         }
         check_arguments(self._arguments)
-        refuse_checkpoint_io(checkpoint_io)
+        self._refuse_settings()
+        self._saving = Saving(self.settings.checkpoint, checkpoint_io)
+        self._single_file_io: CheckpointIO | None = None
         self._backend = process_group_backend
         self._timeout = timeout
         self._start_method = start_method
@@ -131,11 +135,14 @@ class MeshCore:
         self._chosen_accelerator: Accelerator | None = None
         self._mesh_precision: MeshPrecision | None = None
         # Lightning's two classes take the same arguments in this order, the last under different names.
-        super().__init__(accelerator, parallel_devices, cluster_environment, None, precision_plugin)  # type: ignore[call-arg]
+        super().__init__(accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin)  # type: ignore[call-arg]
 
     def __repr__(self) -> str:
         """Return the call that makes this strategy, and what it is for."""
         return f"{written_call(self.call, self.settings, self._arguments)} for {self.is_for}"
+
+    def _refuse_settings(self) -> None:
+        """Raise where a setting makes no sense for whose strategy this is."""
 
     # What a Trainer or Fabric sets before ranks exist -----------------------------------------------------------------
 
@@ -152,14 +159,22 @@ class MeshCore:
 
     @property
     def checkpoint_io(self) -> CheckpointIO:
-        """Lightning's own, used only for the single file that carries results out of forked ranks."""
-        io: CheckpointIO = super().checkpoint_io  # type: ignore[misc]
-        return io
+        """The plugin that carries checkpoints: meshbolt's, or the user's around it."""
+        return self._single_file_io or self._saving.io
 
     @checkpoint_io.setter
     def checkpoint_io(self, io: CheckpointIO) -> None:
-        """Refuse a plugin: checkpoints are directories."""
-        refuse_checkpoint_io(io)
+        """Take the user's plugin, which must stand around meshbolt's."""
+        self._saving.use(io)
+
+    @contextmanager
+    def results_in_one_file(self) -> Iterator[None]:
+        """Let Lightning carry results out of ranks that were started as functions: a file of whole tensors, no checkpoint."""
+        self._single_file_io = TorchCheckpointIO()
+        try:
+            yield
+        finally:
+            self._single_file_io = None
 
     def _get_precision(self) -> MeshPrecision:
         if self._mesh_precision is None:
@@ -253,6 +268,7 @@ class MeshCore:
         agree_on_settings(rows, group=self._control_group)
         if self._mesh is None:
             self._mesh = build_mesh(self.plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
+            self._saving.connect(self.plan, timeout=self._timeout)
 
     def _connect_ranks(self) -> None:
         self._set_ranks()
@@ -393,15 +409,49 @@ class MeshCore:
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
-    def _save(self, path: str | Path, tree: Mapping[str, Any], *, storage_options: Any) -> None:
-        if storage_options is not None:
-            raise UnsupportedError("storage_options are not available for checkpoint directories. Leave them out.")
-        group = self._control_group
-        save_tree(self.broadcast(str(path)), tree, plan=self.plan, device=self.root_device, group=group)
+    def wait_for_checkpoint(self) -> None:
+        """Wait until the checkpoint that is being written in the background is whole; without one, do nothing.
 
-    def _load(self, path: str, into: LoadInto, *, weights_only: bool | None, with_random_state: bool) -> dict[str, Any]:
-        policy, group = self.settings.checkpoint, self._control_group
-        tree, random_state = load_tree(path, into, weights_only=weights_only, policy=policy, group=group)
-        if with_random_state and random_state:
-            restore_random_state(random_state, self.root_device)
-        return tree
+        The end of fit does so by itself, and the next save, and the end of the program. All ranks must call it.
+
+        Raises:
+            CheckpointError: it was not saved; the same on every rank.
+
+        Example:
+            >>> fabric.save("last.ckpt", state)
+            >>> fabric.strategy.wait_for_checkpoint()
+        """
+        self._saving.finish()
+
+    def _save(
+        self,
+        path: str | Path,
+        tree: Mapping[str, Any],
+        *,
+        notes: Mapping[str, Any],
+        buffers: frozenset[str],
+        storage_options: Any,
+        in_background: bool,
+    ) -> None:
+        self._saving.save(
+            self.broadcast(str(path)),
+            ToSave(tree=tree, notes=notes, random_state=self._random_state(), buffers=buffers),
+            storage_options=storage_options,
+            in_background=in_background,
+            group=self._control_group,
+        )
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        """Return the random state that a run which resumes on this rank goes on with."""
+        return collect_random_state(self.root_device)
+
+    def _load(self, path: str, into: LoadInto, *, weights_only: bool | None) -> Loaded:
+        return self._saving.load(path, into, weights_only=weights_only, group=self._control_group)
+
+    def _take_random_state(self, loaded: Loaded) -> None:
+        """Go on with the random state of a checkpoint, or, on another number of ranks, with one that branches from it."""
+        if loaded.random_state and loaded.same_ranks:
+            restore_random_state(loaded.random_state, self.root_device)
+        elif loaded.random_state:
+            coordinate = self.plan.mesh.data_parallel_rank(dist.get_rank())
+            branch_random_state(loaded.random_state, coordinate, self.root_device)

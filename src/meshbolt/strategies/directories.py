@@ -2,104 +2,228 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint import Checkpoint, load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, saved_tensors
+from meshbolt.checkpoint.agreement import Ranks
+from meshbolt.checkpoint.chunks import bytes_of
+from meshbolt.checkpoint.optimizers import OWN
+from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
+from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
-from meshbolt.engine.random_state import collect_random_state
-from meshbolt.engine.state import empty_like_saved, join_tensors, markers, split_tensors
+from meshbolt.engine.state import empty_like_saved
 
-# A key of our own among the user's: which of the tensors were sharded when they were saved.
-_OWN = "meshbolt"
+# Where random states are, by data-parallel coordinate, and the buffers that differ from those of the first one.
+_RANDOM, _BUFFERS = "random", "buffers"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadInto:
-    """What a checkpoint is read into.
+    """What a checkpoint is read for; nothing of it is changed while it is read.
 
     Attributes:
-        live: tensors to fill, by key; the checkpoint's other tensors are read into new ones.
-        parameters: by the beginning of keys, the parameters by name that sharded tensors under these keys belong to.
+        weights: tensors of modules, by key; saved ones are read in their layout.
+        parameters: by the beginning of keys, the parameters by name that other sharded tensors under these keys belong to.
+        check: raises if the checkpoint does not fit; called, before any tensor is read, with what `load_tree` returns
+            but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
     """
 
-    live: Mapping[str, torch.Tensor]
-    parameters: Mapping[str, Mapping[str, nn.Parameter]]
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    parameters: Mapping[str, Mapping[str, nn.Parameter]] = field(default_factory=dict)
+    check: Callable[[Loaded], object] = lambda _: None
     leave_out: frozenset[str] = field(default=frozenset())
 
 
-def save_tree(
-    path: str, tree: Mapping[str, Any], *, plan: Plan, device: torch.device, group: dist.ProcessGroup | None
-) -> None:
-    """Write a checkpoint directory; every rank writes its shards, and its random state.
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a checkpoint holds.
+
+    Attributes:
+        tree: what was saved, with tensors in their places.
+        notes: what was said about it when it was saved.
+        random_state: of this rank's data-parallel coordinate, or of the first one where the numbers of them differ;
+            empty if none was saved.
+        same_ranks: whether as many data-parallel coordinates have saved it as load it.
+        is_file: whether it is a single file, which Lightning may have to bring up to date before it is compared.
+    """
+
+    tree: dict[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    same_ranks: bool = False
+    is_file: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToSave:
+    """What a checkpoint is to hold.
+
+    Attributes:
+        tree: a state dict of any shape; of rank 0 everything is saved, of the others the sharded tensors.
+        notes: plain data about the tree, for whoever loads it.
+        random_state: this rank's.
+        buffers: keys of tensors of modules that are no parameters: of them, each rank may have its own.
+    """
+
+    tree: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    buffers: frozenset[str] = field(default=frozenset())
+
+
+def buffers_of(module: nn.Module, state: Mapping[str, Any], *, key: str) -> frozenset[str]:
+    """Return the keys, in a tree, of the tensors of a module that are no parameters.
 
     Args:
-        path: the same on every rank.
-        tree: of rank 0 everything is saved, of the others the sharded tensors.
+        module: the module.
+        state: its state dict, or a part of it.
+        key: what the tree has it under.
+    """
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return frozenset(f"{key}.{name}" for name in state if name not in parameters)
+
+
+def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[str, Any]:
+    """Return what `save_directory` takes to write a checkpoint; a collective of all ranks.
+
+    Of this rank, its shards, its random state, and those buffers that differ from rank 0's.
+
+    Args:
+        state: this rank's.
         plan: what the run does.
-        device: this rank's.
-        group: of all ranks, for tensors on the CPU.
+        ranks: all of them.
+        failing: how an error's message begins.
+
+    Raises:
+        CheckpointError: some rank has buffers that cannot be read; the same on every rank.
     """
     tensors: dict[str, torch.Tensor] = {}
-    objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
+    objects = {key: split_tensors(value, key, tensors) for key, value in state.tree.items()}
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
-    random_state = {_random_key(key): value for key, value in collect_random_state(device).items()}
-    save_directory(
-        path,
-        tensors={**held, **random_state},
-        objects={**objects, _OWN: {"sharded": sharded}},
-        plan=dict(plan.rows()),
-        versions={"lightning": version("lightning")},
-        keep_partial=plan.settings.checkpoint.keep_partial,
-        group=group,
-    )
+    buffers = {key: tensors[key] for key in sorted(state.buffers & tensors.keys() - set(sharded))}
+    own = {_RANDOM: state.random_state, _BUFFERS: _unlike_the_first(buffers, ranks=ranks, failing=failing)}
+    coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
+    return {
+        "tensors": {
+            **held,
+            **{_prefix(kind, coordinate) + key: value for kind, values in own.items() for key, value in values.items()},
+        },
+        "objects": {**objects, OWN: {**state.notes, "sharded": sharded}},
+        "plan": dict(plan.rows()),
+        "versions": {"lightning": lightning.__version__},
+        "keep_partial": plan.settings.checkpoint.keep_partial,
+    }
 
 
 def load_tree(
-    path: str, into: LoadInto, *, weights_only: bool | None, policy: Checkpoint, group: dist.ProcessGroup | None
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    path: str, into: LoadInto, *, weights_only: bool | None, plan: Plan, group: dist.ProcessGroup | None
+) -> Loaded:
     """Read a checkpoint directory, whatever layout it was written in.
 
     Args:
         path: the same on every rank.
-        into: what to fill.
+        into: what it is read for.
         weights_only: False builds objects of any class, which runs code from the file; else plain data only.
-        policy: how checkpoints are read.
+        plan: what this run does.
         group: of all ranks, for tensors on the CPU.
 
-    Returns:
-        The tree that was saved, with tensors in their places; and this rank's random state, empty if none was saved.
+    Raises:
+        CheckpointError: it cannot be read.
+        Exception: what `into.check` raises; on every rank, and before any tensor is read.
     """
-    objects = load_objects(path, weights_only=weights_only, verify=policy.verify, group=group)
-    sharded = set(objects.pop(_OWN, {}).get("sharded", ()))
+    objects = load_objects(path, weights_only=weights_only, verify=plan.settings.checkpoint.verify, group=group)
+    notes = objects.pop(OWN, {})
     objects = {key: value for key, value in objects.items() if key not in into.leave_out}
     saved = saved_tensors(path)
-    tensors = {}
-    for key in markers(objects):
-        shape, dtype = torch.Size(saved[key].shape), saved[key].dtype
-        owner = _owner(key, shape, into.parameters) if key in sharded else None
-        tensors[key] = into.live[key] if key in into.live else empty_like_saved(shape, dtype, owner)
-    prefix = _random_key("")
-    random_state = {
-        key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in saved if key.startswith(prefix)
-    }
-    # The files have just been compared with the manifest; nothing is unexpected, since the objects name what is read.
-    load_tensors(path, {**tensors, **random_state}, prefix=(), verify=False, group=group)
-    tree = {key: join_tensors(value, tensors) for key, value in objects.items()}
-    return tree, {key.removeprefix(prefix): value for key, value in random_state.items()}
+    agree_on_error(
+        lambda: into.check(Loaded(tree=_joined(objects, saved), notes=notes)),  # type: ignore[arg-type]
+        group=group,
+    )
+    coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
+    prefix, same_ranks = _random_state_for(coordinate, saved, plan=plan)
+    buffers = _prefix(_BUFFERS, coordinate)
+    places = {key: buffers + key if same_ranks and buffers + key in saved else key for key in markers(objects)}
+    tensors = _room(places, saved, sharded=set(notes.get("sharded", ())), into=into)
+    random_keys = [key for key in saved if prefix and key.startswith(prefix)]
+    random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
+    asked = {**{places[key]: tensor for key, tensor in tensors.items()}, **random_state}
+    # Nothing is unexpected, since the objects name what is read; and all of it was made for this load.
+    load_tensors(path, asked, prefix=(), verify=plan.settings.checkpoint.verify, fresh=asked.keys(), group=group)
+    return Loaded(
+        tree=_joined(objects, tensors),
+        notes=notes,
+        random_state={key.removeprefix(prefix): value for key, value in random_state.items()},
+        same_ranks=same_ranks,
+    )
 
 
-def _random_key(name: str) -> str:
-    return f"random.{dist.get_rank()}.{name}"
+def left_out_of(key: str, notes: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of what was left out on purpose of the state under a key, as the notes of a checkpoint say it."""
+    return frozenset(notes.get("left_out", {}).get(key, ()))
+
+
+def _joined(objects: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {key: join_tensors(value, tensors) for key, value in objects.items()}
+
+
+def _room(
+    places: Mapping[str, str], saved: Mapping[str, TensorInfo], *, sharded: set[str], into: LoadInto
+) -> dict[str, torch.Tensor]:
+    """Return tensors to read into, of the shapes and dtypes that were saved, in the layout of what they belong to.
+
+    Args:
+        places: the key under which each was saved, by its key in the tree.
+        saved: what is known of them.
+        sharded: keys of those that were sharded.
+        into: what they belong to.
+    """
+    room = {}
+    for key, place in places.items():
+        shape = torch.Size(saved[place].shape)
+        owner = into.weights.get(key)
+        if owner is None and key in sharded:
+            owner = _owner(key, shape, into.parameters)
+        room[key] = empty_like_saved(shape, saved[place].dtype, owner)
+    return room
+
+
+def _prefix(kind: str, coordinate: int) -> str:
+    return f"{kind}.{coordinate}."
+
+
+def _unlike_the_first(buffers: Mapping[str, torch.Tensor], *, ranks: Ranks, failing: str) -> dict[str, torch.Tensor]:
+    """Return those buffers of this rank that differ from rank 0's, in any bit."""
+    digests = ranks.each(lambda: {key: _digest(value) for key, value in buffers.items()}, failing=failing)
+    own, first = digests[ranks.rank], digests[0]
+    return {key: value for key, value in buffers.items() if own[key] != first.get(key)}
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    content = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    content.update(bytes_of(tensor.detach().cpu().contiguous()))
+    return content.digest()
+
+
+def _random_state_for(coordinate: int, saved: Iterable[str], *, plan: Plan) -> tuple[str, bool]:
+    """Return the beginning of the keys of the random state that a coordinate takes, and whether it is its own."""
+    matches = (re.match(rf"{_RANDOM}\.(\d+)\.", key) for key in saved)
+    found = {int(match[1]) for match in matches if match}
+    if not found:
+        return "", False
+    same_ranks = found == set(range(plan.mesh.data_parallel_size))
+    return _prefix(_RANDOM, coordinate if same_ranks else min(found)), same_ranks
 
 
 def _owner(key: str, shape: torch.Size, parameters: Mapping[str, Mapping[str, nn.Parameter]]) -> nn.Parameter | None:

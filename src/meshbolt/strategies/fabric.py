@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -15,17 +16,21 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from meshbolt.collectives import agree_on_error
 from meshbolt.engine import Engine
-from meshbolt.engine.load import load_model
+from meshbolt.engine.load import check_weights, load_model
 from meshbolt.engine.rewire import names_by_parameter, rewire_optimizer
-from meshbolt.engine.state import load_optimizer_state, optimizer_state
+from meshbolt.engine.state import check_optimizer_state, load_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError, ConfigError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.directories import LoadInto
+from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
+from meshbolt.strategies.files import agree_on_path
 from meshbolt.strategies.meta import meta_tensors
+
+_log = logging.getLogger(__name__)
 
 
 class MeshStrategy(MeshCore, ParallelStrategy):
@@ -39,6 +44,15 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     call = "meshbolt.fabric.MeshStrategy"
     is_for = "lightning.fabric.Fabric"
+    _is_new_window = True
+
+    @override
+    def _refuse_settings(self) -> None:
+        if self.settings.checkpoint.load_weights_only:
+            raise ConfigError(
+                "Checkpoint(load_weights_only=True) is for a Trainer's fit. In Fabric, load what you name: "
+                'fabric.load(path, {"model": model}).'
+            )
 
     @property
     @override
@@ -72,6 +86,12 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     def _set_world_ranks(self) -> None:
         self._set_ranks()
+
+    @override
+    def teardown(self) -> None:
+        """Wait for the checkpoint that is being written, and free what the run held."""
+        self._saving.finish(for_good=True)
+        super().teardown()
 
     @override
     def setup_environment(self) -> None:
@@ -119,6 +139,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def backward(self, tensor: torch.Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Run backward inside the engines of all modules: the loss may go through several."""
+        self._is_new_window = True
         loss = tensor if self.precision.loss_scaler is None else self.precision.loss_scaler.scale(tensor)
         with ExitStack() as stack:
             for engine in self._engines.values():
@@ -127,7 +148,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Take an optimizer step on the shards; a closure runs first."""
+        """Take an optimizer step on the shards; a closure runs first. A checkpoint that could not be written is raised here."""
+        if self._is_new_window:
+            # Several optimizers may step in one window; in the backward of the next all ranks meet.
+            self._is_new_window = False
+            self._saving.before_window()
         closure: Callable[[], Any] | None = kwargs.pop("closure", None)
         result = closure() if closure is not None else None
         stepped = self.precision.step(optimizer, self._engine_of(optimizer), **kwargs)
@@ -176,7 +201,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         storage_options: Any = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Write a checkpoint directory; every rank writes its shards.
+        """Save a checkpoint directory; every rank writes its shards.
 
         Args:
             path: of the directory.
@@ -185,9 +210,23 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             filter: by key of `state`, says of each entry of a state dict whether it is saved.
         """
         tree = {key: self._state_of(value) for key, value in state.items()}
+        modules = {key: behind_entry(value) for key, value in state.items() if isinstance(value, nn.Module)}
+        left_out: dict[str, list[str]] = {}
+        if self.settings.checkpoint.trainable_only:
+            optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
+            for key, module in modules.items():
+                tree[key], left_out[key] = trained_state(tree[key], module, optimizers)
         for key, keep in (filter or {}).items():
             tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
-        self._save(path, tree, storage_options=storage_options)
+        buffers = [buffers_of(module, tree[key], key=key) for key, module in modules.items()]
+        self._save(
+            path,
+            tree,
+            notes={"left_out": left_out},
+            buffers=frozenset().union(*buffers),
+            storage_options=storage_options,
+            in_background=True,
+        )
 
     @override
     def load_checkpoint(
@@ -200,76 +239,107 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Read a checkpoint into modules, optimizers and other objects, in place.
 
         Args:
-            path: of a directory; or, with a module as `state`, of a file with its state dict.
-            state: what to read into, under the keys it was saved with; or one module.
+            path: of a directory, or of a single file that torch.save has written.
+            state: what to read into, under the keys it was saved with; or, for a file of a state dict, one module.
             strict: refuse any difference.
             weights_only: as `torch.load` has it.
 
         Returns:
             What the checkpoint holds under keys that `state` has not.
         """
-        place: str = self.broadcast(str(path))
-        if Path(place).is_file() and isinstance(state, nn.Module):
-            saved = torch.load(place, map_location="cpu", weights_only=weights_only, mmap=True)
-            self._load_module(state, saved, strict=strict)
+        place, is_file = agree_on_path(str(path), group=self._control_group)
+        if is_file and isinstance(state, nn.Module):
+            content = self._load(place, LoadInto(), weights_only=weights_only).tree
+            self._load_objects({"": state}, Loaded(tree={"": content}), strict=strict)
             return {}
-        if isinstance(state, MutableMapping):
-            return self._load_directory(place, state, strict=strict, weights_only=weights_only)
-        raise CheckpointError(
-            f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
-            "of the objects to read into, or the file of one module's state dict and that module."
-        )
+        if not isinstance(state, MutableMapping):
+            raise CheckpointError(
+                f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
+                "of the objects to read into, or the file of one module's state dict and that module."
+            )
+        loaded = self._load(place, self._wanted(state, strict=strict), weights_only=weights_only)
+        self._load_objects(state, loaded, strict=strict)
+        return {key: value for key, value in loaded.tree.items() if key not in state}
 
-    def _load_directory(
-        self, path: str, state: MutableMapping[str, Any], *, strict: bool, weights_only: bool | None
-    ) -> dict[str, Any]:
-        live: dict[str, torch.Tensor] = {}
+    def _wanted(self, state: Mapping[str, Any], *, strict: bool) -> LoadInto:
+        weights: dict[str, torch.Tensor] = {}
         owners: dict[str, Mapping[str, nn.Parameter]] = {}
         for key, target in state.items():
             if isinstance(target, nn.Module):
                 own = self._state_of(target)
-                live.update({f"{key}.{name}": value for name, value in own.items() if isinstance(value, torch.Tensor)})
+                weights.update({f"{key}.{k}": value for k, value in own.items() if isinstance(value, torch.Tensor)})
             elif isinstance(target, Optimizer):
                 owners[key] = self._engine_of(target).parameters_by_name
-        into = LoadInto(live=live, parameters=owners)
-        tree = self._load(path, into, weights_only=weights_only, with_random_state=True)
-        missing = sorted(set(state) - set(tree))
+        return LoadInto(
+            weights=weights,
+            parameters=owners,
+            check=lambda loaded: self._check(state, loaded, strict=strict),
+        )
+
+    def _check(self, state: Mapping[str, Any], loaded: Loaded, *, strict: bool) -> str:
+        """Compare what was saved with all that it is to be read into; return the names that differ where they may."""
+        missing = sorted(set(state) - set(loaded.tree))
         if strict and missing:
             raise CheckpointError(
-                f"{path} does not hold {missing}; it holds {sorted(tree)}. Leave them out, or use strict=False."
+                f"The checkpoint does not hold {missing}; it holds {sorted(loaded.tree)}. Leave them out, or use strict=False."
             )
-        for key, target in state.items():
-            if key in tree:
-                state[key] = self._restore(target, tree.pop(key), strict=strict)
-        return tree
+        lists = ""
+        for key, saved in loaded.tree.items():
+            target = state.get(key)
+            if isinstance(target, nn.Module):
+                lists += check_weights(
+                    self._state_of(target),
+                    saved,
+                    strict=strict,
+                    source=f"the checkpoint's {key!r}" if key else "the file",
+                    left_out=left_out_of(key, loaded.notes),
+                )
+            elif isinstance(target, Optimizer):
+                check_optimizer_state(target, saved, self._names(target))
+        return lists
 
-    def _restore(self, target: Any, saved: Any, *, strict: bool) -> Any:
-        if isinstance(target, nn.Module):
-            self._load_module(target, saved, strict=strict)
-        elif isinstance(target, Optimizer):
-            names = {parameter: name for name, parameter in self._engine_of(target).parameters_by_name.items()}
-            load_optimizer_state(target, saved, names)
-        elif hasattr(target, "load_state_dict"):
-            target.load_state_dict(saved)
-        else:
-            return saved
-        return target
+    def _load_objects(self, state: MutableMapping[str, Any], loaded: Loaded, *, strict: bool) -> None:
+        """Put a checkpoint into modules, optimizers and other objects, once all of it is known to fit."""
+        lists: list[str] = []
+        agree_on_error(lambda: lists.append(self._check(state, loaded, strict=strict)), group=self._control_group)
+        if lists[0] and self.is_global_zero:
+            _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
+        found = {key: target for key, target in state.items() if key in loaded.tree}
+        # The user's objects first: they may raise.
+        for key, target in found.items():
+            if hasattr(target, "load_state_dict") and not isinstance(target, (nn.Module, Optimizer)):
+                target.load_state_dict(loaded.tree[key])
+            elif not hasattr(target, "load_state_dict"):
+                state[key] = loaded.tree[key]
+        dtypes: dict[nn.Module, dict[str, torch.dtype]] = {}
+        for key, target in found.items():
+            if isinstance(target, nn.Module):
+                self._load_module(target, loaded.tree[key])
+                own = loaded.tree[key].items()
+                dtypes[behind_entry(target)] = {k: v.dtype for k, v in own if isinstance(v, torch.Tensor)}
+        for key, target in found.items():
+            if isinstance(target, Optimizer):
+                own_dtypes = dtypes.get(self._engine_of(target).module)
+                load_optimizer_state(target, loaded.tree[key], self._names(target), dtypes=own_dtypes)
+        self._take_random_state(loaded)
 
-    def _load_module(self, module: nn.Module, saved: Mapping[str, Any], *, strict: bool) -> None:
+    def _load_module(self, module: nn.Module, saved: Mapping[str, Any]) -> None:
         module = behind_entry(module)
         if module not in self._engines:
-            module.load_state_dict(saved, strict=strict)
+            module.load_state_dict(saved, strict=False)  # what differs was refused, or is to be left
             return
         self._engines[module].settle()
-        load_model(module, saved, strict=strict, source="the checkpoint")
+        load_model(module, saved)
+
+    def _names(self, optimizer: Optimizer) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self._engine_of(optimizer).parameters_by_name.items()}
 
     def _state_of(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
             sharded = behind_entry(value) in self._engines
             return self.get_module_state_dict(value) if sharded else value.state_dict()
         if isinstance(value, Optimizer):
-            names = {parameter: name for name, parameter in self._engine_of(value).parameters_by_name.items()}
-            return optimizer_state(value, names)
+            return optimizer_state(value, self._names(value))
         return value.state_dict() if hasattr(value, "state_dict") else value
 
     def _engine_of(self, optimizer: Optimizer) -> Engine:

@@ -1,10 +1,11 @@
-"""What else a run can begin from: a single file that Lightning wrote, and optimizer state in the form of a checkpoint."""
+"""What a run can begin from: agreed on by all ranks, a single file too, and compared with the run before it is used."""
 
 from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
-from meshbolt.engine.state import load_optimizer_state
-from meshbolt.errors import CheckpointError, UnsupportedError
+from meshbolt.engine.state import check_optimizer_state
+from meshbolt.errors import CheckpointError, ConfigError
 
 
 def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Read a single file of Lightning's, without copying its tensors into memory.
+    """Read a single file that torch.save wrote, without copying its tensors into memory.
 
     Args:
         path: the same on every rank.
@@ -46,25 +47,35 @@ def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup 
             raise CheckpointError(
                 f"{path} cannot be read as a checkpoint file: {why}. Give another ckpt_path."
             ) from error
-        if missing := sorted({"state_dict", "pytorch-lightning_version"} - found.keys()):
-            raise CheckpointError(
-                f"{path} is not a checkpoint of Lightning: it has no {' and no '.join(missing)}. If it is a bare state dict, "
-                "give it to the module's load_state_dict before fit or validate, instead of ckpt_path."
-            )
 
     agree_on_error(read, group=group)
     return found
 
 
-def agree_on_path(path: str | None, *, group: dist.ProcessGroup | None) -> str:
-    """Return rank 0's path; each rank has chosen by what it saw on its file system, before it could ask the others.
+def check_is_lightnings(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Check that a dictionary has what every checkpoint of a Trainer has.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    if missing := sorted({"state_dict", "pytorch-lightning_version"} - checkpoint.keys()):
+        raise CheckpointError(
+            f"{path} is not a checkpoint of Lightning's Trainer: it has no {' and no '.join(missing)}. If it is a bare state "
+            "dict, give it to the module's load_state_dict before fit or validate, instead of ckpt_path; what Fabric has "
+            "saved is loaded by Fabric."
+        )
+
+
+def agree_on_path(path: str | None, *, group: dist.ProcessGroup | None) -> tuple[str, bool]:
+    """Return rank 0's path, and whether it is a single file; each rank has chosen by what it saw on its file system.
 
     Args:
         path: what this rank is to load; None for nothing.
         group: of all ranks, for tensors on the CPU.
 
     Raises:
-        CheckpointError: some ranks are to load a checkpoint, and others nothing; on every rank.
+        CheckpointError: some ranks are to load a checkpoint, and others nothing; or it is a file for some of them, and
+            a directory or nothing for others; on every rank.
     """
     _, paths = same_on_all_ranks(path, group=group)
     if None in paths and any(paths):
@@ -72,32 +83,74 @@ def agree_on_path(path: str | None, *, group: dist.ProcessGroup | None) -> str:
             f"Ranks are to resume from different checkpoints: {paths} by rank, where None is a rank that found none. All "
             "ranks must see the same directory: put it on a file system that they share, or give a full ckpt_path."
         )
-    return str(paths[0])
+    if paths[0] is None:
+        return "", False
+    same, files = same_on_all_ranks(Path(paths[0]).is_file(), group=group)
+    if not same:
+        kinds = ["a file" if is_file else "a directory, or nothing" for is_file in files]
+        raise CheckpointError(
+            f"{paths[0]} is not the same on all ranks: {kinds} by rank. Put it on a file system that all ranks share."
+        )
+    return str(paths[0]), bool(files[0])
 
 
-def load_optimizer_states(
-    optimizers: Sequence[Optimizer], saved: Sequence[Mapping[str, Any]], names: Mapping[nn.Parameter, str]
+def check_training_state(
+    checkpoint: Mapping[str, Any],
+    optimizers: Sequence[Optimizer],
+    names: Mapping[nn.Parameter, str],
+    *,
+    schedulers: int,
+    max_epochs: int | None = None,
+    regrouped: Collection[int] = (),
 ) -> None:
-    """Give every optimizer its state back.
+    """Compare what a checkpoint has beside weights with the run that is to go on from it.
 
     Args:
+        checkpoint: Lightning's dictionary.
         optimizers: this run's, made on the sharded parameters.
-        saved: the states, in the order of the optimizers.
         names: of all parameters.
+        schedulers: how many of them this run has.
+        max_epochs: after which this run ends; -1 or None for no such number.
+        regrouped: numbers of the optimizers that take their groups from the checkpoint.
 
     Raises:
-        CheckpointError: there are more or fewer states than optimizers, or their groups differ.
-        UnsupportedError: the state is that of a plain Lightning file.
+        CheckpointError: it has none of it, or for other optimizers or schedulers.
+        ConfigError: it is further than this run would go.
     """
-    if len(saved) != len(optimizers):
+    if lacking := [key for key in ("optimizer_states", "lr_schedulers", "loops") if key not in checkpoint]:
         raise CheckpointError(
-            f"The checkpoint has the state of {len(saved)} optimizers, this run has {len(optimizers)}. Configure as many as "
-            "when it was written, or load only the weights."
+            f"The checkpoint cannot be resumed from: it has weights, but no {', no '.join(lacking)}. It was saved with "
+            "save_weights_only=True, or is no checkpoint of a Trainer. Take a full one, or begin a new run with these "
+            "weights: MeshStrategy(checkpoint=Checkpoint(load_weights_only=True))."
         )
-    for optimizer, state in zip(optimizers, saved, strict=True):
-        if any(not isinstance(key, str) for key in state["state"]):
-            raise UnsupportedError(
-                "The checkpoint holds optimizer state by number, as a plain Lightning file does, not by parameter name. Take "
-                "its weights only: build the module with load_from_checkpoint, and fit without ckpt_path."
+    saved = checkpoint["optimizer_states"]
+    for what, there, here in (
+        ("optimizer", len(saved), len(optimizers)),
+        ("learning rate scheduler", len(checkpoint["lr_schedulers"]), schedulers),
+    ):
+        if there != here:
+            raise CheckpointError(
+                f"The checkpoint has the state of {there} {what}s, this run has {here}. Configure as many as when it was "
+                "written, or load only the weights."
             )
-        load_optimizer_state(optimizer, state, names)
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+    if max_epochs not in (None, -1) and done > max_epochs:
+        raise ConfigError(
+            f"The checkpoint was saved after {done} epochs, and this run is to end after {max_epochs}. Raise "
+            f"Trainer(max_epochs={max_epochs})."
+        )
+    for number, (optimizer, state) in enumerate(zip(optimizers, saved, strict=True)):
+        check_optimizer_state(optimizer, state, names, regrouped=number in regrouped)
+
+
+def without_training_state(checkpoint: Mapping[str, Any], *, states_of: Collection[type]) -> dict[str, Any]:
+    """Return the part of Lightning's dictionary that is the module's; for the rest it is one of a run that has not begun.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        states_of: classes under whose names Lightning keeps states that are not the module's.
+    """
+    training = {"callbacks", "loops", "optimizer_states", "lr_schedulers", "epoch", "global_step"}
+    training |= {"native_amp_scaling_state", *(kind.__qualname__ for kind in states_of)}
+    kept = {key: value for key, value in checkpoint.items() if key not in training}
+    return {**kept, "epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}

@@ -88,7 +88,8 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
         # Lightning asks the module for what it sends; shards mean nothing to a process without ranks.
         module.__dict__["state_dict"] = lambda *_, **__: whole
         try:
-            return super()._collect_rank_zero_results(trainer, results)
+            with trainer.strategy.results_in_one_file():  # type: ignore[attr-defined]
+                return super()._collect_rank_zero_results(trainer, results)
         finally:
             del module.__dict__["state_dict"]
 
@@ -96,7 +97,8 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
         module = trainer.lightning_module
         if worker_output.weights_path is not None and is_overridden("configure_model", module):
             module.configure_model()  # only the ranks have called it so far, and the weights need their layers
-        super()._recover_results_in_main_process(worker_output, trainer)
+        with trainer.strategy.results_in_one_file():  # type: ignore[attr-defined]
+            super()._recover_results_in_main_process(worker_output, trainer)
 
 
 def _whole(value: Any) -> Any:

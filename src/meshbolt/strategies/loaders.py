@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from meshbolt.collectives import same_on_all_ranks
 from meshbolt.errors import TopologyError
+from meshbolt.strategies.position import Position
 
 _BATCH, _END, _ERROR = 1, 0, -1
 
@@ -19,18 +20,19 @@ _BATCH, _END, _ERROR = 1, 0, -1
 MOST_RANKS_WATCHED = 64
 
 
-def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
+def checked_loader(loader: Any, *, group: dist.ProcessGroup | None, position: Position | None = None) -> Any:
     """Check a loader before it is used, and watch it while it is.
 
     Args:
         loader: this rank's; any iterable.
         group: of all ranks, for tensors on the CPU; None where there is one rank only.
+        position: of a training loader, where in its epochs it is.
 
     Raises:
         TopologyError: ranks have different numbers of batches, or there are fewer samples than ranks.
     """
     if group is None or group.size() == 1:
-        return loader
+        return loader if position is None else AgreedLoader(loader, group=None, position=position)
     same, values = same_on_all_ranks((_length(loader), _num_samples(loader)), group=group)
     lengths, samples = [value[0] for value in values], values[0][1]
     if samples is not None and samples < group.size():
@@ -45,7 +47,9 @@ def checked_loader(loader: Any, *, group: dist.ProcessGroup | None) -> Any:
             "others. Use torch's DistributedSampler, which Lightning puts in by itself and which pads with copies; or drop "
             "the rest with drop_last=True."
         )
-    return loader if sized and group.size() > MOST_RANKS_WATCHED else AgreedLoader(loader, group=group)
+    if sized and group.size() > MOST_RANKS_WATCHED:
+        return loader if position is None else AgreedLoader(loader, group=None, position=position)
+    return AgreedLoader(loader, group=group, position=position)
 
 
 def num_batches_by_rank(loader: Any, *, group: dist.ProcessGroup) -> list[int | None]:
@@ -65,17 +69,19 @@ class AgreedLoader:
     otherwise take the place of. For everything but iteration it is the loader inside.
     """
 
-    __slots__ = ("_group", "_loader")
+    __slots__ = ("_group", "_loader", "_position")
 
-    def __init__(self, loader: Any, *, group: dist.ProcessGroup) -> None:
+    def __init__(self, loader: Any, *, group: dist.ProcessGroup | None, position: Position | None = None) -> None:
         """Wrap a loader.
 
         Args:
             loader: this rank's.
-            group: of all ranks, for tensors on the CPU.
+            group: of all ranks, for tensors on the CPU; None to ask nobody.
+            position: told of every batch, and says where an epoch begins.
         """
         object.__setattr__(self, "_loader", loader)
         object.__setattr__(self, "_group", group)
+        object.__setattr__(self, "_position", position)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -98,11 +104,15 @@ class AgreedLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
-        iterator, count = None, 0
+        iterator: Iterator[Any] | None = None
+        count = 0
         while True:
             batch, state, error = None, _BATCH, None
             try:
-                iterator = iter(self._loader) if iterator is None else iterator
+                if iterator is None:
+                    iterator, count = self._start()
+                if self._position is not None:
+                    self._position.before_batch(count)
                 batch = next(iterator)
             except StopIteration:
                 state = _END
@@ -114,7 +124,14 @@ class AgreedLoader:
             yield batch
             count += 1
 
+    def _start(self) -> tuple[Iterator[Any], int]:
+        return (iter(self._loader), 0) if self._position is None else self._position.start(self._loader)
+
     def _agree(self, state: int, error: Exception | None, count: int) -> None:
+        if self._group is None:
+            if error is not None:
+                raise error
+            return
         states = [torch.zeros(1, dtype=torch.int64) for _ in range(self._group.size())]
         dist.all_gather(states, torch.tensor([state]), group=self._group)
         found = [int(other) for other in states]

@@ -130,7 +130,7 @@ class EvenLoader(AgreedLoader):
             steps: batches that the loop will ask for.
             stand_in: takes a step beside the others.
         """
-        super().__init__(loader, group=group)  # type: ignore[arg-type]
+        super().__init__(loader, group=group)
         object.__setattr__(self, "_length", length)
         object.__setattr__(self, "_own", own)
         object.__setattr__(self, "_steps", steps)

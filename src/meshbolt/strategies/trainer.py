@@ -15,31 +15,42 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from meshbolt.checkpoint import remove_directory
+from meshbolt.collectives import agree_on_error
 from meshbolt.engine.deferred import attached
-from meshbolt.engine.load import load_model
-from meshbolt.engine.state import optimizer_state
+from meshbolt.engine.load import check_weights, load_model
+from meshbolt.engine.state import load_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import plain_optimizer, trainer_of
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.directories import LoadInto
+from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import redirect_entries
-from meshbolt.strategies.files import agree_on_path, load_file, load_optimizer_states
+from meshbolt.strategies.files import (
+    agree_on_path,
+    check_is_lightnings,
+    check_training_state,
+    without_training_state,
+)
 from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
     let_finetuning_catch_up,
+    look_at_files_as_now,
+    look_at_files_as_when_saved,
+    optimizers_regrouped_by,
     report_norm,
 )
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
+from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.position import Position
 from meshbolt.strategies.predicting import Predicting
 from meshbolt.strategies.signals import Signals
 
@@ -100,7 +111,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._asked_weights_only = weights_only
 
     _asked_weights_only: bool | None = None
-    _has_begun = _has_loaded = False
+    _has_begun = _has_loaded = _is_training = False
     _fits = 0
 
     # Set-up, in the order of the calls --------------------------------------------------------------------------------
@@ -112,7 +123,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._attendance.forget()
         self._predicting = Predicting()
         self._has_begun = self._has_loaded = False
+        self._written: set[str] = set()
+        trainer = self._module().trainer
         self._connect()
+        self._position = Position(trainer, ranks=self.plan.mesh.data_parallel_size, device=self.root_device)
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
 
@@ -167,16 +181,40 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     # Steps ------------------------------------------------------------------------------------------------------------
 
     @override
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Check that the loaders of all ranks agree, begin where a checkpoint was saved, and predict each sample once."""
+        trainer = self._module().trainer
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            limit = trainer.limit_predict_batches
+            return self._predicting.loader(dataloader, limit=limit, group=self._control_group)
+        if not trainer.training:
+            return super().process_dataloader(dataloader)
+        self._position.take_loader(dataloader)
+        return checked_loader(dataloader, group=self._control_group, position=self._position)
+
+    @override
     def on_train_start(self) -> None:
         """Begin to train, and to watch for signals that end the job."""
-        self._has_begun = True
+        self._position.on_train_start()
+        self._has_begun = self._is_training = True
         self._fits += 1
+        look_at_files_as_when_saved(self._module().trainer, self._saving)
         self._signals = Signals(self._module().trainer, number=self._fits)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Act on those signals, between two steps."""
-        self._signals.before_batch(batch_idx)
+        """Act on those signals, and on a checkpoint that could not be written, between two steps."""
+        with self._saving.urgent():
+            self._signals.before_batch(batch_idx)
+        if batch_idx % self._module().trainer.accumulate_grad_batches == 0:
+            self._saving.before_window()
+
+    @override
+    def on_train_end(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._is_training = False
+        look_at_files_as_now(self._module().trainer)
+        self._saving.finish(for_good=True)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,15 +248,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         return self._predicting.step(take)
 
     @override
-    def process_dataloader(self, dataloader: Any) -> Any:
-        """Check that the loaders of all ranks agree; those of a prediction are made to."""
-        trainer = self._module().trainer
-        if trainer.state.fn != TrainerFn.PREDICTING:
-            return super().process_dataloader(dataloader)
-        limit = trainer.limit_predict_batches
-        return self._predicting.loader(dataloader, limit=limit, group=self._control_group)
-
-    @override
     def on_predict_start(self) -> None:
         """Refuse loaders of different lengths that cannot be made to agree."""
         step = self._module().predict_step
@@ -244,8 +273,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def barrier(self, name: str | None = None) -> None:
         """Wait for all ranks."""
-        if name == "_CheckpointConnector.resume_end" and not self._has_loaded:
-            agree_on_path(None, group=self._control_group)
+        if name == "_CheckpointConnector.resume_end":
+            self._end_of_resuming()
         super().barrier(name)
 
     @override
@@ -262,6 +291,14 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         trainer = trainer_of(self.lightning_module)
         return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
 
+    def _end_of_resuming(self) -> None:
+        if not self._has_loaded:
+            agree_on_path(None, group=self._control_group)
+        elif self._resumes:
+            self._take_random_state(self._loaded)
+            self._position.resume(self._loaded.notes.get("position", {}))
+        self._loaded = Loaded(tree={})  # its memory is needed from now on
+
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     @property
@@ -276,7 +313,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self._reachable() is None:
             return {}
         with self.engine.settled():
-            return self._module().state_dict()
+            state = self._module().state_dict()
+            self._left_out: list[str] = []
+            if self.settings.checkpoint.trainable_only:
+                state, self._left_out = trained_state(state, self._module(), self.optimizers)
+            return state
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -288,11 +329,22 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
+        """Save a checkpoint directory; every rank writes its shards. After an exception on some ranks only: nothing."""
         if self._reachable() is None:
             return
+        if self._was_interrupted():
+            self._saving.abandon()
+        goes_on = self._is_training and not self._was_interrupted()
         try:
-            self._save(filepath, checkpoint, storage_options=storage_options)
+            self._save(
+                filepath,
+                checkpoint,
+                notes={"left_out": {"state_dict": self._left_out}, "position": self._position.notes()},
+                buffers=buffers_of(self._module(), checkpoint.get("state_dict", {}), key="state_dict"),
+                storage_options=storage_options,
+                in_background=goes_on,
+            )
+            self._written.add(str(filepath))
         except CheckpointError as error:
             if not self._was_interrupted():
                 raise
@@ -301,46 +353,110 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             self._attendance.dismiss()
 
     @override
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        return self._position.random_state()
+
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint directory into the shards, or a plain Lightning file to be divided among them."""
+        """Read a checkpoint directory, or a plain file of Lightning's; nothing of this run is changed yet."""
         self._has_loaded = True
-        path = agree_on_path(str(checkpoint_path), group=self._control_group)
+        path, _ = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
-        self.engine.settle()
-        if Path(path).is_file():
-            return load_file(path, weights_only=weights_only, group=self._control_group)
         is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
-        live = {f"state_dict.{k}": v for k, v in self._module().state_dict().items() if isinstance(v, torch.Tensor)}
-        into = LoadInto(
-            live=live,
+        # The learning rate finder goes back to where it began: to a checkpoint of this very fit.
+        self._resumes = is_fit and (not self.settings.checkpoint.load_weights_only or path in self._written)
+        self.engine.settle()
+        self._loaded = self._load(path, self._wanted(path), weights_only=weights_only)
+        if self._resumes or not is_fit:
+            return self._loaded.tree
+        trainer = self._module().trainer
+        others = (type(trainer.datamodule), type(self.precision_plugin))  # type: ignore[attr-defined]
+        return without_training_state(self._loaded.tree, states_of=others)
+
+    _loaded = Loaded(tree={})
+    _resumes = False  # whether it was read to go on from it, not for its weights
+
+    def _wanted(self, path: str) -> LoadInto:
+        module = self._module()
+
+        def check(loaded: Loaded) -> None:
+            check_is_lightnings(loaded.tree, path)
+            # A hook of the user's may make it fit, and Lightning may have to bring a file up to date first.
+            if not loaded.is_file and not is_overridden("on_load_checkpoint", module):
+                self._check(loaded.tree, loaded.notes, strict=module.strict_loading)
+
+        return LoadInto(
+            weights={f"state_dict.{k}": v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)},
             parameters={"": self.engine.parameters_by_name},
-            leave_out=frozenset() if is_fit else frozenset({"optimizer_states"}),
+            check=check,
+            leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
         )
-        return self._load(path, into, weights_only=weights_only, with_random_state=is_fit)
+
+    def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any], *, strict: bool) -> str:
+        """Compare a checkpoint with all that it is to be read into; return the names that differ where they may."""
+        module = self._module()
+        lists = check_weights(
+            module.state_dict(),
+            checkpoint["state_dict"],
+            strict=strict,
+            source="the checkpoint",
+            left_out=left_out_of("state_dict", notes),
+        )
+        if self._resumes:
+            check_training_state(
+                checkpoint,
+                self.optimizers,
+                {parameter: name for name, parameter in self.engine.parameters_by_name.items()},
+                schedulers=len(self.lr_scheduler_configs),
+                max_epochs=module.trainer.max_epochs,
+                regrouped=optimizers_regrouped_by(checkpoint, module.trainer),
+            )
+        return lists
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Copy weights that are not in the shards yet: those of a plain file, and those that a hook has changed."""
-        load_model(self._module(), checkpoint["state_dict"], strict=strict, source="the checkpoint")
+        """Copy the weights into the shards, once all of the checkpoint is known to fit."""
+        lists: list[str] = []
+        notes = self._loaded.notes
+        agree_on_error(lambda: lists.append(self._check(checkpoint, notes, strict=strict)), group=self._control_group)
+        if lists[0] and self.is_global_zero:
+            _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
+        weights = checkpoint["state_dict"]
+        self._saved_dtypes = {key: value.dtype for key, value in weights.items() if isinstance(value, torch.Tensor)}
+        load_model(self._module(), weights)
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether optimizers get their state from a checkpoint."""
+        return self._resumes
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give every optimizer its state back."""
+        """Give every optimizer its state back; that it fits was checked before the weights were loaded."""
         let_finetuning_catch_up(self._module().trainer)
         with self._settled() as names:
-            load_optimizer_states(self.optimizers, checkpoint["optimizer_states"], names)
+            for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+                load_optimizer_state(optimizer, state, names, dtypes=self._saved_dtypes)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint directory (on rank 0), or a file; not where its successor could not be saved."""
         if self.is_global_zero and self._reachable() is not None:
-            remove_directory(str(filepath))
+            self._saving.delete(str(filepath))
 
     @override
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""
         if self.lightning_module is not None and (deferred := attached(self.lightning_module)) is not None:
             deferred.stop()  # it ended before the module was sharded
+        self._is_training = False
+        if self.lightning_module is not None:
+            look_at_files_as_now(self.lightning_module.trainer)
+        if self._was_interrupted():
+            self._saving.abandon()
+        else:
+            self._saving.finish(for_good=True)
         # After an exception, what is gathered may never arrive: its peers are gone.
         with suppress(RuntimeError) if self._was_interrupted() else nullcontext():
             for engine in self._engines.values():
@@ -348,6 +464,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
         if self.accelerator is not None:
             self.accelerator.teardown()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshbolt.checkpoint import directory, is_checkpoint, remove_directory
+from meshbolt.checkpoint.local import LocalPlace
 from meshbolt.checkpoint.manifest import Manifest
 from meshbolt.errors import CheckpointError, UnsupportedError
 
@@ -113,6 +114,16 @@ def test_a_reader_takes_the_previous_checkpoint_only_while_there_is_none_of_the_
     assert content(directory.find(target)) == "new"
 
 
+def test_a_reader_that_just_missed_a_replacement_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_too_early(place: Path) -> Path:
+        monkeypatch.setattr(directory, "find", find)
+        return directory.previous_of(place)
+
+    find = directory.find
+    monkeypatch.setattr(directory, "find", find_too_early)
+    assert LocalPlace(checkpoint(tmp_path / NAME)).find().manifest.save_id == "new"
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "file.ckpt").write_text("")
     (tmp_path / "unfinished.ckpt").mkdir()
@@ -132,9 +143,18 @@ def test_a_path_without_a_name_is_refused(path: str) -> None:
         directory.local_path(path)
 
 
-def test_a_url_is_refused(tmp_path: Path) -> None:
+def test_a_url_of_another_storage_is_no_local_path() -> None:
     with pytest.raises(UnsupportedError, match=r"'s3://bucket/last\.ckpt' is a URL"):
-        is_checkpoint("s3://bucket/last.ckpt")
+        directory.local_path("s3://bucket/last.ckpt")
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_a_url_of_the_local_file_system_is_a_path(tmp_path: Path, scheme: str) -> None:
+    assert directory.local_path(f"{scheme}://{tmp_path}/last.ckpt") == tmp_path / "last.ckpt"
+    checkpoint(tmp_path / NAME)
+    assert is_checkpoint(f"{scheme}://{tmp_path}/{NAME}")
+    remove_directory(f"{scheme}://{tmp_path}/{NAME}")
+    assert not names_in(tmp_path)
 
 
 def test_removal_takes_the_checkpoint_and_all_that_saves_of_its_name_left(tmp_path: Path) -> None:

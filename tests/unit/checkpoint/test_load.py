@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from meshbolt.checkpoint import TensorInfo, directory, load, load_objects, load_tensors, save_directory
+from meshbolt.checkpoint.manifest import read_manifest
+from meshbolt.checkpoint.shard_reader import ShardReader
 from meshbolt.errors import CheckpointError
 
 TENSORS = {"model.w": torch.arange(6.0).view(2, 3), "model.b": torch.ones(3), "rng.0": torch.ones(4)}
@@ -129,10 +134,12 @@ def test_a_file_of_another_size_is_found_and_named_before_a_tensor_is_touched(
     assert untouched(into)
 
 
-def test_sizes_are_not_looked_at_where_verification_is_off(path: Path) -> None:
+def test_sizes_are_compared_in_any_case(path: Path) -> None:
     with (path / "meta.pt").open("ab") as file:
         file.write(b"0")
-    load_tensors(path, zeros(), verify=False)
+    for load_it in (load_objects, lambda path, verify: load_tensors(path, zeros(), verify=verify)):
+        with pytest.raises(CheckpointError, match=r"meta\.pt has"):
+            load_it(path, verify=False)
 
 
 def test_a_shard_that_cannot_be_read_is_named(path: Path) -> None:
@@ -143,26 +150,121 @@ def test_a_shard_that_cannot_be_read_is_named(path: Path) -> None:
 
 
 def test_metadata_may_not_lead_to_files_that_the_manifest_does_not_name(path: Path) -> None:
-    manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace("__0_0.distcp", "meta.pt.copy"))
+    manifest = read_manifest(path / "manifest.json")
+    files = {name: record for name, record in manifest.files.items() if name != "__0_0.distcp"}
+    (path / "manifest.json").write_text(replace(manifest, files=files).to_json())
     with pytest.raises(CheckpointError, match=r"does not name: \['__0_0\.distcp'\]"):
-        load_tensors(path, zeros(), verify=False)
+        load_tensors(path, zeros())
+
+
+@pytest.mark.parametrize("name", ["meta.pt", ".metadata"])
+def test_a_manifest_has_to_name_what_is_read(path: Path, name: str) -> None:
+    manifest = read_manifest(path / "manifest.json")
+    files = {other: record for other, record in manifest.files.items() if other != name}
+    (path / "manifest.json").write_text(replace(manifest, files=files).to_json())
+    with pytest.raises(CheckpointError, match=f"does not name {name}"):
+        load_objects(path) if name == "meta.pt" else load_tensors(path, zeros())
+
+
+def change_while_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch, *, then: str, times: int) -> None:
+    """Have another process replace or remove the checkpoint while its tensors are read, the first few times."""
+
+    def change_before(*args: object, **kwargs: object) -> None:
+        if next(left) > 0:
+            directory.remove(path)
+            if then == "replaced":
+                save_directory(path, tensors={key: value + 1 for key, value in TENSORS.items()}, objects={})
+        read_shards(*args, **kwargs)  # type: ignore[arg-type]
+
+    left = itertools.count(times, -1)
+    read_shards = load.read_shards
+    monkeypatch.setattr(load, "read_shards", change_before)
+
+
+def test_a_checkpoint_that_is_replaced_under_the_reader_is_read_anew(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_while_it_is_read(path, monkeypatch, then="replaced", times=1)
+    into = zeros()
+    load_tensors(path, into)
+    assert all(torch.equal(into[key], value + 1) for key, value in TENSORS.items())
+
+
+def test_one_that_is_replaced_again_and_again_is_an_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_while_it_is_read(path, monkeypatch, then="replaced", times=2)
+    into = zeros()
+    with pytest.raises(CheckpointError, match="was replaced or removed while it was read"):
+        load_tensors(path, into)
+    assert untouched(into)
+
+
+def test_one_that_is_removed_under_the_reader_is_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_while_it_is_read(path, monkeypatch, then="removed", times=1)
+    with pytest.raises(CheckpointError, match="nothing at this path"):
+        load_tensors(path, zeros())
 
 
 @pytest.mark.parametrize("then", ["replaced", "removed"])
-def test_a_checkpoint_that_changes_under_the_reader_is_an_error(
+def test_a_change_after_the_last_byte_was_read_counts_as_well(
     path: Path, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
-    def change_after(*args: object, **kwargs: object) -> None:
-        read_shards(*args, **kwargs)  # type: ignore[arg-type]
-        directory.remove_directory(path)
+    def fill_late(self: ShardReader, plan: Any, planner: Any) -> Any:
+        done = read_data(self, plan, planner)
+        directory.remove(path)
         if then == "replaced":
             save_directory(path, tensors=TENSORS, objects={})
+        return done
 
-    read_shards = load.read_shards
-    monkeypatch.setattr(load, "read_shards", change_after)
-    with pytest.raises(CheckpointError, match="was replaced or removed while it was read"):
-        load_tensors(path, zeros())
+    read_data = ShardReader.read_data
+    monkeypatch.setattr(ShardReader, "read_data", fill_late)
+    into = zeros()
+    with pytest.raises(CheckpointError, match="while it was read" if then == "replaced" else "nothing at this path"):
+        load_tensors(path, into)
+    assert untouched(into)
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 16
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_by_the_load_and_nothing_is_touched(path: Path) -> None:
+    flip(path / "__0_0.distcp", (path / "__0_0.distcp").read_bytes().index(TENSORS["model.w"].numpy().tobytes()))
+    into = zeros()
+    with pytest.raises(CheckpointError, match=r"file __0_0\.distcp: it is damaged: the checksum"):
+        load_tensors(path, into)
+    assert untouched(into)
+    load_tensors(path, into, verify=False)
+    assert not torch.equal(into["model.w"], TENSORS["model.w"])
+
+
+def test_fresh_tensors_are_filled_in_their_own_memory_and_the_others_after_all_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = zeros()
+    seen: dict[str, bool] = {}
+
+    def look(self: ShardReader) -> None:
+        seen.update({key: bool(value.any()) for key, value in into.items()})
+        fill(self)
+
+    fill = ShardReader.fill
+    monkeypatch.setattr(ShardReader, "fill", look)
+    load_tensors(path, into, fresh={"model.b", "rng.0"})
+    assert seen == {"model.w": False, "model.b": True, "rng.0": True}
+    assert all(torch.equal(into[key], value) for key, value in TENSORS.items())
+
+
+@pytest.mark.parametrize("kind", ["other dtype", "not contiguous", "requires grad"])
+def test_a_fresh_tensor_of_any_kind_is_filled(path: Path, kind: str) -> None:
+    fresh = {
+        "other dtype": torch.zeros(2, 3, dtype=torch.float64),
+        "not contiguous": torch.zeros(3, 2).t(),
+        "requires grad": torch.zeros(2, 3, requires_grad=True),
+    }[kind]
+    load_tensors(path, zeros(**{"model.w": fresh}), fresh={"model.w"})
+    assert torch.equal(fresh.detach().float(), TENSORS["model.w"])
 
 
 def test_a_load_leaves_nothing_behind(path: Path) -> None:

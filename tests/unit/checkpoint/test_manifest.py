@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from meshbolt.checkpoint.manifest import FORMAT_VERSION, Manifest, is_manifest, own_versions, read_manifest
+from meshbolt.checkpoint.local import LocalFiles
+from meshbolt.checkpoint.manifest import (
+    FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    is_manifest,
+    own_versions,
+    read_manifest,
+    seal,
+)
+from meshbolt.checkpoint.storage import Found, check_sizes
 from meshbolt.errors import CheckpointError
 
 MANIFEST = Manifest(
@@ -17,14 +27,18 @@ MANIFEST = Manifest(
     world_size=4,
     versions={"meshbolt": "0.1.0", "torch": "2.13.0"},
     plan={"zero.stage": 3, "zero.unit": ["Block"], "compile": False},
-    files={"__0_0.distcp": 10, "meta.pt": 3},
+    files={"__0_0.distcp": FileRecord.of(b"0123456789"), "meta.pt": FileRecord.of(b"abc")},
+    tensors={"w": {"shape": [2, 5], "dtype": "uint8", "placement": "whole"}},
+    folder="data-0123456789ab",
 )
 
 
-def written(folder: Path, **changes: Any) -> Path:
-    content = {**json.loads(MANIFEST.to_json()), **changes}
-    file = folder / "manifest.json"
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+def written(place: Path, /, **changes: Any) -> Path:
+    """Write a manifest with entries changed, added or (None) left out, and the checksum of that."""
+    content = {**json.loads(MANIFEST.to_json()), "checksum": None, **changes}
+    plain = json.dumps({key: value for key, value in content.items() if value is not None}, indent=2)
+    file = place / "manifest.json"
+    file.write_text(seal(plain.removesuffix("\n}")))
     return file
 
 
@@ -34,19 +48,45 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_what_a_later_meshbolt_adds_under_the_same_version_is_no_obstacle(tmp_path: Path) -> None:
-    files = {name: {"bytes": size, "chunks": [[0, size, "crc32:0"]]} for name, size in MANIFEST.files.items()}
-    file = written(tmp_path, files=files, tensors={"w": {"shape": [2]}}, checksum="crc32:0")
-    assert read_manifest(file) == MANIFEST
+    files = {name: {**entry, "colour": "blue"} for name, entry in json.loads(MANIFEST.to_json())["files"].items()}
+    assert read_manifest(written(tmp_path, files=files, signature="X")) == MANIFEST
 
 
 def test_a_newer_format_is_a_checkpoint_that_this_version_refuses_by_name(tmp_path: Path) -> None:
     file = written(tmp_path, format_version=FORMAT_VERSION + 1, versions={"meshbolt": "9.0"})
     assert is_manifest(file)
-    with pytest.raises(CheckpointError, match=r"format version is 2, written by meshbolt 9\.0, .* Upgrade meshbolt"):
+    with pytest.raises(CheckpointError, match=r"format is version 3 .* by meshbolt 9\.0, .* Upgrade meshbolt"):
         read_manifest(file)
 
 
-@pytest.mark.parametrize("key", ["save_id", "world_size", "versions", "plan", "files"])
+def test_other_checksums_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"checksums 'crc64', .* reads version 2 with 'words64-blake2b64'"):
+        read_manifest(written(tmp_path, algorithm="crc64"))
+
+
+def test_an_older_format_is_refused_with_the_way_to_read_it(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    file.write_text(
+        json.dumps({"format": "meshbolt.checkpoint", "format_version": 1, "versions": {"meshbolt": "0.0.9"}})
+    )
+    assert is_manifest(file)
+    with pytest.raises(CheckpointError, match=r"version 1 .* by meshbolt 0\.0\.9, .* Use the older one to read it"):
+        read_manifest(file)
+
+
+def test_a_change_of_any_byte_is_found(tmp_path: Path) -> None:
+    whole = MANIFEST.to_json().encode()
+    file = tmp_path / "manifest.json"
+    for position in range(len(whole)):
+        for bit in (0, 3, 5, 7):
+            changed = bytearray(whole)
+            changed[position] ^= 1 << bit
+            file.write_bytes(changed)
+            with pytest.raises(CheckpointError, match=r"manifest\.json"):
+                read_manifest(file)
+
+
+@pytest.mark.parametrize("key", ["save_id", "world_size", "versions", "plan", "files", "tensors", "folder"])
 def test_a_manifest_without_one_of_its_parts_is_damaged(tmp_path: Path, key: str) -> None:
     with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
         read_manifest(written(tmp_path, **{key: None}))
@@ -73,12 +113,18 @@ def test_another_file_of_that_name_is_no_manifest(tmp_path: Path, content: bytes
 def test_a_file_of_another_size_is_found_with_both_sizes(tmp_path: Path) -> None:
     (tmp_path / "__0_0.distcp").write_bytes(b"0" * 9)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp has 9 bytes instead of 10"):
-        MANIFEST.check_files(tmp_path, names=["__0_0.distcp"])
+        check_sizes(Found(MANIFEST, LocalFiles(tmp_path)), names=["__0_0.distcp"])
 
 
 def test_a_missing_file_is_found(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"meta\.pt is missing"):
-        MANIFEST.check_files(tmp_path, names=["meta.pt"])
+        check_sizes(Found(MANIFEST, LocalFiles(tmp_path)), names=["meta.pt"])
+
+
+def test_the_content_of_a_small_file_is_compared() -> None:
+    MANIFEST.files["meta.pt"].check(b"abc", name="meta.pt")
+    with pytest.raises(CheckpointError, match=r"meta\.pt is damaged"):
+        MANIFEST.files["meta.pt"].check(b"abd", name="meta.pt")
 
 
 def test_a_plan_that_is_no_plain_data_is_refused() -> None:

@@ -49,7 +49,7 @@ def test_code_in_the_metadata_is_refused_by_name_and_does_not_run(checkpoint: Pa
     marker = tmp_path / "ran"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Shell(marker)))
     with pytest.raises(CheckpointError, match=r"asks for .*getattr|asks for pathlib.*Path"):
-        saved_tensors(checkpoint)
+        read_metadata(checkpoint)
     assert not marker.exists()
 
 
@@ -69,10 +69,16 @@ def test_truncated_metadata_is_called_damaged(checkpoint: Path, length: int) -> 
         saved_tensors(checkpoint)
 
 
+def test_metadata_that_is_not_what_was_saved_is_not_even_looked_into(checkpoint: Path) -> None:
+    (checkpoint / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged: the checksum"):
+        saved_tensors(checkpoint)
+
+
 def test_a_pickle_of_something_else_is_called_damaged(checkpoint: Path) -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match="it holds a dict"):
-        saved_tensors(checkpoint)
+        read_metadata(checkpoint)
 
 
 def test_the_metadata_names_no_path_of_the_machine_that_wrote_it(checkpoint: Path) -> None:

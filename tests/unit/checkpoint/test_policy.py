@@ -9,9 +9,11 @@ import pytest
 from meshbolt.checkpoint import Checkpoint
 from meshbolt.errors import ConfigError
 
+SWITCHES = ["asynchronous", "verify", "keep_partial", "trainable_only", "load_weights_only"]
 
-def test_the_defaults_write_in_the_foreground_verify_and_keep_nothing() -> None:
-    assert Checkpoint() == Checkpoint(asynchronous=False, verify=True, keep_partial=False)
+
+def test_by_default_only_verification_is_on() -> None:
+    assert dataclasses.asdict(Checkpoint()) == {name: name == "verify" for name in SWITCHES}
 
 
 def test_it_cannot_be_changed() -> None:
@@ -19,7 +21,7 @@ def test_it_cannot_be_changed() -> None:
         Checkpoint().verify = False  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["asynchronous", "verify", "keep_partial"])
+@pytest.mark.parametrize("name", SWITCHES)
 def test_a_value_that_is_no_switch_is_refused_with_its_name(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"Checkpoint\({name}='yes'\) is a switch"):
         Checkpoint(**{name: "yes"})

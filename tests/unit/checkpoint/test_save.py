@@ -37,10 +37,12 @@ def test_a_checkpoint_is_shards_and_objects_and_a_manifest_that_knows_them_all(t
     path = tmp_path / "a.ckpt"
     save_directory(path, tensors=TENSORS, objects={}, plan={"zero.stage": 3}, versions={"lightning": "2.6.6"})
     manifest = json.loads((path / "manifest.json").read_text())
-    sizes = {name: {"bytes": (path / name).stat().st_size} for name in names_in(path) if name != "manifest.json"}
+    sizes = {name: (path / name).stat().st_size for name in names_in(path) if name != "manifest.json"}
     assert set(sizes) == {".metadata", "__0_0.distcp", "meta.pt"}
-    assert manifest["files"] == sizes
-    assert (manifest["format_version"], manifest["world_size"], manifest["plan"]) == (1, 1, {"zero.stage": 3})
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == sizes
+    assert {name: sum(chunk[1] for chunk in entry["chunks"]) for name, entry in manifest["files"].items()} == sizes
+    assert manifest["tensors"] == {"model.w": {"shape": [2, 3], "dtype": "float32", "placement": "whole"}}
+    assert (manifest["format_version"], manifest["world_size"], manifest["plan"]) == (2, 1, {"zero.stage": 3})
     assert manifest["versions"]["lightning"] == "2.6.6"
     assert set(manifest["versions"]) == {"lightning", "meshbolt", "torch"}
 
@@ -103,7 +105,11 @@ def test_a_parent_that_is_a_file_is_an_error_of_ours(tmp_path: Path) -> None:
 
 
 def test_tensors_without_values_and_things_that_are_no_tensors_are_named(tmp_path: Path) -> None:
-    for value, message in ((torch.empty(2, device="meta"), "'w' is on the meta device"), (3, "'w' is a int")):
+    for value, message in (
+        (torch.empty(2, device="meta"), "'w' is on the meta device"),
+        (3, "'w' is a int"),
+        (torch.eye(2).to_sparse(), "'w' is torch.sparse_coo"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             save_directory(tmp_path / "a.ckpt", tensors={"w": value}, objects={})  # type: ignore[dict-item]
     assert not names_in(tmp_path)
@@ -117,6 +123,23 @@ def test_only_the_part_of_a_storage_that_a_tensor_shows_is_written(tmp_path: Pat
     into = {key: torch.zeros(value.shape) for key, value in views.items()}
     load_tensors(tmp_path / "a.ckpt", into)
     assert all(torch.equal(into[key], value) for key, value in views.items())
+
+
+def test_values_are_saved_and_not_the_flags_of_a_view(tmp_path: Path) -> None:
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    views = {"conjugate": values.conj(), "negative": values.conj().imag, "parameter": torch.nn.Parameter(torch.ones(3))}
+    save_directory(tmp_path / "a.ckpt", tensors=views, objects={})
+    into = {key: torch.zeros(value.shape, dtype=value.dtype) for key, value in views.items()}
+    load_tensors(tmp_path / "a.ckpt", into)
+    assert into["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+    assert into["negative"].tolist() == [-2.0, 4.0]
+    assert into["parameter"].tolist() == [1.0] * 3
+
+
+def test_a_save_leaves_the_settings_of_torch_as_they_were(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    save_directory(tmp_path / "a.ckpt", tensors=TENSORS, objects={})
+    assert torch.serialization.get_crc32_options() == before
 
 
 def test_a_checkpoint_without_tensors_is_one(tmp_path: Path) -> None:

@@ -2,41 +2,80 @@ import pytest
 import torch
 from torch import nn
 
-from meshbolt.engine.load import check_names, load_model
+from meshbolt.checkpoint import TensorInfo
+from meshbolt.engine.load import check_weights, load_model
 from meshbolt.errors import CheckpointError
 
+ONE = torch.zeros(2)
 
-def test_names_that_differ_are_listed_from_both_sides() -> None:
-    with pytest.raises(CheckpointError, match=r"run\.ckpt do not fit .*Missing there: b\. Unknown here: c.*strict"):
-        check_names({"a": 0, "b": 0}, {"a", "c"}, strict=True, source="run.ckpt")
-    check_names({"a": 0, "b": 0}, {"a", "c"}, strict=False, source="run.ckpt")
+
+def test_all_that_differs_is_listed_in_one_message() -> None:
+    live = {"a": ONE, "b": ONE, "wide": torch.zeros(3, 2)}
+    saved = {"a": ONE, "c": ONE, "wide": TensorInfo(shape=(2, 2), dtype=torch.float32)}
+    with pytest.raises(CheckpointError, match=r"(?s)weights in run\.ckpt do not fit.*strict_loading=False") as refused:
+        check_weights(live, saved, strict=True, source="run.ckpt")
+    said = str(refused.value)
+    assert "1 missing there:\n    b\n" in said
+    assert "1 unknown here:\n    c\n" in said
+    assert "1 of another shape or kind:\n    wide: float32[2, 2] there, float32[3, 2] here" in said
+
+
+def test_names_that_may_differ_are_returned_and_shapes_may_never() -> None:
+    lists = check_weights({"a": ONE, "b": ONE}, {"a": ONE, "c": ONE}, strict=False, source="it")
+    assert lists == "\n  1 missing there:\n    b\n  1 unknown here:\n    c"
+    assert check_weights({"a": ONE}, {"a": ONE}, strict=True, source="it") == ""
+    with pytest.raises(CheckpointError, match=r"a: float32\[3\] there"):
+        check_weights({"a": ONE}, {"a": torch.zeros(3)}, strict=False, source="it")
+    with pytest.raises(CheckpointError, match=r"a: float32\[2\] there, int64\[2\] here"):
+        check_weights({"a": torch.zeros(2, dtype=torch.int64)}, {"a": ONE}, strict=True, source="it")
+
+
+def test_names_that_were_left_out_on_purpose_may_be_missing_but_not_unknown() -> None:
+    left_out = frozenset({"base"})
+    check_weights({"a": ONE, "base": ONE}, {"a": ONE}, strict=True, source="it", left_out=left_out)
+    with pytest.raises(CheckpointError, match=r"missing there:\n    other"):
+        check_weights({"a": ONE, "base": ONE, "other": ONE}, {"a": ONE}, strict=True, source="it", left_out=left_out)
+    with pytest.raises(CheckpointError, match=r"unknown here:\n    base"):
+        check_weights({"a": ONE}, {"a": ONE}, strict=True, source="it", left_out=left_out)
 
 
 def test_a_long_list_of_names_is_cut() -> None:
-    live = {f"layer{index}": 0 for index in range(20)}
-    with pytest.raises(CheckpointError, match="and 12 more"):
-        check_names(live, set(), strict=True, source="it")
+    live = {f"layer{index}": ONE for index in range(20)}
+    with pytest.raises(CheckpointError, match=r"20 missing there(.|\n)*and 10 more"):
+        check_weights(live, {}, strict=True, source="it")
 
 
 def test_weights_are_copied_into_the_parameters_that_are_there() -> None:
     module, other = nn.Linear(2, 3), nn.Linear(2, 3)
     weight = module.weight
-    load_model(module, other.state_dict(), strict=True, source="it")
+    load_model(module, other.state_dict())
     assert module.weight is weight
     assert torch.equal(module.weight, other.weight)
 
 
-def test_what_fits_is_loaded_where_names_may_differ() -> None:
+def test_what_has_no_counterpart_is_left_alone() -> None:
     module = nn.Linear(2, 3)
     bias = module.bias.detach().clone()
-    load_model(module, {"weight": torch.ones(3, 2), "extra": torch.ones(1)}, strict=False, source="it")
+    load_model(module, {"weight": torch.ones(3, 2), "extra": torch.ones(1)})
     assert torch.equal(module.weight, torch.ones(3, 2))
     assert torch.equal(module.bias, bias)
 
 
-def test_shapes_that_differ_are_refused_before_anything_is_loaded() -> None:
-    module = nn.Linear(2, 3)
-    before = module.bias.detach().clone()
-    with pytest.raises(CheckpointError, match=r"weight is \(2, 2\), here \(3, 2\)"):
-        load_model(module, {"weight": torch.ones(2, 2), "bias": torch.ones(3)}, strict=True, source="it")
-    assert torch.equal(module.bias, before)
+class Counting(nn.Module):
+    """Keeps something beside its tensors."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def get_extra_state(self) -> int:
+        return self.count
+
+    def set_extra_state(self, state: int) -> None:
+        self.count = state
+
+
+def test_extra_state_of_modules_is_given_back() -> None:
+    for own, saved in ((Counting(0), Counting(7)), (nn.Sequential(Counting(0)), nn.Sequential(Counting(7)))):
+        load_model(own, saved.state_dict())
+        assert own.state_dict() == saved.state_dict()

@@ -3,7 +3,7 @@ import random
 import numpy as np
 import torch
 
-from meshbolt.engine.random_state import collect_random_state, restore_random_state
+from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,16 @@ def test_collecting_draws_nothing() -> None:
     np.random.seed(1)
     torch.manual_seed(1)
     assert draws() == first
+
+
+def test_ranks_branch_from_one_state_the_same_each_time_and_apart_from_each_other() -> None:
+    state = collect_random_state(CPU)
+    seen = []
+    for coordinate in (0, 1, 0):
+        branch_random_state(state, coordinate, CPU)
+        seen.append(draws())
+    restore_random_state(state, CPU)
+    first, second, again = seen
+    assert first == again
+    assert not set(first) & set(second)
+    assert not set(first) & set(draws())

@@ -2,69 +2,25 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from tests.unit.checkpoint.test_tree import same
 from torch import nn
 
 from meshbolt.engine.state import (
-    MARKER,
+    check_optimizer_state,
     empty_like_saved,
-    join_tensors,
     load_optimizer_state,
-    markers,
     optimizer_state,
-    split_tensors,
+    trained_state,
 )
 from meshbolt.errors import CheckpointError
 
-LEAVES = st.one_of(st.integers(), st.text(max_size=3), st.none(), st.integers(0, 5).map(lambda n: torch.full((2,), n)))
-TREES = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.lists(inner, max_size=3).map(tuple),
-        st.dictionaries(st.text("abc.", min_size=1, max_size=3), inner, max_size=3),
-    ),
-    max_leaves=10,
-)
 
-
-def same(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
-# A busy machine is slow, not wrong.
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.text("abc", min_size=1, max_size=3), TREES, max_size=4))
-def test_a_tree_that_was_split_is_joined_to_what_it_was(tree: dict[str, Any]) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    skeleton = split_tensors(tree, "state", tensors)
-    assert same(join_tensors(skeleton, tensors), tree)
-
-
-def test_tensors_lie_under_the_path_that_leads_to_them() -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    tree = {"a": [torch.zeros(1), {"b": torch.ones(2)}], "c": 3}
-    skeleton = split_tensors(tree, "state", tensors)
-    assert list(tensors) == ["state.a.0", "state.a.1.b"]
-    assert skeleton == {"a": [{MARKER: "state.a.0"}, {"b": {MARKER: "state.a.1.b"}}], "c": 3}
-    assert markers(skeleton) == ["state.a.0", "state.a.1.b"]
-
-
-def test_a_marker_without_its_tensor_is_an_error_that_names_it() -> None:
-    with pytest.raises(CheckpointError, match=r"'state\.gone'"):
-        join_tensors({"x": {MARKER: "state.gone"}}, {})
-
-
-def made(*shapes: tuple[int, ...]) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, str]]:
+def made(
+    *shapes: tuple[int, ...], kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any
+) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, str]]:
     params = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    return torch.optim.AdamW(params, lr=0.1), {parameter: f"p{index}" for index, parameter in enumerate(params)}
+    make: Any = kind
+    return make(params, **{"lr": 0.1, **options}), {parameter: f"p{index}" for index, parameter in enumerate(params)}
 
 
 def test_state_is_keyed_by_name_and_comes_back() -> None:
@@ -98,6 +54,93 @@ def test_groups_that_differ_are_refused_with_the_difference() -> None:
         CheckpointError, match=r"groups of \[2\] parameters, this run's has \[1\].*only there: \['p1'\]"
     ):
         load_optimizer_state(other, saved, others_names)
+
+
+def trained_pair(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer, names = made((2, 3), (3,), kind=kind, **options)
+    for parameter in names:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    optimizer.step()
+    return optimizer, names
+
+
+def test_state_by_number_follows_the_order_of_the_groups() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW, lr=0.3)
+    other, others_names = made((2, 3), (3,))
+    load_optimizer_state(other, optimizer.state_dict(), others_names)
+    assert other.param_groups[0]["lr"] == 0.3
+    for ours, theirs in zip(others_names, names, strict=True):
+        for key, value in optimizer.state[theirs].items():
+            assert torch.equal(other.state[ours][key], value)
+            assert other.state[ours][key] is not value
+
+
+def test_state_of_another_class_is_refused_by_name_and_by_number() -> None:
+    optimizer, names = trained_pair(torch.optim.SGD, lr=0.1, momentum=0.9)
+    other, others_names = made((2, 3), (3,))
+    with pytest.raises(CheckpointError, match="state of SGD, and this run's optimizer is AdamW"):
+        check_optimizer_state(other, optimizer_state(optimizer, names), others_names)
+    with pytest.raises(CheckpointError, match=r"settings \[.*'momentum'.*\], and this run's optimizer is AdamW"):
+        check_optimizer_state(other, optimizer.state_dict(), others_names)
+    adam, _ = trained_pair(torch.optim.Adam)
+    with pytest.raises(CheckpointError, match="this run's optimizer is AdamW"):
+        check_optimizer_state(other, adam.state_dict(), others_names)
+
+
+def test_state_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    before = optimizer.state_dict()
+    for wrong in (
+        optimizer_state(*made((2, 3))),
+        {"class": "AdamW", "state": {}, "param_groups": [{"params": ["p1", "p0"]}]},
+        optimizer_state(*trained_pair(torch.optim.SGD, lr=0.1)),
+    ):
+        with pytest.raises(CheckpointError):
+            load_optimizer_state(optimizer, wrong, names)
+    assert same(optimizer.state_dict(), before)
+
+
+def test_state_of_other_shapes_is_refused() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    wider, wider_names = made((2, 4), (3,))
+    with pytest.raises(CheckpointError, match=r"other shapes .*p0 \(2, 3\)"):
+        check_optimizer_state(wider, optimizer_state(optimizer, names), wider_names)
+
+
+def test_settings_that_an_older_torch_did_not_have_get_their_default() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        for key in ("fused", "decoupled_weight_decay", "capturable"):
+            del group[key]
+    load_optimizer_state(optimizer, saved, names)
+    assert optimizer.param_groups[0]["fused"] is None
+    optimizer.step()
+
+
+def test_state_in_the_dtype_of_its_parameter_follows_it_and_other_state_does_not() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    saved = optimizer_state(optimizer, names)
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((2, 3), (3,))]
+    other = torch.optim.AdamW(parameters)
+    others_names = {parameter: f"p{index}" for index, parameter in enumerate(parameters)}
+    load_optimizer_state(other, saved, others_names, dtypes={"p0": torch.float32, "p1": torch.bfloat16})
+    assert other.state[parameters[0]]["exp_avg"].dtype == torch.bfloat16
+    assert other.state[parameters[0]]["step"].dtype == torch.float32
+    assert other.state[parameters[1]]["exp_avg"].dtype == torch.float32
+
+
+def test_parameters_that_nobody_trains_are_left_out_and_buffers_are_not() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(module[3].parameters(), lr=0.1, momentum=0.9)
+    module[3](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    for part in (module[0], module[1], module[3]):
+        part.requires_grad_(False)
+    state, left_out = trained_state(module.state_dict(), module, [optimizer])
+    assert left_out == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    assert sorted(state) == sorted(set(module.state_dict()) - set(left_out))
+    assert "1.running_mean" in state
 
 
 def test_room_for_a_saved_tensor_has_its_shape_and_dtype() -> None:

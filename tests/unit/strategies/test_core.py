@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch.plugins.precision as trainer_plugins
 import pytest
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from meshbolt import Checkpoint, ConfigError, MeshStrategy, Recompute, UnsupportedError, Zero
 from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
@@ -29,7 +30,6 @@ BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
         ({"tensor_parallel": 2}, UnsupportedError, "tensor_parallel=2"),
         ({"pipeline_parallel": 2}, UnsupportedError, "pipeline_parallel=2"),
         ({"offload": "cpu"}, UnsupportedError, "offload='cpu'"),
-        ({"checkpoint": Checkpoint(asynchronous=True)}, UnsupportedError, "asynchronous=True"),
         ({"checkpoint_io": TorchCheckpointIO()}, UnsupportedError, "TorchCheckpointIO"),
         ({"zero": 2.0}, ConfigError, r"zero=2\.0"),
         ({"zero": {"stage": 2, "replicate": 4}}, ConfigError, r"Write zero=Zero\(stage=2, replicate=4\)"),
@@ -50,6 +50,7 @@ BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
         ({"parallel_devices": ["cpu"]}, ConfigError, "parallel_devices="),
         ({"accelerator": "cpu"}, ConfigError, "accelerator='cpu'"),
         ({"cluster_environment": "slurm"}, ConfigError, "cluster_environment='slurm'"),
+        ({"checkpoint_io": AsyncCheckpointIO()}, UnsupportedError, r"Checkpoint\(asynchronous=True\)"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -129,3 +130,10 @@ def test_the_text_of_a_strategy_is_the_call_that_makes_it_and_what_it_is_for() -
         "meshbolt.fabric.MeshStrategy(zero=Zero(stage=3, replicate=2, unit='auto', reduce_dtype='auto')) "
         "for lightning.fabric.Fabric"
     )
+
+
+def test_fabric_which_is_told_what_to_load_refuses_to_be_told_so_by_a_setting() -> None:
+    asked = Checkpoint(load_weights_only=True)
+    assert MeshStrategy(checkpoint=asked).settings.checkpoint == asked
+    with pytest.raises(ConfigError, match=r'fabric\.load\(path, \{"model": model\}\)'):
+        FabricMeshStrategy(checkpoint=asked)

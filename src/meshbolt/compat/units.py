@@ -1,107 +1,27 @@
-"""Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one file.
-
-The tests of this file run on every supported version of torch.
-"""
+"""What FSDP2 keeps private of its units: their state, their hooks, and the gradients that they hold."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd import Variable
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group, _fsdp_state
-from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
-from torch.distributed.tensor import DTensor, Placement
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = [
-    "AllGather",
-    "ReduceScatter",
-    "TorchDispatchMode",
-    "casts",
-    "current_pass",
-    "distributed_tensor",
-    "drop_kept_gradients",
-    "drop_pending_gather",
-    "end_backward",
-    "enter_pass",
-    "gathered_bytes",
-    "given_other_data",
-    "gradients_land_in_place",
-    "handle_sharded",
-    "has_pending_gather",
-    "is_gathered",
-    "kept_gradients",
-    "lighten_hooks",
-    "local_tensor",
-    "make_hooks_skippable",
-    "managed_parameters",
-    "on_gradient",
-    "outdate",
-    "plain_calls",
-    "queue_after_backward",
-    "replicate",
-    "reset_after_error",
-    "reshard",
-    "set_async_gather",
-    "set_group_timeout",
-    "storage_identity",
-    "tree_leaves",
-    "tree_map",
-    "was_gathered",
-    "watch_passes",
-    "whole_copies",
-    "will_accumulate",
-    "written_arguments",
-]
+from meshbolt.compat.tensors import current_pass, storage_identity
 
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a tensor: a DTensor's shard (sharing its storage, outside autograd), else the tensor."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def distributed_tensor(local: torch.Tensor, *, like: DTensor, placements: Sequence[Placement]) -> DTensor:
-    """Return this rank's part as a DTensor, outside autograd and unchecked: what `DTensor.from_local` takes a while for.
-
-    Args:
-        local: this rank's part, of the same storage as the result.
-        like: a DTensor of the result's global shape, strides and mesh.
-        placements: of the result, one per axis of the mesh.
-    """
-    meta = TensorMeta(like.shape, like.stride(), local.dtype)
-    return DTensor(local, DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
-
-
-def handle_sharded(operation: Any, handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-    """Let a function do what an operation is to do on DTensors, in this process from now on.
-
-    Args:
-        operation: an overload of one of torch's operations.
-        handler: takes the operation, its positional arguments, the first one a DTensor, and its other arguments.
-    """
-    dispatcher: Any = DTensor._op_dispatcher
-    dispatcher._custom_op_handlers[operation] = handler
+# What a tensor subclass says that only changes what operations do, not what torch's functions do.
+untouched_by_functions = torch._C._disabled_torch_function_impl
 
 
 def managed_parameters(unit: FSDPModule) -> list[nn.Parameter]:
     """Return the sharded parameters that the unit gathers, whether they are gathered now or not."""
     return [fsdp_param.sharded_param for group in _groups(unit) for fsdp_param in group.fsdp_params]
-
-
-def storage_identity(tensor: torch.Tensor) -> int:
-    """Return what changes when a tensor is given other data by assignment (`tensor.data = ...`), sharded or not."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def given_other_data(unit: FSDPModule) -> list[nn.Parameter]:
@@ -436,33 +356,6 @@ def whole_copies(unit: FSDPModule) -> Iterator[nn.Parameter]:
                 yield fsdp_param.unsharded_param
 
 
-def current_pass() -> int:
-    """Return a number of the pass of autograd that is running, -1 where none is."""
-    return torch._C._current_graph_task_id()
-
-
-def will_accumulate(node: Any) -> bool:
-    """Return whether the pass that is running adds to the gradient of the node's parameter.
-
-    Args:
-        node: adds to the gradient of a leaf.
-    """
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return False  # torch.autograd.grad was asked for this gradient, and returns it
-
-
-def outdate(tensors: Sequence[torch.Tensor]) -> None:
-    """Let autograd refuse graphs that were made before now and need the tensors' values, as after a change in place."""
-    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(each._version + 1 for each in tensors))
-
-
-def queue_after_backward(callback: Any) -> None:
-    """Run a callback at the end of the backward that is running now, after torch's own callbacks queued before it."""
-    Variable._execution_engine.queue_callback(callback)
-
-
 def _groups(unit: FSDPModule) -> list[Any]:
     state = unit._get_fsdp_state()
     many = getattr(state, "_fsdp_param_groups", None)
@@ -476,36 +369,3 @@ def reshard(unit: FSDPModule) -> None:
     """Free the unit's gathered parameters whatever state torch thinks the unit is in (its own `reshard` may decline)."""
     for group in _groups(unit):
         group._to_sharded()
-
-
-def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Set how long a collective of a group waits for its peers.
-
-    Args:
-        group: one that this rank belongs to.
-        timeout: from the next collective on.
-    """
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def plain_calls() -> AbstractContextManager[Any]:
-    """Call torch's functions without asking modes and subclasses that watch them."""
-    return cast("AbstractContextManager[Any]", torch._C.DisableTorchFunction())
-
-
-def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    """Yield the tensors that an operation writes to.
-
-    Args:
-        operation: as a dispatch mode gets it.
-        args: its positional arguments.
-        kwargs: its other arguments.
-    """
-    declared = operation._schema.arguments
-    given = [
-        *zip(declared, args, strict=False),
-        *((each, kwargs[each.name]) for each in declared if each.name in kwargs),
-    ]
-    for argument, value in given:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

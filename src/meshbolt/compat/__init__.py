@@ -1,0 +1,98 @@
+"""Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one folder.
+
+May import: `errors`. `tensors.py` has what belongs to no unit, `units.py` what FSDP2 knows of one; everybody imports from
+here. The tests of this folder run on every supported version of torch.
+"""
+
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from meshbolt.compat.tensors import (
+    aliased_arguments,
+    current_pass,
+    distributed_tensor,
+    handle_sharded,
+    local_tensor,
+    outdate,
+    part_of_file,
+    plain_calls,
+    queue_after_backward,
+    set_group_timeout,
+    storage_identity,
+    storages_without_memory,
+    tensors_without_memory,
+    will_accumulate,
+    written_arguments,
+)
+from meshbolt.compat.units import (
+    casts,
+    drop_kept_gradients,
+    drop_pending_gather,
+    end_backward,
+    enter_pass,
+    gathered_bytes,
+    given_other_data,
+    gradients_land_in_place,
+    has_pending_gather,
+    is_gathered,
+    kept_gradients,
+    lighten_hooks,
+    make_hooks_skippable,
+    managed_parameters,
+    on_gradient,
+    reset_after_error,
+    reshard,
+    set_async_gather,
+    untouched_by_functions,
+    was_gathered,
+    watch_passes,
+    whole_copies,
+)
+
+__all__ = [
+    "AllGather",
+    "ReduceScatter",
+    "TorchDispatchMode",
+    "aliased_arguments",
+    "casts",
+    "current_pass",
+    "distributed_tensor",
+    "drop_kept_gradients",
+    "drop_pending_gather",
+    "end_backward",
+    "enter_pass",
+    "gathered_bytes",
+    "given_other_data",
+    "gradients_land_in_place",
+    "handle_sharded",
+    "has_pending_gather",
+    "is_gathered",
+    "kept_gradients",
+    "lighten_hooks",
+    "local_tensor",
+    "make_hooks_skippable",
+    "managed_parameters",
+    "on_gradient",
+    "outdate",
+    "part_of_file",
+    "plain_calls",
+    "queue_after_backward",
+    "replicate",
+    "reset_after_error",
+    "reshard",
+    "set_async_gather",
+    "set_group_timeout",
+    "storage_identity",
+    "storages_without_memory",
+    "tensors_without_memory",
+    "tree_leaves",
+    "tree_map",
+    "untouched_by_functions",
+    "was_gathered",
+    "watch_passes",
+    "whole_copies",
+    "will_accumulate",
+    "written_arguments",
+]

@@ -1,0 +1,152 @@
+"""What torch keeps private of tensors, autograd, process groups and files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Variable
+from torch.distributed.checkpoint.utils import _create_file_view
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils._pytree import tree_leaves
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor: a DTensor's shard (sharing its storage, outside autograd), else the tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def distributed_tensor(local: torch.Tensor, *, like: DTensor, placements: Sequence[Placement]) -> DTensor:
+    """Return this rank's part as a DTensor, outside autograd and unchecked: what `DTensor.from_local` takes a while for.
+
+    Args:
+        local: this rank's part, of the same storage as the result.
+        like: a DTensor of the result's global shape, strides and mesh.
+        placements: of the result, one per axis of the mesh.
+    """
+    meta = TensorMeta(like.shape, like.stride(), local.dtype)
+    return DTensor(local, DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def handle_sharded(operation: Any, handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+    """Let a function do what an operation is to do on DTensors, in this process from now on.
+
+    Args:
+        operation: an overload of one of torch's operations.
+        handler: takes the operation, its positional arguments, the first one a DTensor, and its other arguments.
+    """
+    dispatcher: Any = DTensor._op_dispatcher
+    dispatcher._custom_op_handlers[operation] = handler
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """Return what changes when a tensor is given other data by assignment (`tensor.data = ...`), sharded or not."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def current_pass() -> int:
+    """Return a number of the pass of autograd that is running, -1 where none is."""
+    return torch._C._current_graph_task_id()
+
+
+def will_accumulate(node: Any) -> bool:
+    """Return whether the pass that is running adds to the gradient of the node's parameter.
+
+    Args:
+        node: adds to the gradient of a leaf.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return False  # torch.autograd.grad was asked for this gradient, and returns it
+
+
+def outdate(tensors: Sequence[torch.Tensor]) -> None:
+    """Let autograd refuse graphs that were made before now and need the tensors' values, as after a change in place."""
+    torch._C._autograd._unsafe_set_version_counter(tuple(tensors), tuple(each._version + 1 for each in tensors))
+
+
+def queue_after_backward(callback: Any) -> None:
+    """Run a callback at the end of the backward that is running now, after torch's own callbacks queued before it."""
+    Variable._execution_engine.queue_callback(callback)
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Set how long a collective of a group waits for its peers.
+
+    Args:
+        group: one that this rank belongs to.
+        timeout: from the next collective on.
+    """
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def plain_calls() -> AbstractContextManager[Any]:
+    """Call torch's functions without asking modes and subclasses that watch them."""
+    return cast("AbstractContextManager[Any]", torch._C.DisableTorchFunction())
+
+
+def part_of_file(file: IO[bytes], start: int, num_bytes: int) -> IO[bytes]:
+    """Return a part of a file as a file that `torch.load` reads.
+
+    Args:
+        file: open for reading.
+        start: where the part begins.
+        num_bytes: its length.
+    """
+    return cast("IO[bytes]", _create_file_view(cast("Any", file), start, num_bytes))
+
+
+def tensors_without_memory() -> AbstractContextManager[Any]:
+    """Make tensors inside that have shape, dtype and a storage of their own, but no memory."""
+    return FakeTensorMode()
+
+
+def storages_without_memory() -> AbstractContextManager[Any]:
+    """Have `torch.save` inside write a file with room for the memory of its tensors, which is left empty.
+
+    Tensors without memory are written as if they had some.
+    """
+    return torch.serialization.skip_data(materialize_fake_tensors=True)
+
+
+def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an operation writes to.
+
+    Args:
+        operation: as a dispatch mode gets it.
+        args: its positional arguments.
+        kwargs: its other arguments.
+    """
+    for alias, tensor in _aliases(operation, args, kwargs):
+        if alias.is_write:
+            yield tensor
+
+
+def aliased_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an operation writes to, or returns parts of that share their memory.
+
+    Args:
+        operation: as a dispatch mode gets it.
+        args: its positional arguments.
+        kwargs: its other arguments.
+    """
+    for _, tensor in _aliases(operation, args, kwargs):
+        yield tensor
+
+
+def _aliases(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Tensor]]:
+    declared = operation._schema.arguments
+    given = [
+        *zip(declared, args, strict=False),
+        *((each, kwargs[each.name]) for each in declared if each.name in kwargs),
+    ]
+    for argument, value in given:
+        if argument.alias_info is not None:
+            yield from ((argument.alias_info, leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

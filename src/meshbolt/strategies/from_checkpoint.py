@@ -1,0 +1,111 @@
+"""A LightningModule from a checkpoint directory, whole and in any process: what Lightning's own method does with a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+
+from meshbolt.checkpoint.optimizers import OWN
+from meshbolt.checkpoint.reader import CheckpointReader
+from meshbolt.errors import CheckpointError, ConfigError
+from meshbolt.strategies.compat import built_from
+from meshbolt.strategies.directories import left_out_of
+
+Module = TypeVar("Module", bound=pl.LightningModule)
+
+_REFUSED_BY_TORCH = "Error(s) in loading state_dict"
+_REFUSED_BY_LIGHTNING = "is in conflict with"
+
+
+def load_from_checkpoint(
+    module_class: type[Module],
+    path: str | os.PathLike[str],
+    *,
+    map_location: str | torch.device | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **overrides: Any,
+) -> Module:
+    """Build a module from a checkpoint, with its hyperparameters and weights, in this process alone.
+
+    Weights are read tensor by tensor into the module, so that memory holds one model and the tensor at hand. No process
+    group is needed, and one that is there is not used.
+
+    Args:
+        module_class: the LightningModule's class.
+        path: the checkpoint's directory, or a file of Lightning's, which goes to Lightning's own method.
+        map_location: the device that the module is moved to; None for the CPU.
+        strict: refuse weights that the module does not have, and parameters that the checkpoint does not have; None for
+            what the module's `strict_loading` says. Of a tied parameter one of the names is enough.
+        weights_only: False builds objects of any class, which runs code from the checkpoint; else plain data only.
+        overrides: arguments of the constructor, instead of the saved hyperparameters.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, it does not fit the module, or it holds objects of classes
+            that `weights_only` does not allow.
+        ConfigError: a value is wrong by itself.
+
+    Example:
+        >>> model = meshbolt.load_from_checkpoint(Model, "run.ckpt")
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, pl.LightningModule)):
+        raise ConfigError(f"load_from_checkpoint takes the class of a LightningModule first, not {module_class!r}.")
+    device = _device(map_location)
+    if Path(path).is_file():
+        return module_class.load_from_checkpoint(
+            os.fspath(path), map_location=device, strict=strict, weights_only=weights_only, **overrides
+        )
+    with CheckpointReader(path) as reader:
+        checkpoint = reader.tree(weights_only=weights_only)
+        left_out = left_out_of("state_dict", checkpoint.pop(OWN, {}))
+        if not isinstance(checkpoint.get("state_dict"), Mapping):
+            raise CheckpointError(
+                f"Checkpoint {reader.name!r} has no 'state_dict', so that no Trainer has saved it. Its entries: "
+                f"{', '.join(sorted(map(str, checkpoint)))}. Read one that Fabric saved with fabric.load."
+            )
+        try:
+            module = built_from(module_class, checkpoint, strict=strict, overrides=overrides)
+        except RuntimeError as error:
+            if _REFUSED_BY_TORCH not in str(error):
+                raise
+            refusal = CheckpointError(
+                f"Checkpoint {reader.name!r} does not fit {module_class.__name__}. {error}\nBuild the module as it was when it "
+                "was saved, or load what fits with strict=False."
+            )
+        else:
+            return module.to(device)
+        # Torch cannot tell what may be missing: other names of tied parameters, and what was left out on purpose.
+        again = None if strict is False else _forgiving(module_class, checkpoint, overrides)
+        if again is None or not _lacks_nothing(again, checkpoint["state_dict"], left_out=left_out):
+            raise refusal
+        return again.to(device)
+
+
+def _device(map_location: Any) -> torch.device:
+    try:
+        return torch.device("cpu") if map_location is None else torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"map_location={map_location!r} names no device ({error}). Give one such as 'cpu' or 'cuda:0'; mappings and "
+            "functions are for files, not for checkpoint directories."
+        ) from error
+
+
+def _forgiving(module_class: type[Module], checkpoint: dict[str, Any], overrides: Mapping[str, Any]) -> Module | None:
+    try:
+        return built_from(module_class, checkpoint, strict=False, overrides=overrides, quiet=True)
+    except (RuntimeError, ValueError) as error:
+        if _REFUSED_BY_TORCH in str(error) or _REFUSED_BY_LIGHTNING in str(error):
+            return None
+        raise
+
+
+def _lacks_nothing(module: pl.LightningModule, saved: Mapping[str, Any], *, left_out: frozenset[str]) -> bool:
+    own = module.state_dict(keep_vars=True)
+    held = {id(own[key]) for key in own if key in saved or key in left_out}
+    return saved.keys() <= own.keys() and all(id(value) in held for value in own.values())

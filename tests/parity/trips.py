@@ -1,0 +1,332 @@
+"""Round trips of checkpoints as data: who saves, who loads, which of all pairs are run, and running them.
+
+A run trains one epoch and saves; another one loads that and trains the second epoch. The samples of a step are the same under
+every layout, each rank taking its share of them, so that any pair ends where one process ends that trains through.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.fabric as lf
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from tests.parity import models
+from tests.parity.plain_files import write_plain_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from meshbolt import MeshStrategy, Zero
+from meshbolt.strategies import FabricMeshStrategy
+from meshbolt.testing import RankFailure, run_ranks
+from meshbolt.testing.parity.loaders import as_it_is
+from meshbolt.testing.parity.record import whole
+
+Loop = Literal["trainer", "fabric"]
+Values = dict[str, Tensor]
+
+LOOPS: tuple[Loop, ...] = ("trainer", "fabric")
+STEPS, SAMPLES = 3, 12  # of an epoch, and of a step: 12 can be divided among 1, 2, 3 and 4 ranks
+RUNS_PER_WORLD = 8
+TIMEOUT_SECONDS = 100
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """How one run holds the module.
+
+    Attributes:
+        ranks: how many.
+        stage: ZeRO stage; None for a plain run of Lightning's on one device, which knows nothing of meshbolt.
+        replicate: copies of the sharded state.
+    """
+
+    ranks: int
+    stage: int | None = None
+    replicate: int = 1
+
+    def __str__(self) -> str:
+        if self.stage is None:
+            return "plain"
+        return f"{'hsdp' if self.replicate > 1 else 'zero'}{self.stage}x{self.ranks}"
+
+    def strategy(self, kind: Callable[..., Any]) -> Any:
+        """Return the strategy of a Trainer or of Fabric.
+
+        Args:
+            kind: the class of meshbolt's.
+        """
+        return "auto" if self.stage is None else kind(zero=Zero(stage=self.stage, replicate=self.replicate))
+
+
+PLAIN = Layout(1)
+LAYOUTS: tuple[Layout, ...] = (
+    PLAIN,
+    *(Layout(ranks, stage) for ranks in (1, 2, 3, 4) for stage in (0, 1, 2, 3)),
+    *(Layout(ranks, stage, 2) for ranks in (2, 4) for stage in (1, 2, 3)),
+)
+
+
+@dataclass(frozen=True)
+class Trip:
+    """Save in one layout, load in another, in one of the loops."""
+
+    loop: Loop
+    saving: Layout
+    loading: Layout
+
+    def __str__(self) -> str:
+        return f"{self.loop}-{self.saving}-{self.loading}"
+
+
+def all_trips() -> tuple[Trip, ...]:
+    """Return every pair, in both loops."""
+    return tuple(itertools.starmap(Trip, itertools.product(LOOPS, LAYOUTS, LAYOUTS)))
+
+
+def selected_trips(*, seed: int) -> frozenset[Trip]:
+    """Return a seeded selection in which every layout saves and loads, and each loop does so with a plain run.
+
+    Args:
+        seed: of the selection.
+    """
+    generator = random.Random(seed)
+    savers, loaders = list(LAYOUTS), list(LAYOUTS)
+    generator.shuffle(savers)
+    generator.shuffle(loaders)
+    loops = itertools.cycle(LOOPS)
+    chosen = {Trip(next(loops), saving, loading) for saving, loading in zip(savers, loaders, strict=True)}
+    sharded = Layout(3, 3)
+    plain = {Trip(loop, *pair) for loop in LOOPS for pair in ((PLAIN, sharded), (sharded, PLAIN))}
+    return frozenset(chosen | plain)
+
+
+# One run ---------------------------------------------------------------------------------------------------------------
+
+
+class Task(models.Task):
+    """Shapes that shard unevenly, two groups of parameters, and a schedule."""
+
+    def __init__(self) -> None:
+        super().__init__(models.SmallShapes, torch.optim.AdamW)
+        # A plain run reads weights before it converts the module, and would round them.
+        self.double()
+
+    def groups(self) -> list[dict[str, Any]]:
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        return [{"params": vectors, "lr": 2e-2}, {"params": matrices, "weight_decay": 0.1}]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.groups(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a run holds, whole: after it has loaded (where it does), and at its end."""
+
+    start: Values = field(default_factory=dict)
+    end: Values
+
+
+def batches(layout: Layout) -> Iterator[models.Batch]:
+    """Yield this rank's share of every step of an epoch, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    rank = dist.get_rank() if layout.stage is not None else 0
+    for _ in range(STEPS):
+        x = torch.randn(SAMPLES, models.IN, generator=generator, dtype=torch.float64)
+        parts = [part.chunk(layout.ranks)[rank] for part in (x, torch.sin(x.sum(1, keepdim=True)))]
+        yield parts[0], parts[1]
+
+
+def values_of(module: torch.nn.Module, optimizer: Any, strategy: Any) -> Values:
+    """Return weights, moments and settings of the optimizer, whole."""
+    found = {f"weight {name}": whole(value) for name, value in module.state_dict().items()}
+    found |= {f"lr {i}": torch.tensor(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    if isinstance(strategy, (MeshStrategy, FabricMeshStrategy)):
+        with strategy.gathered(module, optimizer=optimizer) as gathered:
+            state = {name: dict(values) for name, values in gathered.items()}
+            found |= {f"{key} {n}": whole(value) for n, values in state.items() for key, value in values.items()}
+    else:
+        state = {names[parameter]: values for parameter, values in optimizer.state.items()}
+        found |= {f"{key} {n}": whole(value) for n, values in state.items() for key, value in values.items()}
+    return found
+
+
+class _AtStart(pl.Callback):
+    """Notes what a Trainer trains from."""
+
+    values: Values
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.values = values_of(module, trainer.optimizers[0], trainer.strategy)
+
+
+def in_trainer(layout: Layout, *, save: Path | None, load: Path | None) -> Seen:
+    """Train one epoch, or load and train the second one, in a Trainer."""
+    start = _AtStart()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=layout.ranks,
+        strategy=layout.strategy(MeshStrategy),
+        precision="64-true",
+        max_epochs=1 if load is None else 2,
+        callbacks=[start],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Task()
+    trainer.fit(module, DataLoader(list(batches(layout)), batch_size=None, collate_fn=as_it_is), ckpt_path=load)
+    if save is not None:
+        trainer.save_checkpoint(save)
+    return Seen(start=start.values, end=values_of(module, trainer.optimizers[0], trainer.strategy))
+
+
+def in_fabric(layout: Layout, *, save: Path | None, load: Path | None) -> Seen:
+    """Train one epoch, or load and train the second one, in a Fabric loop."""
+    strategy = layout.strategy(FabricMeshStrategy)
+    fabric = lf.Fabric(accelerator="cpu", devices=layout.ranks, strategy=strategy, precision="64-true")
+    fabric.launch()
+    module = Task()
+    made = module.configure_optimizers()
+    schedule = made["lr_scheduler"]["scheduler"]
+    model, optimizer = fabric.setup(module, made["optimizer"])
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "steps": 0}
+    if load is not None:
+        fabric.load(load, state)
+        assert state["steps"] == STEPS
+    start = values_of(module, optimizer.optimizer, fabric.strategy)
+    for index, batch in enumerate(batches(layout)):
+        fabric.backward(model.training_step(batch, index)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    if save is not None:
+        fabric.save(save, {**state, "steps": STEPS})
+    return Seen(start=start, end=values_of(module, optimizer.optimizer, fabric.strategy))
+
+
+RUNS: dict[Loop, Callable[..., Seen]] = {"trainer": in_trainer, "fabric": in_fabric}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: of a layout, that saves or loads."""
+
+    loop: Loop
+    layout: Layout
+    save: Path | None = None
+    load: Path | None = None
+
+    def __call__(self) -> Seen:
+        pl.seed_everything(0, verbose=False)
+        return RUNS[self.loop](self.layout, save=self.save, load=self.load)
+
+
+def _run_all(runs: Sequence[Run]) -> list[Seen]:
+    if runs[0].layout.stage is None and dist.is_initialized():
+        dist.destroy_process_group()
+    return [run() for run in runs]
+
+
+class Trips:
+    """The results of trips, computed when the first one is asked for."""
+
+    def __init__(self, trips: Iterable[Trip], folder: Path) -> None:
+        """Prepare.
+
+        Args:
+            trips: all that may be asked for.
+            folder: for the checkpoints.
+        """
+        self._trips, self._folder = tuple(dict.fromkeys(trips)), folder
+
+    @functools.cached_property
+    def _saved(self) -> dict[tuple[Loop, Layout], Seen | RankFailure]:
+        savers = sorted({(trip.loop, trip.saving) for trip in self._trips}, key=str)
+        runs = {saver: Run(*saver, save=self._path(*saver)) for saver in savers}
+        seen = self._run(runs)
+        for trip in self._trips:
+            if trip.loading == PLAIN != trip.saving and isinstance(seen[trip.loop, trip.saving], Seen):
+                path = self._path(trip.loop, trip.saving)
+                write_plain_file(path, path.with_suffix(".file"))
+        return seen
+
+    @functools.cached_property
+    def _loaded(self) -> dict[Trip, Seen | RankFailure]:
+        able = [one for one in self._trips if isinstance(self._saved[one.loop, one.saving], Seen)]
+        return self._run({one: Run(one.loop, one.loading, load=self._source(one)) for one in able})
+
+    def saved(self, trip: Trip) -> Seen:
+        """Return what the run of a trip held that has saved.
+
+        Raises:
+            RankFailure: it did not come so far.
+        """
+        return _or_raise(self._saved[trip.loop, trip.saving])
+
+    def loaded(self, trip: Trip) -> Seen:
+        """Return what the run of a trip held that has loaded.
+
+        Raises:
+            RankFailure: it did not come so far.
+        """
+        return _or_raise(self._loaded[trip])
+
+    @functools.cached_property
+    def through(self) -> Values:
+        """What one plain process holds that trains both epochs without a stop."""
+        first = self._folder / "through.ckpt"
+        runs = [Run("trainer", PLAIN, save=first), Run("trainer", PLAIN, load=first)]
+        return run_ranks(_run_all, 1, runs, timeout=TIMEOUT_SECONDS)[0][1].end
+
+    def _path(self, loop: Loop, layout: Layout) -> Path:
+        return self._folder / f"{loop}-{layout}.ckpt"
+
+    def _source(self, trip: Trip) -> Path:
+        path = self._path(trip.loop, trip.saving)
+        return path.with_suffix(".file") if trip.loading == PLAIN != trip.saving else path
+
+    def _run(self, runs: dict[Any, Run]) -> dict[Any, Seen | RankFailure]:
+        """Run what needs as many ranks on the same ranks; plain runs by themselves, since they need none."""
+
+        def world(key: Any) -> tuple[int, bool]:
+            return runs[key].layout.ranks, runs[key].layout.stage is None
+
+        seen: dict[Any, Seen | RankFailure] = {}
+        for (ranks, _), group in itertools.groupby(sorted(runs, key=world), key=world):
+            keys = list(group)
+            for start in range(0, len(keys), RUNS_PER_WORLD):
+                part = keys[start : start + RUNS_PER_WORLD]
+                seen.update(_run_together({key: runs[key] for key in part}, ranks))
+        return seen
+
+
+def _run_together(runs: dict[Any, Run], ranks: int) -> dict[Any, Seen | RankFailure]:
+    try:
+        results = run_ranks(_run_all, ranks, list(runs.values()), timeout=TIMEOUT_SECONDS)
+    except RankFailure as failure:
+        # Where one of them brings the others down, each runs by itself.
+        if len(runs) == 1:
+            return dict.fromkeys(runs, failure)
+        return {key: seen for one in runs for key, seen in _run_together({one: runs[one]}, ranks).items()}
+    return dict(zip(runs, results[-1], strict=True))
+
+
+def _or_raise(seen: Seen | RankFailure) -> Seen:
+    if isinstance(seen, RankFailure):
+        raise seen
+    return seen
