@@ -257,3 +257,18 @@ def resumed_from_a_plain_file(folder: Path) -> dict[str, list[float]]:
         "file": next_losses("auto", folder / "plain.ckpt", whole=True),
         "import": next_losses("zero2", folder / "numbered.ckpt"),
     }
+
+
+def converted_by_one_rank(folder: Path) -> bool:
+    fit("zero3", epochs=1).save_checkpoint(folder / "run.ckpt")
+    if dist.get_rank() == 1:
+        export_checkpoint(folder / "run.ckpt", folder / "dcp", to="dcp")
+        module = meshbolt.load_from_checkpoint(Double, folder / "run.ckpt")
+        export_checkpoint(folder / "run.ckpt", folder / "one.safetensors", to="safetensors")
+        assert_equal(dict(module.state_dict()), load_file(folder / "one.safetensors"))
+    dist.barrier()
+    return True
+
+
+def test_one_rank_may_load_and_convert_while_the_others_do_something_else(tmp_path: Path) -> None:
+    assert run_ranks(converted_by_one_rank, 2, tmp_path) == [True, True]
