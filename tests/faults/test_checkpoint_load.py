@@ -13,24 +13,25 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from meshbolt.checkpoint import load, load_objects, load_tensors, save_directory
+from meshbolt.checkpoint import directory, load, load_objects, load_tensors, remove_directory, save_directory
 from meshbolt.checkpoint.local import LocalPlace
 from meshbolt.checkpoint.shard_reader import ShardReader
 from meshbolt.errors import CheckpointError
 from meshbolt.testing import RankFailure, run_ranks, run_ranks_expecting
 
 
-def parts() -> dict[str, torch.Tensor]:
+def parts(value: float = 1.0) -> dict[str, torch.Tensor]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {"w": DTensor.from_local(torch.full((4, 8), 1.0), mesh, [Shard(0)], run_check=False)}
+    return {"w": DTensor.from_local(torch.full((4, 8), value), mesh, [Shard(0)], run_check=False)}
+
+
+def save_parts(path: Path, value: float = 1.0) -> None:
+    save_directory(path, tensors=parts(value), objects={"epoch": 1})
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    def save() -> None:
-        save_directory(tmp_path / "a.ckpt", tensors=parts(), objects={"epoch": 1})
-
-    run_ranks(save, 2)
+    run_ranks(save_parts, 2, tmp_path / "a.ckpt")
     return tmp_path / "a.ckpt"
 
 
@@ -76,6 +77,43 @@ def test_ranks_go_on_after_a_failed_load(path: Path) -> None:
         return float(tensors["w"].full_tensor().sum())
 
     assert run_ranks(load_twice, 2) == [64.0, 64.0]
+
+
+@pytest.mark.parametrize("moment", ["check_sizes", "read_metadata", "read_shards"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_ranks_read_anew_together_when_the_checkpoint_is_replaced_under_them(
+    path: Path, moment: str, times: int
+) -> None:
+    """Two checkpoints change places, and the one that was there is removed at once, as a save does it."""
+
+    def load_while_it_is_replaced() -> tuple[list[float], str]:
+        original, left = getattr(load, moment), iter(names[:times])
+
+        def replace(*args: Any, **kwargs: Any) -> Any:
+            if dist.get_rank() == 0 and (other := next(left, None)) is not None:
+                directory.exchange(path.with_name(other), path)
+                remove_directory(path.with_name(other))
+            return original(*args, **kwargs)
+
+        setattr(load, moment, replace)
+        tensors, error = parts(0.0), ""
+        try:
+            load_tensors(path, tensors)
+        except CheckpointError as failure:
+            error = str(failure)
+        return tensors["w"].to_local().unique().tolist(), error  # type: ignore[attr-defined]
+
+    names = ["b.ckpt", "c.ckpt"]
+    for number, name in enumerate(names):
+        run_ranks(save_parts, 2, path.with_name(name), 2.0 + number)
+    one, other = run_ranks(load_while_it_is_replaced, 2)
+    assert one == other
+    values, error = one
+    if times == 1:
+        assert (values, error) == ([2.0], "")
+    else:
+        assert values == [0.0]
+        assert "was replaced" in error
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -212,6 +213,23 @@ def test_a_trained_model_and_its_optimizer_come_back_on_another_number_of_ranks(
     assert "optimizer.0.1.weight.exp_avg" in saved
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+
+
+def test_the_manifest_says_how_each_tensor_was_laid_out(tmp_path: Path) -> None:
+    def save() -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+        whole = DTensor.from_local(torch.ones(8, 4), mesh, [Replicate(), Replicate()], run_check=False)
+        own = {f"rng.{dist.get_rank()}": torch.ones(2, dtype=torch.uint8)}
+        tensors = {"w": whole.redistribute(mesh, [Shard(0), Shard(1)]), "b": whole, **own}
+        save_directory(tmp_path / "a.ckpt", tensors=tensors, objects={})
+
+    run_ranks(save, 4)
+    tensors = json.loads((tmp_path / "a.ckpt" / "manifest.json").read_text())["tensors"]
+    assert list(tensors) == ["b", "rng.0", "rng.1", "rng.2", "rng.3", "w"]
+    placement = "Shard(dim=0) over dp_shard=2, Shard(dim=1) over tp=2"
+    assert tensors["w"] == {"shape": [8, 4], "dtype": "float32", "placement": placement}
+    assert tensors["b"]["placement"] == "Replicate() over dp_shard=2, Replicate() over tp=2"
+    assert tensors["rng.3"] == {"shape": [2], "dtype": "uint8", "placement": "whole"}
 
 
 def test_a_subgroup_saves_and_loads_while_the_others_go_on(tmp_path: Path) -> None:

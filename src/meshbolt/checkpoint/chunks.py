@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from meshbolt.checkpoint.agreement import in_words
-from meshbolt.checkpoint.checksum import Checksum, Data
+from meshbolt.checkpoint.checksum import BLOCK_BYTES, Checksum, Data
 from meshbolt.checkpoint.manifest import Chunk
 from meshbolt.errors import CheckpointError
 
@@ -70,8 +70,30 @@ def read_values(stream: IO[bytes], *, chunk: Chunk, into: memoryview, verify: bo
     checksum.update(_exactly(stream, chunk.values))
     _fill(stream, into, checksum=checksum)
     checksum.update(_exactly(stream, after))
-    if checksum.hexdigest() != chunk.checksum:
-        raise CheckpointError("it is damaged: the checksum of what is there is not that of what was saved")
+    _compare(checksum, chunk)
+
+
+def check_chunk(stream: IO[bytes], *, chunk: Chunk, num_bytes: int) -> None:
+    """Read all of a chunk and compare its checksum, without keeping anything.
+
+    Args:
+        stream: the file.
+        chunk: what the manifest says of it.
+        num_bytes: how many bytes of values it has to hold.
+
+    Raises:
+        CheckpointError: it holds fewer, the file ends early, or the checksum is another one.
+    """
+    if chunk.values + num_bytes > chunk.length:
+        raise CheckpointError("it holds fewer values than its metadata says: it is damaged")
+    checksum = Checksum()
+    stream.seek(chunk.offset)
+    scratch = memoryview(bytearray(min(BLOCK_BYTES, chunk.length)))
+    for block in checksum.blocks(chunk.length):
+        content = scratch[: block.stop - block.start]
+        _read_into(stream, content)
+        checksum.update(content)
+    _compare(checksum, chunk)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -103,6 +125,11 @@ def _fill(stream: IO[bytes], into: memoryview, *, checksum: Checksum) -> None:
     for block in checksum.blocks(len(into)):
         _read_into(stream, into[block])
         checksum.update(into[block])
+
+
+def _compare(checksum: Checksum, chunk: Chunk) -> None:
+    if checksum.hexdigest() != chunk.checksum:
+        raise CheckpointError("it is damaged: the checksum of what is there is not that of what was saved")
 
 
 def _read_into(stream: IO[bytes], into: memoryview) -> None:

@@ -70,7 +70,8 @@ def load_tensors(
 ) -> LoadReport:
     """Fill tensors from a checkpoint, in place, whatever layout it was saved in; a collective of all ranks.
 
-    All is read before a tensor is touched, which takes as much memory on the CPU as this rank's part of what is loaded.
+    All is read and verified before a tensor is touched. From local files that takes no memory but the system's cache of
+    files; from other storage, or without `verify`, as much memory on the CPU as this rank's part of what is loaded.
 
     Args:
         path: the checkpoint's directory, or its URL.

@@ -48,8 +48,10 @@ class LocalPlace:
 
     def find(self) -> Found:
         """Return the checkpoint, or the previous one while a new one takes its place."""
-        found = directory.find(self.target)
-        return Found(read_manifest(found / FILE_NAME), LocalFiles(found))
+        try:
+            return self._look()
+        except FileNotFoundError:  # it was replaced between two looks at it
+            return self._look()
 
     def prepare(self, save_id: str, *, keep_partial: bool) -> None:
         """Make the directory that the save writes to."""
@@ -93,6 +95,10 @@ class LocalPlace:
     def remove(self) -> None:
         """Remove the directory in one step."""
         directory.remove(self.target)
+
+    def _look(self) -> Found:
+        found = directory.find(self.target)
+        return Found(read_manifest(found / FILE_NAME), LocalFiles(found))
 
     def _partial(self, save_id: str) -> Path:
         return directory.partial_of(self.target, save_id=save_id)

@@ -106,8 +106,10 @@ class RemotePlace:
     def prepare(self, save_id: str, *, keep_partial: bool) -> None:
         """Delete what failed saves left; a folder of data needs no making."""
         self._refuse_foreign()
-        if not keep_partial:
-            self._discard_data(besides=self._committed())
+        # Which data a manifest of another version names is not known: it all stays until it is replaced.
+        with suppress(OtherFormatError):
+            if not keep_partial:
+                self._discard_data(besides=self._committed())
 
     def files_of(self, save_id: str) -> Files:
         """Return the save's folder of data."""
@@ -133,10 +135,11 @@ class RemotePlace:
 
     def clean_up(self, save_id: str, *, failed: bool) -> None:
         """Delete the failed save's data, or that of the checkpoint that was replaced."""
+        folder = self.folder_of(save_id)
         if not failed:
-            self._discard_data(besides=self.folder_of(save_id))
-        elif self._committed() != self.folder_of(save_id):
-            self._delete(f"{self.path}/{self.folder_of(save_id)}")
+            self._discard_data(besides=folder)
+        elif not self._is_committed(folder):
+            self._delete(f"{self.path}/{folder}")
 
     def remove(self) -> None:
         """Delete the manifest, with which the checkpoint is gone, then the rest."""
@@ -158,8 +161,16 @@ class RemotePlace:
     def _committed(self) -> str | None:
         try:
             return self.find().manifest.folder
+        except OtherFormatError:
+            raise
         except CheckpointError:
             return None
+
+    def _is_committed(self, folder: str) -> bool:
+        try:
+            return self._committed() == folder
+        except OtherFormatError:
+            return False
 
     def _refuse_foreign(self) -> None:
         self.system.invalidate_cache()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
@@ -14,8 +16,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from meshbolt.checkpoint.chunks import bytes_of, naming_file, read_values
+from meshbolt.checkpoint.chunks import bytes_of, check_chunk, naming_file, read_values
 from meshbolt.checkpoint.manifest import Manifest
+from meshbolt.checkpoint.staging import mapped, mapping_of
 from meshbolt.checkpoint.storage import Files
 from meshbolt.errors import CheckpointError
 
@@ -41,7 +44,7 @@ class ShardReader(StorageReader):
         self._chunks = {
             (name, chunk.offset): chunk for name, record in manifest.files.items() for chunk in record.chunks
         }
-        self._staged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._staged: list[tuple[torch.Tensor, Callable[[torch.Tensor], object]]] = []
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Do nothing: a reader serves one load."""
@@ -66,8 +69,9 @@ class ShardReader(StorageReader):
         items = sorted(plan.items, key=self._position)
         for name, of_file in itertools.groupby(items, key=lambda item: self._position(item)[0]):
             with self._reading(), naming_file(name), self._files.open(name, "rb") as stream:
+                mapping = mapping_of(stream) if self._verify else None
                 for _, of_chunk in itertools.groupby(of_file, key=self._position):
-                    self._read_chunk(stream, list(of_chunk), planner=planner)
+                    self._read_chunk(stream, list(of_chunk), planner=planner, mapping=mapping)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -75,8 +79,8 @@ class ShardReader(StorageReader):
     def fill(self) -> None:
         """Copy to the tensors what was read for them."""
         while self._staged:
-            target, values = self._staged.pop()
-            target.copy_(values)
+            target, fill = self._staged.pop()
+            fill(target)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -87,17 +91,27 @@ class ShardReader(StorageReader):
         info = self._metadata.storage_data[item.storage_index]
         return info.relative_path, info.offset
 
-    def _read_chunk(self, stream: IO[bytes], items: list[ReadItem], *, planner: LoadPlanner) -> None:
+    def _read_chunk(
+        self, stream: IO[bytes], items: list[ReadItem], *, planner: LoadPlanner, mapping: mmap.mmap | None
+    ) -> None:
         position = self._position(items[0])
         chunk = self._chunks.get(position)
         if chunk is None:
             raise CheckpointError(f"the manifest knows of no part at byte {position[1]}: it is damaged")
         shape, dtype = self._saved(items[0].storage_index)
         targets = [planner.resolve_tensor(item).detach() for item in items]
-        direct = targets[0] if self._is_direct(items, targets[0], shape=shape, dtype=dtype) else None
-        values = direct if direct is not None else torch.empty(shape, dtype=dtype)
-        read_values(stream, chunk=chunk, into=bytes_of(values), verify=self._verify)
-        if direct is None:
+        if self._is_direct(items, targets[0], shape=shape, dtype=dtype):
+            read_values(stream, chunk=chunk, into=bytes_of(targets[0]), verify=self._verify)
+        elif mapping is not None and not self._fresh.intersection(item.dest_index.fqn for item in items):
+            check_chunk(stream, chunk=chunk, num_bytes=shape.numel() * dtype.itemsize)
+            waiting = mapped(mapping, offset=chunk.offset + chunk.values, shape=shape, dtype=dtype)
+            self._staged += [
+                (target, functools.partial(waiting.fill, narrow=_part(item)))
+                for item, target in zip(items, targets, strict=True)
+            ]
+        else:
+            values = torch.empty(shape, dtype=dtype)
+            read_values(stream, chunk=chunk, into=bytes_of(values), verify=self._verify)
             for item, target in zip(items, targets, strict=True):
                 self._deliver(item, target, values)
 
@@ -113,20 +127,23 @@ class ShardReader(StorageReader):
         )
 
     def _deliver(self, item: ReadItem, target: torch.Tensor, values: torch.Tensor) -> None:
-        wanted = values
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            wanted = wanted.narrow(dim, start, length)
+        wanted = values[_part(item)]
         if item.dest_index.fqn in self._fresh:
             target.copy_(wanted)
             return
         # A part is copied, lest it keeps the memory of all of the chunk.
-        self._staged.append((target, wanted if wanted.numel() == values.numel() else wanted.clone()))
+        kept = wanted if wanted.numel() == values.numel() else wanted.clone()
+        self._staged.append((target, lambda tensor: tensor.copy_(kept)))
 
     def _saved(self, index: MetadataIndex) -> tuple[torch.Size, torch.dtype]:
         entry = self._metadata.state_dict_metadata[index.fqn]
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{index.fqn!r} is no tensor there")
         return _chunk_at(entry, index).sizes, entry.properties.dtype
+
+
+def _part(item: ReadItem) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(item.storage_offsets, item.lengths, strict=True))
 
 
 def _chunk_at(entry: TensorStorageMetadata, index: MetadataIndex) -> ChunkStorageMetadata:

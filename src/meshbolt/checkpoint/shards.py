@@ -4,9 +4,10 @@ Each rank writes its own parts of sharded tensors; what several ranks have whole
 that over the ranks' group, and reads any layout into any other. Here stands what it needs around it: the files, with
 checksums; typed errors that name the file; metadata that is no code; and silence.
 
-A load reads into memory of its own first, and fills the tensors only when every rank has all that it needs: as long as
-it lasts, it takes as much memory as the rank's part of what is loaded, in the dtypes that it was saved in. Tensors that
-are marked as fresh are filled directly.
+A load reads and verifies all that a rank needs first, and fills the tensors only when every rank has done so. Until then
+the values wait where `staging.py` keeps them: in the system's cache of local files, at no other cost; of other storage,
+and without verification, in as much memory on the CPU as the rank's part of what is loaded takes in the dtypes that it
+was saved in. Tensors that are marked as fresh are filled while the files are read.
 """
 
 from __future__ import annotations

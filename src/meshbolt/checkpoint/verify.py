@@ -34,14 +34,23 @@ def verify_checkpoint(
     Returns:
         A sentence for each fault, which names the file; empty for a whole checkpoint.
     """
+    place = place_of(path, storage_options=storage_options)
+    count = on_bytes or (lambda num_bytes: None)
     try:
-        found = place_of(path, storage_options=storage_options).find()
+        found = place.find()
+        faults = _faults_in(found, on_bytes=count)
+        again = place.find()
+        # Replaced meanwhile: what was found is not there any more.
+        return _faults_in(again, on_bytes=count) if again.manifest.save_id != found.manifest.save_id else faults
     except (CheckpointError, OSError) as error:
         return (str(error),)
+
+
+def _faults_in(found: Found, *, on_bytes: Callable[[int], None]) -> tuple[str, ...]:
     files = found.manifest.files
     faults = [f"{FILE_NAME} does not name {name}" for name in (METADATA, OBJECTS) if name not in files]
     for name, record in files.items():
-        faults += _faults_of(found, name=name, record=record, on_bytes=on_bytes or (lambda count: None))
+        faults += _faults_of(found, name=name, record=record, on_bytes=on_bytes)
     return tuple(faults or _faults_between(found))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from meshbolt.checkpoint import directory, is_checkpoint, remove_directory
+from meshbolt.checkpoint.local import LocalPlace
 from meshbolt.checkpoint.manifest import Manifest
 from meshbolt.errors import CheckpointError, UnsupportedError
 
@@ -111,6 +112,16 @@ def test_a_reader_takes_the_previous_checkpoint_only_while_there_is_none_of_the_
     assert is_checkpoint(target)
     checkpoint(target, save_id="new")
     assert content(directory.find(target)) == "new"
+
+
+def test_a_reader_that_just_missed_a_replacement_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_too_early(place: Path) -> Path:
+        monkeypatch.setattr(directory, "find", find)
+        return directory.previous_of(place)
+
+    find = directory.find
+    monkeypatch.setattr(directory, "find", find_too_early)
+    assert LocalPlace(checkpoint(tmp_path / NAME)).find().manifest.save_id == "new"
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from meshbolt.checkpoint import (
     saved_tensors,
     verify_checkpoint,
 )
+from meshbolt.checkpoint.manifest import seal
 from meshbolt.checkpoint.remote import RemotePlace
 from meshbolt.errors import CheckpointError, ConfigError, MissingPackageError, UnsupportedError
 
@@ -130,6 +131,22 @@ def test_a_manifest_that_a_crash_has_torn_is_found_again_beside_the_data(store: 
     assert not is_checkpoint(URL)
     with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
         load_objects(URL)
+
+
+def test_a_save_that_fails_leaves_a_checkpoint_of_another_version_whole(store: Any) -> None:
+    """Which of the data belongs to it, only that version knows."""
+    save(1.0)
+    content = store.cat_file(f"{FOLDER}/manifest.json").decode()
+    body = content.replace('"format_version": 2', '"format_version": 3').split(',\n  "checksum": ')[0]
+    store.pipe_file(f"{FOLDER}/manifest.json", seal(body).encode())
+    before = {path: store.cat_file(path) for path in store.find(FOLDER)}
+    assert is_checkpoint(URL)
+    with pytest.raises(CheckpointError, match="cannot be pickled"):
+        save_directory(URL, tensors=tensors(2.0), objects={"f": lambda: None})
+    assert {path: store.cat_file(path) for path in store.find(FOLDER)} == before
+    save(3.0)
+    assert loaded() == 3.0
+    assert len(folders(store)) == 2
 
 
 @pytest.mark.parametrize("keep_partial", [False, True])
