@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from meshbolt import MeshStrategy, Zero
 from meshbolt.strategies import FabricMeshStrategy
-from meshbolt.testing import run_ranks
+from meshbolt.testing import RankFailure, run_ranks
 from meshbolt.testing.parity.loaders import as_it_is
 from meshbolt.testing.parity.record import whole
 
@@ -253,29 +253,38 @@ class Trips:
             folder: for the checkpoints.
         """
         self._trips, self._folder = tuple(dict.fromkeys(trips)), folder
-        self._loaded: dict[Trip, Seen] = {}
 
     @functools.cached_property
-    def _saved(self) -> dict[tuple[Loop, Layout], Seen]:
+    def _saved(self) -> dict[tuple[Loop, Layout], Seen | RankFailure]:
         savers = sorted({(trip.loop, trip.saving) for trip in self._trips}, key=str)
         runs = {saver: Run(*saver, save=self._path(*saver)) for saver in savers}
         seen = self._run(runs)
         for trip in self._trips:
-            if trip.loading == PLAIN != trip.saving:
+            if trip.loading == PLAIN != trip.saving and isinstance(seen[trip.loop, trip.saving], Seen):
                 path = self._path(trip.loop, trip.saving)
                 write_plain_file(path, path.with_suffix(".file"))
         return seen
 
+    @functools.cached_property
+    def _loaded(self) -> dict[Trip, Seen | RankFailure]:
+        able = [one for one in self._trips if isinstance(self._saved[one.loop, one.saving], Seen)]
+        return self._run({one: Run(one.loop, one.loading, load=self._source(one)) for one in able})
+
     def saved(self, trip: Trip) -> Seen:
-        """Return what the run of a trip held that has saved."""
-        return self._saved[trip.loop, trip.saving]
+        """Return what the run of a trip held that has saved.
+
+        Raises:
+            RankFailure: it did not come so far.
+        """
+        return _or_raise(self._saved[trip.loop, trip.saving])
 
     def loaded(self, trip: Trip) -> Seen:
-        """Return what the run of a trip held that has loaded."""
-        if not self._loaded:
-            self.saved(trip)
-            self._loaded = self._run({one: Run(one.loop, one.loading, load=self._source(one)) for one in self._trips})
-        return self._loaded[trip]
+        """Return what the run of a trip held that has loaded.
+
+        Raises:
+            RankFailure: it did not come so far.
+        """
+        return _or_raise(self._loaded[trip])
 
     @functools.cached_property
     def through(self) -> Values:
@@ -291,17 +300,33 @@ class Trips:
         path = self._path(trip.loop, trip.saving)
         return path.with_suffix(".file") if trip.loading == PLAIN != trip.saving else path
 
-    def _run(self, runs: dict[Any, Run]) -> dict[Any, Seen]:
+    def _run(self, runs: dict[Any, Run]) -> dict[Any, Seen | RankFailure]:
         """Run what needs as many ranks on the same ranks; plain runs by themselves, since they need none."""
 
         def world(key: Any) -> tuple[int, bool]:
             return runs[key].layout.ranks, runs[key].layout.stage is None
 
-        seen: dict[Any, Seen] = {}
+        seen: dict[Any, Seen | RankFailure] = {}
         for (ranks, _), group in itertools.groupby(sorted(runs, key=world), key=world):
             keys = list(group)
             for start in range(0, len(keys), RUNS_PER_WORLD):
                 part = keys[start : start + RUNS_PER_WORLD]
-                results = run_ranks(_run_all, ranks, [runs[key] for key in part], timeout=TIMEOUT_SECONDS)
-                seen.update(zip(part, results[-1], strict=True))
+                seen.update(_run_together({key: runs[key] for key in part}, ranks))
         return seen
+
+
+def _run_together(runs: dict[Any, Run], ranks: int) -> dict[Any, Seen | RankFailure]:
+    try:
+        results = run_ranks(_run_all, ranks, list(runs.values()), timeout=TIMEOUT_SECONDS)
+    except RankFailure as failure:
+        # Where one of them brings the others down, each runs by itself.
+        if len(runs) == 1:
+            return dict.fromkeys(runs, failure)
+        return {key: seen for one in runs for key, seen in _run_together({one: runs[one]}, ranks).items()}
+    return dict(zip(runs, results[-1], strict=True))
+
+
+def _or_raise(seen: Seen | RankFailure) -> Seen:
+    if isinstance(seen, RankFailure):
+        raise seen
+    return seen

@@ -25,10 +25,12 @@ class _Described(Protocol):
     """A tensor, or what is known of one that is not read yet."""
 
     @property
-    def shape(self) -> Any: ...
+    def shape(self) -> Any:
+        """Of the whole tensor."""
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """Of its elements."""
 
 
 def check_weights(

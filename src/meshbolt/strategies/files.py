@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.engine.state import check_optimizer_state
-from meshbolt.errors import CheckpointError
+from meshbolt.errors import CheckpointError, ConfigError
 
 
 def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -93,6 +93,7 @@ def check_training_state(
     names: Mapping[nn.Parameter, str],
     *,
     schedulers: int,
+    max_epochs: int | None = None,
     regrouped: Collection[int] = (),
 ) -> None:
     """Compare what a checkpoint has beside weights with the run that is to go on from it.
@@ -102,10 +103,12 @@ def check_training_state(
         optimizers: this run's, made on the sharded parameters.
         names: of all parameters.
         schedulers: how many of them this run has.
+        max_epochs: after which this run ends; -1 or None for no such number.
         regrouped: numbers of the optimizers that take their groups from the checkpoint.
 
     Raises:
         CheckpointError: it has none of it, or for other optimizers or schedulers.
+        ConfigError: it is further than this run would go.
     """
     if lacking := [key for key in ("optimizer_states", "lr_schedulers", "loops") if key not in checkpoint]:
         raise CheckpointError(
@@ -123,6 +126,12 @@ def check_training_state(
                 f"The checkpoint has the state of {there} {what}s, this run has {here}. Configure as many as when it was "
                 "written, or load only the weights."
             )
+    done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+    if max_epochs not in (None, -1) and done > max_epochs:
+        raise ConfigError(
+            f"The checkpoint was saved after {done} epochs, and this run is to end after {max_epochs}. Raise "
+            f"Trainer(max_epochs={max_epochs})."
+        )
     for number, (optimizer, state) in enumerate(zip(optimizers, saved, strict=True)):
         check_optimizer_state(optimizer, state, names, regrouped=number in regrouped)
 

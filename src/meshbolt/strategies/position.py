@@ -8,6 +8,7 @@ and to the random state that it had then.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,7 @@ class Position:
         """
         self._trainer, self._ranks, self._device = trainer, ranks, device
         self._count = BatchCount(trainer)
-        self._saved: dict[str, Any] | None = None
+        self._saved: dict[str, Any] = {}
         self._loaders = 0
         # Batches to leave out of the first epoch; None where it begins as epochs do.
         self._skip: int | None = None
@@ -68,19 +69,19 @@ class Position:
         """Go, when the training loader is there, to where Lightning's counters are.
 
         Args:
-            notes: of the checkpoint; empty for one that is not of meshbolt.
+            notes: of the checkpoint; empty for one that is not of meshbolt, of whose samples nothing is known.
         """
-        self._saved = notes
+        self._saved, self._loaders = notes, 0
 
     def take_loader(self, loader: Any) -> None:
         """Take a training loader of this rank, before its first batch."""
         self._loaders += 1
         size = getattr(loader, "batch_size", None)
         self._samples = size * self._ranks if isinstance(size, int) else None
-        if self._saved is None or self._loaders > 1 or self._count.epoch_is_done or _has_own_state(loader):
+        if not self._saved or self._loaders > 1 or self._count.epoch_is_done or _has_own_state(loader):
             return
-        done = self._count.done - self._saved.get("unfinished_batches", 0)
-        before = self._saved.get("samples_per_batch")
+        done = self._count.done - self._saved["unfinished_batches"]
+        before = self._saved["samples_per_batch"]
         if before and self._samples:
             done = done * before // self._samples
         # A window begins where the count of batches says so.
@@ -90,7 +91,7 @@ class Position:
 
     def on_train_start(self) -> None:
         """Silence Lightning's advice about loaders that begin anew, where this one does not."""
-        self._saved = None
+        self._saved = {}
         if self._skip is not None and self._loaders == 1:
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         self._count.settle()
@@ -159,8 +160,6 @@ class _From:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        entries: Iterator[Any] = iter(self._sampler)
+        # A generator: workers ask for an iterator twice and use one, and the epoch may be set in between.
         skip, self._skip = self._skip, 0
-        for _ in range(skip):
-            next(entries, None)
-        return entries
+        yield from itertools.islice(self._sampler, skip, None)

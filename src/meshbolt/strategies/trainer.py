@@ -119,6 +119,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         super().setup_environment()
         self._attendance.forget()
         self._has_begun = self._has_loaded = False
+        self._written: set[str] = set()
         trainer = self._module().trainer
         check_trainer(trainer, world_size=self.world_size)
         self._connect()
@@ -292,6 +293,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         try:
             notes = {"left_out": {"state_dict": self._left_out}, "position": self._position.notes()}
             self._save(filepath, checkpoint, storage_options=storage_options, notes=notes)
+            self._written.add(str(filepath))
         except CheckpointError as error:
             if not self._was_interrupted():
                 raise
@@ -303,31 +305,29 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def _random_state(self) -> dict[str, torch.Tensor]:
         return self._position.random_state()
 
-    @property
-    def _resumes(self) -> bool:
-        """Whether a checkpoint is read to go on from it, not for its weights."""
-        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
-        return is_fit and not self.settings.checkpoint.load_weights_only
-
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint directory, or a plain file of Lightning's; nothing of this run is changed yet."""
         self._has_loaded = True
         path, is_file = agree_on_path(str(checkpoint_path), group=self._control_group)
         weights_only = self._asked_weights_only if weights_only is None else weights_only
+        is_fit = self._module().trainer.state.fn == TrainerFn.FITTING
+        # The learning rate finder goes back to where it began: to a checkpoint of this very fit.
+        self._resumes = is_fit and (not self.settings.checkpoint.load_weights_only or path in self._written)
         self.engine.settle()
         if is_file:
             self._loaded = Loaded(tree=load_file(path, weights_only=weights_only, group=self._control_group))
             agree_on_error(lambda: check_is_lightnings(self._loaded.tree, path), group=self._control_group)
         else:
             self._loaded = self._load(path, self._wanted(path), weights_only=weights_only)
-        trainer = self._module().trainer
-        if self._resumes or trainer.state.fn != TrainerFn.FITTING:
+        if self._resumes or not is_fit:
             return self._loaded.tree
+        trainer = self._module().trainer
         others = (type(trainer.datamodule), type(self.precision_plugin))  # type: ignore[attr-defined]
         return without_training_state(self._loaded.tree, states_of=others)
 
     _loaded = Loaded(tree={})
+    _resumes = False  # whether it was read to go on from it, not for its weights
 
     def _wanted(self, path: str) -> LoadInto:
         module = self._module()
@@ -335,7 +335,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         def check(loaded: Loaded) -> None:
             check_is_lightnings(loaded.tree, path)
             if not is_overridden("on_load_checkpoint", module):  # which may make it fit
-                self._check(loaded.tree, loaded.notes)
+                self._check(loaded.tree, loaded.notes, strict=module.strict_loading)
 
         return LoadInto(
             weights={f"state_dict.{k}": v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)},
@@ -344,13 +344,13 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
         )
 
-    def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
+    def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any], *, strict: bool) -> str:
         """Compare a checkpoint with all that it is to be read into; return the names that differ where they may."""
         module = self._module()
         lists = check_weights(
             module.state_dict(),
             checkpoint["state_dict"],
-            strict=module.strict_loading,
+            strict=strict,
             source="the checkpoint",
             left_out=left_out_of("state_dict", notes),
         )
@@ -360,6 +360,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
                 self.optimizers,
                 {parameter: name for name, parameter in self.engine.parameters_by_name.items()},
                 schedulers=len(self.lr_scheduler_configs),
+                max_epochs=module.trainer.max_epochs,
                 regrouped=optimizers_regrouped_by(checkpoint, module.trainer),
             )
         return lists
@@ -368,7 +369,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Copy the weights into the shards, once all of the checkpoint is known to fit."""
         lists: list[str] = []
-        agree_on_error(lambda: lists.append(self._check(checkpoint, self._loaded.notes)), group=self._control_group)
+        notes = self._loaded.notes
+        agree_on_error(lambda: lists.append(self._check(checkpoint, notes, strict=strict)), group=self._control_group)
         if lists[0] and self.is_global_zero:
             _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
         weights = checkpoint["state_dict"]

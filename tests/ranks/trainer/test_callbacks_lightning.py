@@ -36,7 +36,7 @@ from tests.ranks.trainer.loops_support import (
 )
 from torch import Tensor, nn
 
-from meshbolt import MeshStrategy, UnsupportedError
+from meshbolt import Checkpoint, MeshStrategy, UnsupportedError
 from meshbolt.testing import run_ranks, run_ranks_expecting
 
 pytestmark = ADVICE
@@ -209,9 +209,13 @@ def learning_rate_found(make: Make, batch_size: int, folder: Path, options: dict
     }
 
 
-def test_the_learning_rate_finder_leaves_the_module_untouched_and_finds_a_rate(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", [Checkpoint(), Checkpoint(load_weights_only=True)])
+def test_the_learning_rate_finder_leaves_the_module_untouched_and_finds_a_rate(
+    tmp_path: Path, checkpoint: Checkpoint
+) -> None:
     (tmp_path / "alone").mkdir()
-    ours = run_ranks(learning_rate_found, 2, trainer, BATCH, tmp_path, {"strategy": "zero3"})
+    strategy = MeshStrategy(zero=3, checkpoint=checkpoint)
+    ours = run_ranks(learning_rate_found, 2, trainer, BATCH, tmp_path, {"strategy": strategy})
     (theirs,) = run_ranks(learning_rate_found, 1, alone, 2 * BATCH, tmp_path / "alone", {})
 
     for rank in ours:

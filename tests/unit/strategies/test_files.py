@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from meshbolt import CheckpointError
+from meshbolt import CheckpointError, ConfigError
 from meshbolt.strategies.files import check_is_lightnings, check_training_state, without_training_state
 
 WEIGHT = nn.Parameter(torch.zeros(2))
@@ -15,15 +15,27 @@ NAMES = {WEIGHT: "weight"}
 
 def checkpoint(*, optimizers: int = 1, schedulers: int = 0) -> dict[str, Any]:
     state = {"class": "SGD", "state": {}, "param_groups": [{"params": ["weight"], "lr": 0.5}]}
-    return {"optimizer_states": [state] * optimizers, "lr_schedulers": [{}] * schedulers, "loops": {}, "state_dict": {}}
+    loops = {"fit_loop": {"epoch_progress": {"current": {"completed": 3}}}}
+    return {
+        "optimizer_states": [state] * optimizers,
+        "lr_schedulers": [{}] * schedulers,
+        "loops": loops,
+        "state_dict": {},
+    }
 
 
-def check(saved: dict[str, Any]) -> None:
-    check_training_state(saved, [torch.optim.SGD([WEIGHT], lr=0.1)], NAMES, schedulers=0)
+def check(saved: dict[str, Any], *, max_epochs: int | None = None) -> None:
+    check_training_state(saved, [torch.optim.SGD([WEIGHT], lr=0.1)], NAMES, schedulers=0, max_epochs=max_epochs)
 
 
 def test_a_checkpoint_that_fits_passes() -> None:
-    check(checkpoint())
+    for max_epochs in (None, -1, 3, 4):
+        check(checkpoint(), max_epochs=max_epochs)
+
+
+def test_a_checkpoint_that_is_further_than_the_run_would_go_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"after 3 epochs, .* end after 2\. Raise Trainer\(max_epochs=2\)"):
+        check(checkpoint(), max_epochs=2)
 
 
 def test_another_number_of_optimizers_or_schedulers_is_refused_with_both_numbers() -> None:

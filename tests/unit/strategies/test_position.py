@@ -64,11 +64,16 @@ def test_more_batches_than_there_are_leave_none() -> None:
     assert list(_iterate_from(DataLoader(Watched(), batch_size=5), 9)) == []
 
 
-def test_workers_that_persist_begin_later_only_once() -> None:
-    loader = DataLoader(Watched(), batch_size=4, num_workers=1, persistent_workers=True)
-    assert lists(_iterate_from(loader, 2)) == [[8, 9, 10, 11]]
-    assert lists(loader) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    loader._iterator._shutdown_workers()  # type: ignore[union-attr]
+@pytest.mark.parametrize("persistent_workers", [False, True])
+def test_workers_begin_later_and_those_that_persist_only_once(persistent_workers: bool) -> None:
+    loader = DataLoader(Watched(), batch_size=4, num_workers=1, persistent_workers=persistent_workers)
+    try:
+        first, second = lists(_iterate_from(loader, 2)), lists(loader)
+    finally:
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+    assert first == [[8, 9, 10, 11]]
+    assert second == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_the_order_is_known_of_two_samplers_and_of_no_loader_that_is_not_torchs() -> None:
