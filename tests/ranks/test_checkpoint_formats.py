@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import meshbolt
@@ -257,3 +260,93 @@ def resumed_from_a_plain_file(folder: Path) -> dict[str, list[float]]:
         "file": next_losses("auto", folder / "plain.ckpt", whole=True),
         "import": next_losses("zero2", folder / "numbered.ckpt"),
     }
+
+
+def converted_by_one_rank(folder: Path) -> bool:
+    fit("zero3", epochs=1).save_checkpoint(folder / "run.ckpt")
+    if dist.get_rank() == 1:
+        export_checkpoint(folder / "run.ckpt", folder / "dcp", to="dcp")
+        module = meshbolt.load_from_checkpoint(Double, folder / "run.ckpt")
+        export_checkpoint(folder / "run.ckpt", folder / "one.safetensors", to="safetensors")
+        assert_equal(dict(module.state_dict()), load_file(folder / "one.safetensors"))
+    dist.barrier()
+    return True
+
+
+def test_one_rank_may_load_and_convert_while_the_others_do_something_else(tmp_path: Path) -> None:
+    assert run_ranks(converted_by_one_rank, 2, tmp_path) == [True, True]
+
+
+class Sharded(Model):
+    """Shards its blocks, as Lightning's own strategy asks for; the rest stays whole."""
+
+    def configure_model(self) -> None:
+        for block in self.blocks:
+            fully_shard(block, mesh=self.device_mesh["data_parallel"])
+
+
+def under_lightnings_strategy(folder: Path) -> dict[str, Tensor]:
+    trainer = pl.Trainer(
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        accelerator="cpu",
+        devices=2,
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    torch.manual_seed(7)
+    module = Sharded()
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(4, 5), torch.randn(4, 5)), batch_size=2))
+    trainer.save_checkpoint(folder / "theirs.ckpt")
+    state = module.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value.clone() for name, value in state.items()}
+
+
+def test_a_directory_of_lightnings_own_strategy_is_imported_with_its_optimizer_by_name(tmp_path: Path) -> None:
+    weights = run_ranks(under_lightnings_strategy, 2, tmp_path)[0]
+    done = import_checkpoint(tmp_path / "theirs.ckpt", tmp_path / "ours.ckpt")
+    assert (done.format, done.notes) == ("dcp", ())
+    tensors, objects = contents(tmp_path / "ours.ckpt")
+    assert_equal(
+        {key.removeprefix("state_dict."): tensors[key] for key in tensors if key.startswith("state_")}, weights
+    )
+    assert objects["global_step"] == 2
+    assert tensors["optimizer_states.0.state.blocks.0.weight.exp_avg"].shape == (7, 7)
+    assert_equal(dict(meshbolt.load_from_checkpoint(Model, tmp_path / "ours.ckpt").state_dict()), weights)
+
+
+def begun_from(path: Path) -> tuple[int, dict[str, Tensor]]:
+    strategy = meshbolt.MeshStrategy(zero=2, checkpoint=meshbolt.Checkpoint(load_weights_only=True))
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            with trainer.strategy.gathered(pl_module):
+                seen.update({name: value.detach().clone() for name, value in pl_module.state_dict().items()})
+
+    trainer = pl.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        devices=2,
+        max_epochs=1,
+        callbacks=[Look()],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Double(), loader(whole=False), ckpt_path=path)
+    return trainer.global_step, seen
+
+
+def test_a_run_begins_from_imported_weights(saved: Any, tmp_path: Path) -> None:
+    folder, weights = saved
+    export_checkpoint(folder / "zero3.ckpt", tmp_path / "weights", to="safetensors")
+    import_checkpoint(tmp_path / "weights", tmp_path / "start.ckpt")
+    steps, seen = run_ranks(begun_from, 2, tmp_path / "start.ckpt")[0]
+    assert steps == 2
+    assert_equal(seen, weights[3])

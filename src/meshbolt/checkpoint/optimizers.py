@@ -48,8 +48,8 @@ def by_name(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, .
         return dict(checkpoint), ()
     named = [_named(state, known=checkpoint["state_dict"]) for state in states]
     notes = tuple(
-        f"Optimizer {index} keeps its state by number, as the file has it: the file does not tell the parameters' names, which "
-        "it would if the optimizer had been made of named_parameters()."
+        f"Optimizer {index} keeps its state by number, since the file does not tell the parameters' names; a run that resumes "
+        "takes the numbers in the order of its own optimizer's parameters."
         for index, (state, found) in enumerate(zip(states, named, strict=True))
         if found is None and state["state"]
     )

@@ -7,7 +7,6 @@ with real tensors is filled at once, so that the same code serves one process wi
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from meshbolt.checkpoint.formats.safetensors import safetensors_files
 from meshbolt.engine.deferred import read_into
 from meshbolt.errors import CheckpointError
 
@@ -84,31 +84,13 @@ def _open(path: Path, prefix: str) -> tuple[PretrainedWeights, dict[str, torch.S
     files: dict[str, Path] = {}
     names: dict[str, str] = {}
     shapes: dict[str, torch.Size] = {}
-    for file in _safetensors_files(path):
+    for file in safetensors_files(path):
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118 - not a mapping
                 name = key.removeprefix(prefix)
                 files[name], names[name] = file, key
                 shapes[name] = torch.Size(opened.get_slice(key).get_shape())
     return PretrainedWeights(files=files, names=names), shapes
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        listed = json.loads(indices[0].read_text())["weight_map"].values()
-        files = sorted({path / name for name in listed})
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    absent = [str(file) for file in files if not file.is_file()]
-    if absent or not files:
-        raise CheckpointError(
-            f"{path} has no weights to load: {'the index names ' + ', '.join(absent[:3]) if absent else 'no .safetensors file'}. "
-            "Give the path of a .safetensors file, or of a complete directory."
-        )
-    return files
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -74,6 +74,7 @@ def written_aside(out: Path) -> Iterator[Path]:
     partial = directory.partial_of(out, save_id=directory.new_save_id())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        directory.remove_partials(out)  # what an export left that was killed
         yield partial
         directory.commit(partial, target=out)
     except OSError as error:

@@ -86,6 +86,13 @@ def test_an_export_that_fails_leaves_nothing_but_what_was_there(path: Path, tmp_
     assert left_in(tmp_path / "out") == ["model.safetensors"]
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next_one(path: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-0123").mkdir()
+    (tmp_path / ".out.partial-0123/half").write_text("half")
+    export_checkpoint(path, tmp_path / "out", to="hf")
+    assert left_in(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize(
     ("to", "options", "what"),
     [
