@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
+import lightning
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -53,7 +53,7 @@ def savable(tree: Mapping[str, Any], *, plan: Plan, device: torch.device) -> dic
         "tensors": {**held, **random_state},
         "objects": {**objects, _OWN: {"sharded": sharded}},
         "plan": dict(plan.rows()),
-        "versions": {"lightning": version("lightning")},
+        "versions": {"lightning": lightning.__version__},
         "keep_partial": plan.settings.checkpoint.keep_partial,
     }
 
