@@ -12,7 +12,7 @@ from tests.unit.checkpoint.formats_support import assert_equal, saved, weights
 def test_a_checkpoint_is_exported_and_what_cannot_be_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
     saved(tmp_path / "run.ckpt")
     done = meshbolt(
-        "checkpoint", "export", "run.ckpt", "w.safetensors", "--to", "safetensors", cwd=tmp_path, warnings="error"
+        "checkpoint", "export", "run.ckpt", "w.safetensors", "--to", "safetensors", cwd=tmp_path, on_warning="error"
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("exported run.ckpt to w.safetensors: safetensors, 7 tensors, ")

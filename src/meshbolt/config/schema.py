@@ -59,13 +59,11 @@ class Settings:
         _refuse_unless(offload is None, f"offload={offload!r}", "offload=None")
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
-        saving = Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint)
-        _refuse_unless(not saving.asynchronous, "Checkpoint(asynchronous=True)", "asynchronous=False")
         return cls(
             zero=_setting("zero", zero, Zero),
             recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
-            checkpoint=checkpoint or Checkpoint(),
+            checkpoint=Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint),
         )
 
     def written(self) -> dict[str, str]:

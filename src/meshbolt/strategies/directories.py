@@ -27,6 +27,10 @@ from meshbolt.engine.state import empty_like_saved
 _RANDOM, _BUFFERS = "random", "buffers"
 
 
+def _nothing_to_check(_: object) -> None:
+    """Accept anything; a function with a name, which can be sent to ranks that are spawned."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadInto:
     """What a checkpoint is read for; nothing of it is changed while it is read.
@@ -41,7 +45,7 @@ class LoadInto:
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, nn.Parameter]] = field(default_factory=dict)
-    check: Callable[[Loaded], object] = lambda _: None
+    check: Callable[[Loaded], object] = _nothing_to_check
     leave_out: frozenset[str] = field(default=frozenset())
 
 

@@ -451,8 +451,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self.lightning_module is not None and (deferred := attached(self.lightning_module)) is not None:
             deferred.stop()  # it ended before the module was sharded
         self._is_training = False
-        if self.lightning_module is not None:
-            look_at_files_as_now(self.lightning_module.trainer)
+        if (trainer := trainer_of(self.lightning_module)) is not None:
+            look_at_files_as_now(trainer)
         if self._was_interrupted():
             self._saving.abandon()
         else:

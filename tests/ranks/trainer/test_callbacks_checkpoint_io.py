@@ -97,7 +97,7 @@ def test_a_plugin_may_save_nothing_on_all_ranks(tmp_path: Path) -> None:
 
 
 FORKED = """
-    import sys, time, warnings
+    import os, sys, time, warnings
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -118,7 +118,7 @@ FORKED = """
 
     class Plugin(_WrappingCheckpointIO):
         def save_checkpoint(self, checkpoint, path, storage_options=None):
-            print("saved", path)
+            os.write(1, f"saved {path}\n".encode())  # at once, lest the ranks' lines mix
             super().save_checkpoint(checkpoint, path)
 
 
