@@ -8,10 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from meshbolt.checkpoint.directory import is_remote
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.plugins import MeshCheckpointIO
 from meshbolt.strategies.compat import WrappingCheckpointIO, asked_precision, is_compiled, time_between_validations
@@ -91,22 +90,6 @@ def refuse_skipped_batch(module: pl.LightningModule, output: Any) -> None:
             f"{type(module).__name__}.training_step returned None on rank {trainer.global_rank} of {trainer.world_size}. A rank "
             "that skips a batch leaves the others waiting for its gradients. Return a loss without weight instead, such as "
             "0.0 * loss, or leave such samples out of the dataset."
-        )
-
-
-def refuse_links_elsewhere(callback: ModelCheckpoint) -> None:
-    """Refuse a ModelCheckpoint that is to make links where there are none.
-
-    Args:
-        callback: whose directory is known.
-
-    Raises:
-        UnsupportedError: it is to make them at a URL.
-    """
-    if callback.save_last == "link" and callback.dirpath is not None and is_remote(callback.dirpath):
-        raise UnsupportedError(
-            f'ModelCheckpoint(save_last="link") cannot save to {str(callback.dirpath)!r}: only local file systems have links. '
-            "Use save_last=True, which saves the last checkpoint under a name of its own."
         )
 
 
