@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from meshbolt.checkpoint import load_objects, load_tensors, saved_tensors
-from meshbolt.engine.state import join_tensors
+from meshbolt.checkpoint.tree import join_tensors
 
 
 def write_plain_file(directory: Path, file: Path) -> None:
