@@ -8,11 +8,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import nn
 
-from meshbolt.checkpoint.directory import is_remote
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.plugins import MeshCheckpointIO
 from meshbolt.strategies.compat import WrappingCheckpointIO, asked_precision, is_compiled, time_between_validations
@@ -113,22 +112,6 @@ def refuse_foreign(module: nn.Module, *, sharded: Iterable[nn.Module], parameter
         raise ConfigError(
             f"{type(module).__name__} is not part of a module that this strategy has sharded ({', '.join(names) or 'none yet'}), "
             "so there is nothing to gather. Give the module that was handed to the Trainer or Fabric, or one inside it."
-        )
-
-
-def refuse_links_elsewhere(callback: ModelCheckpoint) -> None:
-    """Refuse a ModelCheckpoint that is to make links where there are none.
-
-    Args:
-        callback: whose directory is known.
-
-    Raises:
-        UnsupportedError: it is to make them at a URL.
-    """
-    if callback.save_last == "link" and callback.dirpath is not None and is_remote(callback.dirpath):
-        raise UnsupportedError(
-            f'ModelCheckpoint(save_last="link") cannot save to {str(callback.dirpath)!r}: only local file systems have links. '
-            "Use save_last=True, which saves the last checkpoint under a name of its own."
         )
 
 

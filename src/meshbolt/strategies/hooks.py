@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from meshbolt.collectives import agree_on_error
 from meshbolt.engine import Engine
 from meshbolt.plugins import MeshPrecision
-from meshbolt.strategies.checks import refuse_links_elsewhere
 from meshbolt.strategies.compat import file_is_there, link_instead
 from meshbolt.strategies.saving import Saving
 
@@ -103,9 +102,6 @@ def look_at_files_as_when_saved(trainer: pl.Trainer, saving: Saving) -> None:
     Args:
         trainer: with its callbacks.
         saving: knows what is being written.
-
-    Raises:
-        UnsupportedError: one is to make links where there are none.
     """
     strategy: Any = trainer.strategy
 
@@ -115,7 +111,6 @@ def look_at_files_as_when_saved(trainer: pl.Trainer, saving: Saving) -> None:
             agree_on_error(make, group=strategy._control_group)
 
     for callback in _model_checkpoints(trainer):
-        refuse_links_elsewhere(callback)
         link_instead(callback, link)
         if type(callback).file_exists is not ModelCheckpoint.file_exists:
             continue  # the user's own idea of it

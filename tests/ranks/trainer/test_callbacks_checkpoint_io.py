@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, difference, trainer, weights
+from tests.ranks.trainer.loops_support import ADVICE, Regressor, alone, batches, difference, trainer, weights
 
-from meshbolt import Checkpoint, MeshStrategy
+from meshbolt import Checkpoint, CheckpointError, MeshStrategy
 from meshbolt.checkpoint import is_checkpoint
 from meshbolt.plugins import MeshCheckpointIO
 from meshbolt.strategies.compat import WrappingCheckpointIO
@@ -96,13 +96,77 @@ def test_a_plugin_may_save_nothing_on_all_ranks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+class Renaming(WrappingCheckpointIO):
+    """Saves weights under other names, and takes them back under a third where it is told to."""
+
+    def __init__(self, back: str = "") -> None:
+        super().__init__()
+        self.back, self.seen = back, []  # type: ignore[var-annotated]
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        checkpoint["state_dict"] = {f"theirs.{name}": value for name, value in checkpoint["state_dict"].items()}
+        super().save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = super().load_checkpoint(path, *args, **kwargs)
+        self.seen.append(Path(path).name)
+        names = {name: self.back + name.removeprefix("theirs.") for name in found["state_dict"]}
+        return {**found, "state_dict": {names[name]: value for name, value in found["state_dict"].items()}}
+
+
+def renamed(path: Path) -> float:
+    owner = trainer("zero3", plugins=[Renaming()])
+    owner.fit(module := Regressor(), batches())
+    owner.save_checkpoint(path)
+    again = trainer("zero2", plugins=[Renaming()], max_epochs=2)
+    again.fit(other := Regressor(), batches(), ckpt_path=path)
+    return difference(weights(module), weights(other))
+
+
+def misfit(path: Path) -> tuple[str, float]:
+    module = Regressor()
+    owner = trainer("zero3", plugins=[Renaming("mine.")], max_epochs=3)
+    before = {name: value.detach().clone() for name, value in module.named_parameters()}
+    with pytest.raises(CheckpointError) as raised:
+        owner.fit(module, batches(), ckpt_path=path)
+    return str(raised.value), difference(before, weights(module))
+
+
+def test_what_a_plugin_returns_is_what_has_to_fit(tmp_path: Path) -> None:
+    assert run_ranks(renamed, 2, tmp_path / "a.ckpt") == [0.0, 0.0]
+    first, second = run_ranks(misfit, 2, tmp_path / "a.ckpt")
+    assert first == second
+    assert "unknown here:\n    mine.blocks.0.0.bias" in first[0]
+    assert first[1] == 0.0
+
+
+def write_plain(path: Path) -> dict[str, Any]:
+    owner = alone(max_epochs=1)
+    owner.fit(module := Regressor(), batches())
+    owner.save_checkpoint(path)
+    return weights(module)
+
+
+def read_plain(path: Path) -> tuple[list[str], dict[str, Any]]:
+    io = Renaming()
+    trainer("zero3", plugins=[io], max_epochs=1).fit(module := Regressor(), batches(), ckpt_path=path)
+    return io.seen, weights(module)
+
+
+def test_a_single_file_comes_through_the_plugin_as_well(tmp_path: Path) -> None:
+    expected = run_ranks(write_plain, 1, tmp_path / "plain.ckpt")[0]
+    for seen, found in run_ranks(read_plain, 2, tmp_path / "plain.ckpt"):
+        assert seen == ["plain.ckpt"]
+        assert difference(found, expected) == 0.0
+
+
 FORKED = """
-    import os, sys, time, warnings
+    import sys, time, warnings
     import lightning.pytorch as pl
     import torch
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
-    from meshbolt import Checkpoint, MeshStrategy
+    from meshbolt import Checkpoint, CheckpointError, MeshStrategy
     from meshbolt.checkpoint import background, is_checkpoint
     from meshbolt.plugins import MeshCheckpointIO
 
@@ -118,7 +182,7 @@ FORKED = """
 
     class Plugin(_WrappingCheckpointIO):
         def save_checkpoint(self, checkpoint, path, storage_options=None):
-            os.write(1, f"saved {path}\n".encode())  # at once, lest the ranks' lines mix
+            print(f"saved {path}\\n", end="", flush=True)
             super().save_checkpoint(checkpoint, path)
 
 
