@@ -12,7 +12,7 @@ whose parameters user code has used by itself where they were gathered, when the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,8 +60,9 @@ class Derivatives:
         self._is_running = self._is_ending = self._was_met = self._has_begun = False
         self._older: dict[nn.Parameter, tuple[torch.Tensor, int]] = {}
         self._watches_late = False
-        # Units in a graph that is to be derived again, in the order of the passes, which is the same on every rank.
-        self._kept: dict[FSDPModule, None] = {}
+        # Units in a graph that is to be derived again, in the order of the passes, which is the same on every rank; and
+        # whether a backward of the loss has been through since, so that the graph is likely to be gone.
+        self._kept: dict[FSDPModule, bool] = {}
         for unit in self._all_units:
             compat.watch_passes(
                 unit,
@@ -98,6 +99,7 @@ class Derivatives:
         if self._was_met and not self._has_begun:
             # The loss depends on no parameter: what earlier batches of the window have left is to be reduced all the same.
             compat.end_backward(self._all_units[0])
+        self._kept = dict.fromkeys(self._kept, True)
         self.reset()
 
     def reset(self) -> None:
@@ -107,22 +109,33 @@ class Derivatives:
         self._older.clear()
         self._borrowed.clear()
 
-    def release(self, stepped: Set[nn.Parameter] | None = None) -> None:
-        """Let units go that were kept for a graph from which nothing can be derived any more.
+    def kept(self) -> frozenset[FSDPModule]:
+        """Return the units that are kept for a graph that is to be derived again."""
+        return frozenset(self._kept)
+
+    def release_used(self) -> None:
+        """Let go of the units whose graphs a backward of the loss has been through."""
+        self._release([unit for unit, is_used in self._kept.items() if is_used])
+
+    def release_others(self, kept: frozenset[FSDPModule]) -> None:
+        """Let go of the units that were not kept before; no backward of the loss will follow.
 
         Args:
-            stepped: those of these shards, which an optimizer has changed; None for all units.
+            kept: those that were.
         """
-        for unit in list(self._kept):
-            if stepped is not None:
-                if stepped.isdisjoint(compat.managed_parameters(unit)):
-                    continue
-                # What is derived from an older graph now is refused, as in one process, before it reads what is freed.
-                compat.outdate(list(compat.whole_copies(unit)))
-            del self._kept[unit]
-            if self._frees_after_forward:
-                unit.set_reshard_after_forward(True, recurse=False)
-                compat.reshard(unit)
+        self._release([unit for unit in self._kept if unit not in kept])
+
+    def release_changed(self, shards: Set[nn.Parameter]) -> None:
+        """Let go of the units with parameters that an optimizer has changed.
+
+        Args:
+            shards: those, and others.
+        """
+        changed = [unit for unit in self._kept if not shards.isdisjoint(compat.managed_parameters(unit))]
+        for unit in changed:
+            # What is derived from an older graph now is refused, as in one process, before it reads what is freed.
+            compat.outdate(list(compat.whole_copies(unit)))
+        self._release(changed)
 
     def refuse_strays(self) -> None:
         """Refuse to go on with whole gradients on the root that no backward of the engine has made.
@@ -157,8 +170,8 @@ class Derivatives:
         twice = torch.is_grad_enabled()  # autograd runs hooks in the mode of create_graph
         if unit not in self._borrowed:
             self._borrowed[unit] = (compat.is_gathered(unit), compat.enter_pass(unit))
-        if twice and unit in self._inner and unit not in self._kept:
-            self._kept[unit] = None
+        if twice and unit in self._inner:
+            self._kept[unit] = False
             if self._frees_after_forward:
                 unit.set_reshard_after_forward(False, recurse=False)
         with torch.no_grad():
@@ -189,6 +202,13 @@ class Derivatives:
             self._is_ending = False
 
     # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _release(self, units: Iterable[FSDPModule]) -> None:
+        for unit in units:
+            del self._kept[unit]
+            if self._frees_after_forward:
+                unit.set_reshard_after_forward(True, recurse=False)
+                compat.reshard(unit)
 
     def _look(self) -> bool:
         if not any(self._gets_gradient(p) for unit in self._all_units for p in compat.whole_copies(unit)) and not any(

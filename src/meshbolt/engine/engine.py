@@ -112,7 +112,8 @@ class Engine:
         if self._inside:
             return function(*args, **kwargs)
         training = torch.is_grad_enabled()
-        self._derivatives.release()
+        self._derivatives.release_used()
+        kept = self._derivatives.kept()
         self._state_dicts = 0  # one that raised may have been left behind
         self._prime()
         self.sync_requires_grad()
@@ -132,6 +133,7 @@ class Engine:
                 # What stays gathered after a forward that no backward follows would miss the next update.
                 self._edits.keep(self._all_units)
                 self._free()
+                self._derivatives.release_others(kept)
 
     @contextmanager
     def accumulate(self, *, covers_forward: bool = False) -> Iterator[None]:
@@ -293,7 +295,7 @@ class Engine:
         self._refuse_strays()
         with self.settled():
             result = optimizers.step(optimizer, **kwargs)
-            self._derivatives.release(parameters)
+            self._derivatives.release_changed(parameters)
         return result
 
     # Inside -----------------------------------------------------------------------------------------------------------

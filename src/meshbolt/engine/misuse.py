@@ -25,8 +25,8 @@ def explained(error: Exception, *, units: Mapping[str, Any]) -> UnsupportedError
         return _called_past_its_unit(error, units) or used_outside_of_its_unit()
     if "storage of size 0" in said or "data is not allocated yet" in said:
         return UnsupportedError(
-            "A derivative needed a whole parameter that was freed already. A graph can be derived again until the next batch "
-            "begins: take all of its derivatives before that, or run its forward again."
+            "A derivative needed a whole parameter that was freed already. A graph made with create_graph=True can be used up to "
+            "the step, or the next batch after a backward: take all of its derivatives before that, or run its forward again."
         )
     if "appears to not have been used in the graph" in said and _asked_for_shards(error):
         return UnsupportedError(

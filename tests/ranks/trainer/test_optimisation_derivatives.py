@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
 from tests.ranks.trainer.optimisation_support import (
     STAGES,
     Batch,
@@ -19,6 +20,7 @@ from tests.ranks.trainer.optimisation_support import (
     fitted,
     hsdp,
     made,
+    whole,
 )
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -242,6 +244,28 @@ def test_a_penalty_from_before_the_step_is_refused_as_in_one_process(strategy: s
     run_ranks_expecting(fit, 2, Outdated, strategy, error=RuntimeError, match="modified by an inplace operation")
 
 
+def penalised_in_fabric(strategy: str) -> None:
+    """Compare a step with a penalty whose graph is made in one call and used after the next."""
+    module, reference = made(Net), made(Net)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision="64-true")
+    fabric.launch()
+    wrapped, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(2, 6).requires_grad_()
+    steep = slope(wrapped.module(x), x, create_graph=True).square().mean()
+    fabric.backward(wrapped(x.detach()).square().mean() + steep)
+    optimizer.step()
+    expected = torch.optim.SGD(reference.parameters(), lr=0.1)
+    (reference(x.detach()).square().mean() + slope(reference(x), x, create_graph=True).square().mean()).backward()
+    expected.step()
+    for found, parameter in zip(module.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(whole(found), whole(parameter), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", STAGES)
+def test_a_penalty_in_fabric_trains_as_in_one_process(strategy: str) -> None:
+    run_ranks(penalised_in_fabric, 2, strategy, timeout=60)
+
+
 # Backwards that the strategy does not see -------------------------------------------------------------------------------
 
 
@@ -344,8 +368,8 @@ class Added(Net):
 
 class MadeWhole(Net):
     def training_step(self, batch: Batch, _index: int) -> Tensor:
-        whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in self.parameters())
-        return self.loss(batch) + 0.01 * torch.stack([p.square().sum() for p in whole]).sum()
+        made_whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in self.parameters())
+        return self.loss(batch) + 0.01 * torch.stack([p.square().sum() for p in made_whole]).sum()
 
 
 class FromGathered(Net):
