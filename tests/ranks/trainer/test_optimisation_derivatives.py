@@ -247,6 +247,7 @@ def test_a_penalty_from_before_the_step_is_refused_as_in_one_process(strategy: s
 def penalised_in_fabric(strategy: str) -> None:
     """Compare a step with a penalty whose graph is made in one call and used after the next."""
     module, reference = made(Net), made(Net)
+    torch.set_default_dtype(torch.float64)  # in which Fabric returns what a module computes
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision="64-true")
     fabric.launch()
     wrapped, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
