@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from meshbolt.config import Settings, resolve
 from meshbolt.precision import precision_policy
-from meshbolt.strategies.directories import _owner, _random_state_for, left_out_of
+from meshbolt.strategies.directories import _digest, _owner, _random_state_for, buffers_of, left_out_of
 
 BODY, HEAD, BIAS = (nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (3, 2), (3,)))
 NAMES = {"body.weight": BODY, "weight": HEAD, "body.weight.bias": BIAS}
@@ -46,3 +47,37 @@ def test_what_was_left_out_is_known_by_key_and_nothing_by_default() -> None:
     assert left_out_of("model", {"left_out": {"model": ["a", "b"]}}) == {"a", "b"}
     assert left_out_of("other", {"left_out": {"model": ["a"]}}) == set()
     assert left_out_of("model", {}) == set()
+
+
+def test_buffers_are_what_is_no_parameter_of_any_name() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    module[2].weight = module[0].weight
+    state = module.state_dict()
+    names = {f"model.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert buffers_of(module, state, key="model") == names
+    assert buffers_of(module, {"1.running_var": state["1.running_var"]}, key="model") == {"model.1.running_var"}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])),
+        (torch.tensor([0.0]), torch.tensor([-0.0])),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int32)),
+        (torch.tensor(True), torch.tensor(False)),
+        (torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(1.0078125, dtype=torch.bfloat16)),
+        (torch.zeros(0), torch.zeros(0, 2)),
+    ],
+)
+def test_buffers_differ_in_any_bit_shape_or_dtype(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert _digest(one) != _digest(other)
+    assert _digest(one) == _digest(one.clone())
+
+
+def test_buffers_of_the_same_values_agree_however_they_lie_in_memory() -> None:
+    assert _digest(torch.tensor([1.0, NAN])) == _digest(torch.tensor([1.0, NAN]))
+    assert _digest(torch.arange(6.0).view(2, 3).t()) == _digest(torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]))
