@@ -50,6 +50,11 @@ def storage_identity(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def mark_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when a tensor is written to, or another takes its place while it lives."""
+    return tensor.data_ptr(), tensor._version
+
+
 def current_pass() -> int:
     """Return a number of the pass of autograd that is running, -1 where none is."""
     return torch._C._current_graph_task_id()

@@ -58,7 +58,7 @@ class Derivatives:
         self._borrower: int | None = None
         # Of the backward that the engine runs.
         self._is_running = self._is_ending = self._was_met = self._has_begun = False
-        self._older: dict[nn.Parameter, tuple[torch.Tensor, int]] = {}
+        self._older: dict[nn.Parameter, tuple[int, int]] = {}
         self._watches_late = False
         # Units in a graph that is to be derived again, in the order of the passes, which is the same on every rank; and
         # whether a backward of the loss has been through since, so that the graph is likely to be gone.
@@ -90,7 +90,8 @@ class Derivatives:
         self._watches_late = reduces and not self._frees_after_forward
         if self._watches_late:
             copies = (copy for unit in self._all_units for copy in compat.whole_copies(unit))
-            self._older = {copy: (copy.grad, copy.grad._version) for copy in copies if copy.grad is not None}
+            # Not the gradients themselves, which would live on after they are reduced: one whole model in stage 1.
+            self._older = {copy: compat.mark_of(copy.grad) for copy in copies if copy.grad is not None}
         for unit in self._kept:
             unit.unshard()
 
@@ -232,8 +233,7 @@ class Derivatives:
         gradient = copy.grad
         if gradient is None:
             return self._gets_gradient(copy)
-        older, version = self._older.get(copy, (None, None))
-        return older is gradient and version == gradient._version and self._gets_gradient(copy)
+        return self._older.get(copy) == compat.mark_of(gradient) and self._gets_gradient(copy)
 
     def _give_back(self) -> None:
         """End a pass: what it has not left, it has met from the side."""
