@@ -171,7 +171,7 @@ class Engine:
         self.sync_requires_grad()
         if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
             self._gather_unused()
-        self._window.before_backward()
+        self._window.before_backward(last=self._is_last_batch)
         self._derivatives.before_backward(reduces=self._is_last_batch or self.plan.stage.reduces_every_batch)
         if self._fast is not None:
             self._fast.before_backward()

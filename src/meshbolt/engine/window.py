@@ -51,8 +51,12 @@ class Window:
         """Whether gradients of a window wait for its end."""
         return self._is_open
 
-    def before_backward(self) -> None:
-        """Take gradients back from where they were shown, and forget those that were dropped there."""
+    def before_backward(self, *, last: bool) -> None:
+        """Take gradients back from where they were shown, and forget those that were dropped there.
+
+        Args:
+            last: whether the batch is the window's last, in whose backward each unit's gradients are freed once reduced.
+        """
         dropped = {parameter for parameter, shown in self._shown.items() if parameter.grad is not shown}
         for parameter in self._shown.keys() - dropped:
             parameter.grad = self._summed.get(parameter)
@@ -63,6 +67,8 @@ class Window:
         self._shown.clear()
         self._summed.clear()
         self._used.clear()
+        if last:
+            self._faces.clear()  # they would hold the gradients
         for name, unit in self._units.items() if self._keeps_parts else ():
             if name not in self._watched and compat.was_gathered(unit):
                 self._watched.add(name)
@@ -82,7 +88,6 @@ class Window:
             self._check_used()
         if last:
             self._used_first = None
-            self._faces.clear()
             return
         self._show_all()
 
