@@ -33,7 +33,8 @@ class Prefetch:
         """
         self._units = dict(units)
         self._keeps_gathered = keeps_gathered
-        self._small = {name for name, unit in units.items() if compat.gathered_bytes(unit) <= AHEAD_BYTES}
+        self._bytes = {name: compat.gathered_bytes(unit) for name, unit in units.items()}
+        self._small = {name for name, num_bytes in self._bytes.items() if num_bytes <= AHEAD_BYTES}
         self._seen: list[str] | None = None
         self._order: list[str] | None = None
         for name, unit in self._units.items():
@@ -52,7 +53,7 @@ class Prefetch:
         budget_bytes = AHEAD_BYTES
         for name in self._order if self._keeps_gathered else self._order[:2]:
             unit = self._units[name]
-            budget_bytes -= compat.gathered_bytes(unit)
+            budget_bytes -= self._bytes[name]
             if budget_bytes < 0:
                 return
             if not compat.is_gathered(unit):

@@ -68,15 +68,15 @@ class DeferredReductions:
         self._in_flight: deque[_Transfer] = deque()
         self._in_flight_bytes = 0
         self._set_aside: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._small = [unit for unit in self._units if compat.gathered_bytes(unit) <= IN_FLIGHT_BYTES]
         for unit in self._units:
             unit.set_custom_reduce_scatter(_AllToAllReduceScatter(unit, self))
 
     def before_backward(self) -> None:
         """Set gradients of earlier batches of the window aside, so that this batch's can be deferred as well."""
-        for unit in self._units:
+        for unit in self._small:
             parameters = compat.managed_parameters(unit)
-            has_hooks = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
-            if has_hooks or compat.gathered_bytes(unit) > IN_FLIGHT_BYTES:
+            if any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters):
                 continue
             for parameter in parameters:
                 if parameter.grad is not None:

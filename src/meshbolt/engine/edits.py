@@ -14,7 +14,6 @@ fills. It is refused, wherever it is found.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import nn
@@ -42,8 +41,8 @@ class Edits:
             for key, parameter in child._parameters.items()
             if parameter is not None
         }
-        # This rank's part of each whole copy, and the copy: torch empties and fills the same tensor, so a view of it stays good.
-        self._parts: dict[nn.Parameter, tuple[torch.Tensor, torch.Tensor]] = {}
+        # By shard, what it is compared with: torch empties and fills the same tensors, so that views of them stay good.
+        self._parts: dict[nn.Parameter, _Part] = {}
         self._trained = {parameter: parameter.requires_grad for parameter in self._places}
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._identities = {p: compat.storage_identity(p) for p in self._places if isinstance(p, DTensor)}
@@ -112,31 +111,36 @@ class Edits:
         whole = standing[key]
         return shard if whole is None else whole
 
-    def _part(self, whole: torch.Tensor, shard: nn.Parameter) -> torch.Tensor:
-        """Return this rank's part of a whole copy."""
-        known, part = self._parts.get(shard, (None, None))
-        if part is None or known is not whole:
-            part = local_part(whole.detach(), like=cast("DTensor", shard))
-            self._parts[shard] = whole, part
-        return part
-
     def _keep(self, shard: nn.Parameter) -> None:
         whole = self._whole(shard)
         if whole is shard or whole.shape != shard.shape or not isinstance(shard, DTensor):
             return
-        mine, part = local_tensor(shard), self._part(whole, shard)
-        as_gathered = mine.to(part.dtype)
+        mine, known = local_tensor(shard), self._parts.get(shard)
+        if known is None or known.whole is not whole or known.mine is not mine:
+            known = self._parts[shard] = _Part(whole, like=shard)
+        known.take_over()
+
+
+class _Part:
+    """This rank's part of a whole copy, beside the shard that it was gathered from."""
+
+    def __init__(self, whole: nn.Parameter, *, like: DTensor) -> None:
+        self.whole, self.mine = whole, local_tensor(like)
+        self._part = part = local_part(whole.detach(), like=like)
+        self._pair = part, self.mine.detach()
+        if part.dtype == self.mine.dtype and _is_in_words(part) and _is_in_words(self.mine):
+            # Whole words are compared three times as fast as floats.
+            self._pair = part.view(-1).view(torch.int64), self._pair[1].view(-1).view(torch.int64)
+
+    def take_over(self) -> None:
+        """Copy what differs into the shard."""
+        part, mine = self._pair
         # A CPU knows at once whether anything differs; a GPU is not waited for.
-        if mine.device.type != "cpu" or not _same_bits(part, as_gathered):
-            mine.copy_(torch.where(part == as_gathered, mine, part.to(mine.dtype)))
+        if mine.device.type == "cpu" and torch.equal(part, mine.to(part.dtype)):
+            return
+        as_gathered = self.mine.to(self._part.dtype)
+        self.mine.copy_(torch.where(self._part == as_gathered, self.mine, self._part.to(self.mine.dtype)))
 
 
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two tensors hold the same bits; whole words are compared three times as fast as floats."""
-    if first.nbytes % 8 or first.storage_offset() * first.element_size() % 8 or not first.is_contiguous():
-        return torch.equal(first, second)
-    return torch.equal(_words(first), _words(second))
-
-
-def _words(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.int64)
+def _is_in_words(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.nbytes % 8 == tensor.storage_offset() * tensor.element_size() % 8 == 0
