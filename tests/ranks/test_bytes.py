@@ -82,6 +82,8 @@ class Counted(TorchDispatchMode):
         if func.namespace == "c10d":
             kind, place = COLLECTIVES.get(func.overloadpacket.__name__, (func.overloadpacket.__name__, 0))
             tensors = args[place] if isinstance(args[place], list) else [args[place]]
+            if func.overloadpacket.__name__ == "alltoall_base_" and args[3]:
+                tensors = tensors * 2  # two ranks: each sends the other's half, and keeps its own where it is
             self.names.add(func.overloadpacket.__name__)
             self.calls[kind] += 1
             self.num_bytes[kind] += sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -38,8 +38,8 @@ class _Transfer:
     """One unit's gradients on their way to their owners."""
 
     work: dist.Work
-    received: torch.Tensor  # (ranks * chunk,): every rank's version of this rank's chunk
-    sent: torch.Tensor  # kept alive until the transfer is done
+    versions: Sequence[torch.Tensor]  # (chunk,) each: every rank's version of this rank's chunk
+    sent: torch.Tensor  # (ranks * chunk,), kept alive until the transfer is done
     output: torch.Tensor  # (chunk,)
     divisor: int | None
 
@@ -51,7 +51,7 @@ class _Transfer:
     def finish(self) -> None:
         """Wait for the transfer and sum what arrived into the output."""
         self.work.wait()
-        first, second, *others = self.received.view(-1, self.output.numel())
+        first, second, *others = self.versions
         torch.add(first, second, out=self.output)
         for other in others:
             self.output.add_(other)
@@ -148,8 +148,30 @@ class _AllToAllReduceScatter(ReduceScatter):
         op: dist.ReduceOp | dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> None:
-        received = torch.empty_like(input_tensor)
-        work = dist.all_to_all_single(received, input_tensor, group=group, async_op=True)
+        exchange = _swap if group.size() == 2 else _exchange
+        work, versions = exchange(input_tensor.view(group.size(), -1), group)
         divisor = group.size() if op == dist.ReduceOp.AVG else None
-        transfer = _Transfer(work, received, input_tensor, output_tensor, divisor)
+        transfer = _Transfer(work, versions, input_tensor, output_tensor, divisor)
         self._reductions.launch(transfer, defer=compat.gradients_land_in_place(self._unit, output_tensor.dtype))
+
+
+def _exchange(chunks: torch.Tensor, group: dist.ProcessGroup) -> tuple[dist.Work, Sequence[torch.Tensor]]:
+    """Send every rank its chunk; return what to wait for, and all versions of this rank's chunk in the order of ranks.
+
+    Args:
+        chunks: (ranks, chunk), this rank's version of each rank's chunk.
+        group: the ranks.
+    """
+    received = torch.empty_like(chunks)
+    work = dist.all_to_all_single(received, chunks, group=group, async_op=True)
+    return work, received.unbind()
+
+
+def _swap(chunks: torch.Tensor, group: dist.ProcessGroup) -> tuple[dist.Work, Sequence[torch.Tensor]]:
+    """Do the same for two ranks, where the own chunk can stay where it is: half the memory, and a copy less."""
+    own, other = (chunks[group.rank()], chunks[1 - group.rank()])
+    received = torch.empty_like(own)
+    splits = [0, 0]
+    splits[1 - group.rank()] = own.numel()
+    work = dist.all_to_all_single(received, other, splits, splits, group=group, async_op=True)
+    return work, (own, received) if group.rank() == 0 else (received, own)

@@ -360,7 +360,7 @@ def _groups(unit: FSDPModule) -> list[Any]:
     state = unit._get_fsdp_state()
     many = getattr(state, "_fsdp_param_groups", None)
     if many is not None:
-        return list(many)
+        return cast("list[Any]", many)
     one = state._fsdp_param_group  # torch < 2.13 keeps a single group
     return [one] if one is not None else []
 

@@ -154,6 +154,8 @@ def built_from(
 def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> None:
     """Replace the part of Lightning's SIGTERM handler that broadcasts from within the handler.
 
+    What that part leaves is broadcast before every batch; without it there is nothing to tell, and no broadcast.
+
     Args:
         trainer: whose handlers are registered already.
         note: called instead, after the processes that this one has started were signalled.
@@ -166,7 +168,14 @@ def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> N
         note()
 
     handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
-    handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]
+    if connector._sigterm_notifier_fn in handlers:
+        handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]
+        loop: Any = trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = _broadcast_nothing
+
+
+def _broadcast_nothing() -> None:
+    """Stand in the place of a broadcast; a function with a name, for a Trainer that is pickled."""
 
 
 class BatchCount:
