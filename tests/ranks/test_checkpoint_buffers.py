@@ -16,6 +16,7 @@ from tests.ranks.trainer.background_support import At, slow_writer
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, trainer
 from torch import Tensor, nn
 
+import meshbolt
 from meshbolt import Checkpoint, CheckpointError, MeshStrategy, Zero
 from meshbolt.checkpoint import saved_tensors
 from meshbolt.fabric import MeshStrategy as FabricStrategy
@@ -128,6 +129,39 @@ def test_another_number_of_ranks_has_those_of_rank_0(tmp_path: Path, saving: int
 def test_a_validation_on_as_many_ranks_has_those_of_each_rank(tmp_path: Path) -> None:
     saved = run_ranks(save_one, 2, tmp_path / "a.ckpt")
     assert all(map(same, run_ranks(evaluate, 2, tmp_path / "a.ckpt"), saved))
+
+
+def save_in_a_window(path: Path) -> tuple[Values, Values]:
+    held, module = [], Normalised()
+
+    def save_now(owner: pl.Trainer) -> None:
+        held.append(buffers(module))
+        owner.save_checkpoint(path)
+
+    # At the end of the first window, and again after the first batch of the second one.
+    trainer("zero3", callbacks=[At(1, do=save_now)], accumulate_grad_batches=2, max_epochs=1).fit(module, batches())
+    then, now = held
+    return then, now
+
+
+def resume_in_a_window(path: Path) -> Values:
+    look = Look()
+    trainer("zero1", callbacks=[look], accumulate_grad_batches=2, max_epochs=1).fit(
+        Normalised(), batches(), ckpt_path=path
+    )
+    return look.seen[0]
+
+
+def test_in_a_window_a_run_resumes_with_those_of_its_beginning_and_everyone_else_reads_those_of_then(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.ckpt"
+    saved = run_ranks(save_in_a_window, 2, path)
+    assert not any(same(then, now) for then, now in saved)
+    assert all(same(ours, then) for ours, (then, _) in zip(run_ranks(resume_in_a_window, 2, path), saved, strict=True))
+    assert all(same(ours, saved[0][0]) for ours in run_ranks(resume_in_a_window, 3, path))
+    assert all(same(ours, now) for ours, (_, now) in zip(run_ranks(evaluate, 2, path), saved, strict=True))
+    assert same(buffers(meshbolt.load_from_checkpoint(Normalised, path)), saved[0][1])
 
 
 class Alike(Regressor):

@@ -435,7 +435,9 @@ class MeshCore:
     ) -> None:
         self._saving.save(
             self.broadcast(str(path)),
-            ToSave(tree=tree, notes=notes, random_state=self._random_state(), buffers=buffers),
+            ToSave(
+                tree=tree, notes=notes, random_state=self._random_state(), buffers=buffers, resumed=self._resumed_buffers()
+            ),
             storage_options=storage_options,
             in_background=in_background,
             group=self._control_group,
@@ -444,6 +446,10 @@ class MeshCore:
     def _random_state(self) -> dict[str, torch.Tensor]:
         """Return the random state that a run which resumes on this rank goes on with."""
         return collect_random_state(self.root_device)
+
+    def _resumed_buffers(self) -> dict[str, torch.Tensor]:
+        """Return, by key in what is saved, the buffers that a run which resumes goes on with in the place of those of now."""
+        return {}
 
     def _load(self, path: str, into: LoadInto, *, weights_only: bool | None) -> Loaded:
         return self._saving.load(path, into, weights_only=weights_only, group=self._control_group)

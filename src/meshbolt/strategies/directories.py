@@ -23,8 +23,9 @@ from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
 from meshbolt.engine.state import empty_like_saved
 
-# Where random states are, by data-parallel coordinate, and the buffers that differ from those of the first one.
-_RANDOM, _BUFFERS = "random", "buffers"
+# By data-parallel coordinate: random states, the buffers that differ from those of the first one, and those that a run which
+# resumes goes on with, where they are others still.
+_RANDOM, _BUFFERS, _RESUMED = "random", "buffers", "resumed_buffers"
 
 
 def _nothing_to_check(_: object) -> None:
@@ -41,12 +42,14 @@ class LoadInto:
         check: raises if the checkpoint does not fit; called, before any tensor is read, with what `load_tree` returns
             but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
+        resumes: it is read for a run that goes on where the saved one goes back to, such as the beginning of a window.
     """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     parameters: Mapping[str, Mapping[str, nn.Parameter]] = field(default_factory=dict)
     check: Callable[[Loaded], object] = _nothing_to_check
     leave_out: frozenset[str] = field(default=frozenset())
+    resumes: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +81,14 @@ class ToSave:
         notes: plain data about the tree, for whoever loads it.
         random_state: this rank's.
         buffers: keys of tensors of modules that are no parameters: of them, each rank may have its own.
+        resumed: by key, what a run that resumes puts in the place of some of them.
     """
 
     tree: Mapping[str, Any]
     notes: Mapping[str, Any] = field(default_factory=dict)
     random_state: Mapping[str, torch.Tensor] = field(default_factory=dict)
     buffers: frozenset[str] = field(default=frozenset())
+    resumed: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def buffers_of(module: nn.Module, state: Mapping[str, Any], *, key: str) -> frozenset[str]:
@@ -101,7 +106,8 @@ def buffers_of(module: nn.Module, state: Mapping[str, Any], *, key: str) -> froz
 def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[str, Any]:
     """Return what `save_directory` takes to write a checkpoint; a collective of all ranks.
 
-    Of this rank, its shards, its random state, and those buffers that differ from rank 0's.
+    Of this rank, its shards, its random state, those buffers that differ from rank 0's, and those that a run which resumes has
+    others for.
 
     Args:
         state: this rank's.
@@ -117,7 +123,8 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
     buffers = {key: tensors[key] for key in sorted(state.buffers & tensors.keys() - set(sharded))}
-    own = {_RANDOM: state.random_state, _BUFFERS: _unlike_the_first(buffers, ranks=ranks, failing=failing)}
+    resumed = {key: value for key, value in state.resumed.items() if key in buffers}
+    own = {_RANDOM: state.random_state, **_stored_apart(buffers, resumed, ranks=ranks, failing=failing)}
     coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
     return {
         "tensors": {
@@ -157,8 +164,10 @@ def load_tree(
     )
     coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
     prefix, same_ranks = _random_state_for(coordinate, saved, plan=plan)
-    buffers = _prefix(_BUFFERS, coordinate)
-    places = {key: buffers + key if same_ranks and buffers + key in saved else key for key in markers(objects)}
+    own = [_prefix(_BUFFERS, coordinate)] if same_ranks else []
+    if into.resumes:
+        own.insert(0, _prefix(_RESUMED, coordinate if same_ranks else 0))
+    places = {key: next((p + key for p in own if p + key in saved), key) for key in markers(objects)}
     tensors = _room(places, saved, sharded=set(notes.get("sharded", ())), into=into)
     random_keys = [key for key in saved if prefix and key.startswith(prefix)]
     random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
@@ -207,11 +216,19 @@ def _prefix(kind: str, coordinate: int) -> str:
     return f"{kind}.{coordinate}."
 
 
-def _unlike_the_first(buffers: Mapping[str, torch.Tensor], *, ranks: Ranks, failing: str) -> dict[str, torch.Tensor]:
-    """Return those buffers of this rank that differ from rank 0's, in any bit."""
-    digests = ranks.each(lambda: {key: _digest(value) for key, value in buffers.items()}, failing=failing)
-    own, first = digests[ranks.rank], digests[0]
-    return {key: value for key, value in buffers.items() if own[key] != first.get(key)}
+def _stored_apart(
+    buffers: Mapping[str, torch.Tensor], resumed: Mapping[str, torch.Tensor], *, ranks: Ranks, failing: str
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return those buffers of this rank that differ from rank 0's in any bit, and those to resume with that differ from them."""
+    digests = ranks.each(
+        lambda: [{key: _digest(value) for key, value in values.items()} for values in (buffers, resumed)],
+        failing=failing,
+    )
+    (now, then), (first, _) = digests[ranks.rank], digests[0]
+    return {
+        _BUFFERS: {key: value for key, value in buffers.items() if now[key] != first.get(key)},
+        _RESUMED: {key: value for key, value in resumed.items() if then[key] != now[key]},
+    }
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

@@ -3,7 +3,7 @@
 Lightning counts batches, and begins the data anew. Here the batches that are done are left out without being loaded, where
 the order of samples is known: that of a `DistributedSampler`, which Lightning puts in by itself, or no shuffling at all.
 Gradients are not saved, so that a run which stopped in the middle of an accumulation window goes back to its first batch,
-and to the random state that it had then.
+and to the random state and the buffers that it had then.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Position:
         # Batches to leave out of the first epoch; None where it begins as epochs do.
         self._skip: int | None = None
         self._window_start: Snapshot | None = None
+        self._buffers_then: dict[str, torch.Tensor] = {}
         self._samples: int | None = None
 
     # Saving -----------------------------------------------------------------------------------------------------------
@@ -51,9 +52,15 @@ class Position:
 
     def random_state(self) -> dict[str, torch.Tensor]:
         """Return the random state that a run which resumes goes on with."""
-        goes_back = self._unfinished() > 0 or self._count.is_inside_a_batch
-        now = self._window_start if goes_back and self._window_start is not None else Snapshot.take(self._device)
+        now = self._window_start if self._goes_back() and self._window_start is not None else Snapshot.take(self._device)
         return now.tensors()
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Return by name the buffers that a run which resumes goes on with, where they are not those of now."""
+        return self._buffers_then if self._goes_back() else {}
+
+    def _goes_back(self) -> bool:
+        return self._unfinished() > 0 or self._count.is_inside_a_batch
 
     def _unfinished(self) -> int:
         """Return how many batches are done of a window that is not."""
@@ -115,13 +122,16 @@ class Position:
             now.restore()
 
     def before_batch(self, index: int) -> None:
-        """Note the random state where a window begins.
+        """Note the random state and the buffers where a window begins.
 
         Args:
             index: of the batch within the epoch, that is about to be loaded.
         """
         if index % self._window() == 0:
             self._window_start = Snapshot.take(self._device)
+            # Always copied: BatchNorm changes its statistics without a trace that could be looked for.
+            buffers = self._trainer.lightning_module.named_buffers(remove_duplicate=False)
+            self._buffers_then = {name: buffer.detach().clone() for name, buffer in buffers}
 
 
 def _has_own_state(loader: Any) -> bool:

@@ -357,6 +357,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         return self._position.random_state()
 
     @override
+    def _resumed_buffers(self) -> dict[str, torch.Tensor]:
+        return {f"state_dict.{name}": buffer for name, buffer in self._position.buffers().items()}
+
+    @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint directory, or a plain file of Lightning's; nothing of this run is changed yet."""
         self._has_loaded = True
@@ -390,6 +394,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             parameters={"": self.engine.parameters_by_name},
             check=check,
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
+            resumes=self._resumes,
         )
 
     def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any], *, strict: bool) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, strategy_of, trainer, weights, whole
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from meshbolt import MeshStrategy, Zero
@@ -49,7 +49,7 @@ class Plan:
         batch: samples of a batch on each rank.
         window: batches of a step.
         half: in fp16, with a loss scale.
-        noise: dropout, noise in the samples, and shuffling.
+        noise: dropout, noise in the samples, shuffling, and statistics of each rank's own batches.
         validate: how many batches stand between two validations; None for no validation.
         hook: where it saves.
     """
@@ -68,7 +68,11 @@ class Learner(Regressor):
 
     def __init__(self, *, dropout: float) -> None:
         super().__init__(dropout=dropout)
+        self.norm = nn.BatchNorm1d(7) if dropout else nn.Identity()
         self.seen: list[tuple[int, list[int]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
 
     def training_step(self, batch: Any, index: int) -> Tensor:
         self.seen.append((index, batch[2].tolist()))
@@ -150,6 +154,7 @@ def run(
     loop = owner.fit_loop.epoch_loop
     return {
         **{f"weight {name}": value for name, value in weights(module).items()},
+        **{f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()},
         **state,
         **{f"scaling {key}": torch.tensor(float(v)) for key, v in owner.precision_plugin.state_dict().items()},
         "drawn next": torch.rand(4),
