@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint, pl_legacy_patch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.utils.data import DataLoader
 
 __all__ = [
     "BackwardSyncControl",
@@ -48,6 +50,7 @@ __all__ = [
     "file_is_there",
     "is_compiled",
     "link_instead",
+    "look_before_dividing",
     "note_termination_instead",
     "plain_optimizer",
     "ranks_are_connected",
@@ -176,6 +179,23 @@ def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> N
 
 def _broadcast_nothing() -> None:
     """Stand in the place of a broadcast; a function with a name, for a Trainer that is pickled."""
+
+
+def look_before_dividing(trainer: pl.Trainer, look: Callable[[Any], None]) -> None:
+    """Have a look at every loader whose samples Lightning is about to divide between ranks.
+
+    Args:
+        trainer: whose loaders they are.
+        look: takes the loader; may raise.
+    """
+    connector: Any = trainer._data_connector
+    connector._prepare_dataloader = functools.partial(_look_and_prepare, connector, look)
+
+
+def _look_and_prepare(connector: Any, look: Callable[[Any], None], dataloader: Any, **settings: Any) -> Any:
+    if isinstance(dataloader, DataLoader) and connector._requires_distributed_sampler(dataloader):
+        look(dataloader)
+    return type(connector)._prepare_dataloader(connector, dataloader, **settings)
 
 
 class BatchCount:

@@ -20,6 +20,23 @@ from meshbolt.strategies.loaders import MOST_RANKS_WATCHED, AgreedLoader, checke
 _NOTHING = object()
 
 
+def check_there_are_enough(samples: int, *, ranks: int) -> None:
+    """Check that samples can be divided such that every rank has one.
+
+    Args:
+        samples: number of them, in all.
+        ranks: number of ranks that see different samples.
+
+    Raises:
+        TopologyError: they cannot.
+    """
+    if samples < ranks:
+        raise TopologyError(
+            f"The loader to predict has {samples} samples for {ranks} ranks, so that some would have nothing to predict, while a "
+            f"forward needs every rank. Use at least {ranks} samples, or fewer ranks."
+        )
+
+
 class Predicting:
     """The loaders of one `predict`, and the step that was taken last."""
 

@@ -28,7 +28,7 @@ from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
-from meshbolt.strategies.compat import plain_optimizer, trainer_of
+from meshbolt.strategies.compat import look_before_dividing, plain_optimizer, trainer_of
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import redirect_entries
@@ -51,7 +51,7 @@ from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, Scr
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
 from meshbolt.strategies.position import Position
-from meshbolt.strategies.predicting import Predicting
+from meshbolt.strategies.predicting import Predicting, check_there_are_enough
 from meshbolt.strategies.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         trainer = self._module().trainer
         self._connect()
         self._position = Position(trainer, ranks=self.plan.mesh.data_parallel_size, device=self.root_device)
+        look_before_dividing(trainer, self._check_samples)
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
 
@@ -191,6 +192,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             return super().process_dataloader(dataloader)
         self._position.take_loader(dataloader)
         return checked_loader(dataloader, group=self._control_group, position=self._position)
+
+    def _check_samples(self, dataloader: Any) -> None:
+        if self._module().trainer.state.fn == TrainerFn.PREDICTING:
+            check_there_are_enough(len(dataloader.sampler), ranks=self.plan.mesh.data_parallel_size)
 
     @override
     def on_train_start(self) -> None:

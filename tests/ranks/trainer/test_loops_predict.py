@@ -105,6 +105,14 @@ def test_a_rank_with_nothing_to_predict_is_refused_by_every_rank() -> None:
     run_ranks_expecting(without_batches, 2, error=TopologyError, match=r"nothing to predict: \[0, 4\]", timeout=10)
 
 
+def one_sample() -> None:
+    trainer("zero2").predict(Predictor(), batches(1))
+
+
+def test_fewer_samples_than_ranks_are_refused_by_every_rank() -> None:
+    run_ranks_expecting(one_sample, 2, error=TopologyError, match="1 samples for 2 ranks", timeout=10)
+
+
 def one_validation_sample() -> None:
     trainer("zero2", max_epochs=1).fit(Regressor(), batches(16), batches(1))
 
