@@ -127,20 +127,14 @@ class _Part:
     def __init__(self, whole: nn.Parameter, *, like: DTensor) -> None:
         self.whole, self.mine = whole, local_tensor(like)
         self._part = part = local_part(whole.detach(), like=like)
-        self._pair = part, self.mine.detach()
-        if part.dtype == self.mine.dtype and _is_in_words(part) and _is_in_words(self.mine):
-            # Whole words are compared three times as fast as floats.
-            self._pair = part.view(-1).view(torch.int64), self._pair[1].view(-1).view(torch.int64)
+        # A CPU knows at once whether anything differs; a GPU is not waited for.
+        self._is_on_cpu = self.mine.device.type == "cpu"
+        is_plain = part.dtype == self.mine.dtype and part.is_contiguous() and self.mine.is_contiguous()
+        self._same = compat.same_bytes if is_plain else torch.equal
 
     def take_over(self) -> None:
         """Copy what differs into the shard."""
-        part, mine = self._pair
-        # A CPU knows at once whether anything differs; a GPU is not waited for.
-        if mine.device.type == "cpu" and torch.equal(part, mine.to(part.dtype)):
+        part, as_gathered = self._part, self.mine.to(self._part.dtype)
+        if self._is_on_cpu and self._same(part, as_gathered):
             return
-        as_gathered = self.mine.to(self._part.dtype)
-        self.mine.copy_(torch.where(self._part == as_gathered, self.mine, self._part.to(self.mine.dtype)))
-
-
-def _is_in_words(tensor: torch.Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.nbytes % 8 == tensor.storage_offset() * tensor.element_size() % 8 == 0
+        self.mine.copy_(torch.where(part == as_gathered, self.mine, part.to(self.mine.dtype)))
