@@ -436,7 +436,11 @@ class MeshCore:
         self._saving.save(
             self.broadcast(str(path)),
             ToSave(
-                tree=tree, notes=notes, random_state=self._random_state(), buffers=buffers, resumed=self._resumed_buffers()
+                tree=tree,
+                notes=notes,
+                random_state=self._random_state(),
+                buffers=buffers,
+                resumed=self._resumed_buffers(),
             ),
             storage_options=storage_options,
             in_background=in_background,

@@ -52,7 +52,9 @@ class Position:
 
     def random_state(self) -> dict[str, torch.Tensor]:
         """Return the random state that a run which resumes goes on with."""
-        now = self._window_start if self._goes_back() and self._window_start is not None else Snapshot.take(self._device)
+        now = (
+            self._window_start if self._goes_back() and self._window_start is not None else Snapshot.take(self._device)
+        )
         return now.tensors()
 
     def buffers(self) -> dict[str, torch.Tensor]:
