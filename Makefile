@@ -1,7 +1,7 @@
 # `make test` and `make demo` need Python 3.10 or newer, git and make, and set up the rest themselves.
 PYTHON ?= python3
 TOX := .venv/bin/tox
-INTENTS := lint types architecture examples parity-full faults bench
+INTENTS := lint types architecture examples ranks-full parity-full faults bench
 
 .PHONY: help tox test demo gpu multigpu clean $(INTENTS)
 

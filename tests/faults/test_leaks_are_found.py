@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+# Of the tests' own tools: `make test` stands on them in every test.
+pytestmark = pytest.mark.full
+
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 
 LEAKY = """

@@ -18,6 +18,9 @@ from meshbolt import MeshStrategy, Zero
 from meshbolt.mesh import MeshAxis, MeshShape, build_mesh
 from meshbolt.testing import RankFailure, run_ranks
 
+# Each waits for a timeout, many seconds.
+pytestmark = pytest.mark.full
+
 SECONDS = 1.0
 STUCK_SECONDS = 60
 SHAPE = MeshShape(dp_replicate=2, dp_shard=2)

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 BUSY = """
 import torch
 torch.set_num_threads(4)
@@ -21,6 +23,9 @@ numpy.ones((512, 512)) @ numpy.ones((512, 512))
 from meshbolt.testing import run_ranks
 print(run_ranks(int, 2))
 """
+
+# Of the tests' own tools: `make test` stands on them in every test.
+pytestmark = pytest.mark.full
 
 
 def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:

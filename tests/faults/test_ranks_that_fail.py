@@ -20,6 +20,9 @@ import torch.distributed as dist
 
 from meshbolt.testing import Outcome, RankFailure, run_ranks, run_ranks_expecting
 
+# Of the tests' own tools: `make test` stands on them in every test.
+pytestmark = pytest.mark.full
+
 
 def outcomes_of(fn: Callable[[], object], n: int = 2, *, timeout: float = 20) -> tuple[tuple[Outcome, ...], float]:
     began = time.monotonic()

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tests.ranks.engine_support import engine_of
+from tests.rows import full
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,6 +156,6 @@ def every_stage(fast_path: bool) -> None:
 
 
 @pytest.mark.parametrize("fast_path", [False, True], ids=["plain", "fast"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, full(4)])
 def test_a_step_sends_the_bytes_of_its_stage_and_no_more(ranks: int, fast_path: bool) -> None:
     run_ranks(every_stage, ranks, fast_path, timeout=60)

@@ -22,6 +22,7 @@ from tests.ranks.engine_support import (
     reference_backward,
     whole,
 )
+from tests.rows import full
 from torch import Tensor, nn
 
 import meshbolt
@@ -93,7 +94,7 @@ def loops_agree(replicate: int) -> None:
             assert largest_difference(module, reference) < 1e-12, (stage, window, clip)
 
 
-@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), full(4, 2)])
 def test_windows_and_clipping_in_a_fabric_loop_are_those_of_one_process(ranks: int, replicate: int) -> None:
     run_ranks(loops_agree, ranks, replicate, timeout=60)
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from tests.ranks.engine_support import Net, batch, loss_of, made, whole
 from tests.ranks.trainer.background_support import before_writing, full_disk_on, saver_of, slow_writer
+from tests.rows import full
 
 from meshbolt import Checkpoint, CheckpointError
 from meshbolt.checkpoint import is_checkpoint
@@ -274,7 +275,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("ending", ["return", "raise", "fail"])
+@pytest.mark.parametrize("ending", [full("return"), full("raise"), "fail"])
 def test_a_program_ends_when_its_checkpoint_is_whole_and_is_never_silent_about_a_failure(
     tmp_path: Path, ending: str
 ) -> None:

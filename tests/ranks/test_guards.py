@@ -25,6 +25,7 @@ from tests.ranks.engine_support import (
     trained,
     whole,
 )
+from tests.rows import full
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -214,7 +215,7 @@ def dropped_inside_a_window(replicate: int) -> None:
                 assert torch.equal(whole(ours.grad), whole(theirs.grad)), (stage, precision)
 
 
-@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), full(4, 2)])
 def test_gradients_dropped_inside_a_window_do_not_come_back(ranks: int, replicate: int) -> None:
     run_ranks(dropped_inside_a_window, ranks, replicate)
 
@@ -348,7 +349,7 @@ def paths_agree(replicate: int) -> None:
             assert all(map(torch.equal, *ours)), (stage, window, precision)
 
 
-@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), (4, 2)])
+@pytest.mark.parametrize(("ranks", "replicate"), [(2, 1), full(4, 2)])
 def test_the_fast_path_gives_the_bits_of_the_plain_one(ranks: int, replicate: int) -> None:
     run_ranks(paths_agree, ranks, replicate)
 

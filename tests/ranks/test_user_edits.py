@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from tests.ranks.engine_support import Net, largest_difference, made
+from tests.rows import full
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -119,7 +120,9 @@ def compare(task: type[Task], zero: Zero, window: int) -> float:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("task", [AtTheEnd, BeforeBackward, BeforeZeroGrad, AfterBackward, BeforeStep, Validating])
+@pytest.mark.parametrize(
+    "task", [AtTheEnd, full(BeforeBackward), full(BeforeZeroGrad), AfterBackward, full(BeforeStep), full(Validating)]
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_weights_that_are_clamped_in_place_stay_so(task: type[Task], window: int, stage: int) -> None:
     assert max(run_ranks(compare, 2, task, Zero(stage=stage), window)) < 1e-12

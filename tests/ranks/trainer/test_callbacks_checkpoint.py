@@ -22,6 +22,7 @@ from tests.ranks.trainer.loops_support import (
     weights,
     whole,
 )
+from tests.rows import full
 from torch import nn
 
 from meshbolt import CheckpointError, MeshStrategy, UnsupportedError, Zero
@@ -132,7 +133,7 @@ SETTINGS = [
     (2, {"zero": 0, "half": False}),
     (2, {"zero": 2, "half": True}),
     (2, {"zero": 3, "half": False}),
-    (4, {"zero": Zero(3, replicate=2), "half": False}),
+    full(4, {"zero": Zero(3, replicate=2), "half": False}),
 ]
 
 

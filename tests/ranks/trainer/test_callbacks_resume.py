@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, strategy_of, trainer, weights, whole
+from tests.rows import full
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -180,17 +181,17 @@ def stop_and_go_on(folder: Path, plan: Plan, after: int) -> tuple[dict[str, Any]
 
 EPOCH = SAMPLES // (2 * 2)  # batches of a rank, of two samples, on two ranks
 STOPS = [
-    (2, Plan(), 5),
+    full(2, Plan(), 5),
     (2, Plan(zero=3, half=True), EPOCH + 4),
     (2, Plan(zero=1, window=3), 5),  # in the middle of a window
     (2, Plan(zero=2, window=5), EPOCH - 1),  # in the middle of the last one, which is shorter
-    (2, Plan(zero=0, window=3, validate=6), 8),  # where it goes back to a validation
+    full(2, Plan(zero=0, window=3, validate=6), 8),  # where it goes back to a validation
     (2, Plan(zero=2, window=3, validate=6, hook="on_validation_end"), 6),
     (2, Plan(zero=2, window=3, hook="on_train_batch_start"), 7),  # in the middle of a batch
-    (2, Plan(zero=3, window=2), EPOCH),
+    full(2, Plan(zero=3, window=2), EPOCH),
     (2, Plan(zero=3, window=4), 2),  # in the first window of all
-    (1, Plan(zero=1, window=3), 31),
-    (4, Plan(Zero(3, replicate=2), window=2, half=True), 3),
+    full(1, Plan(zero=1, window=3), 31),
+    full(4, Plan(Zero(3, replicate=2), window=2, half=True), 3),
 ]
 
 

@@ -16,6 +16,7 @@ from tests.ranks.trainer.optimisation_support import (
     hsdp,
     made,
 )
+from tests.rows import full
 from torch import Tensor, nn
 
 import meshbolt
@@ -38,7 +39,7 @@ def clipped_both_ways() -> None:
     assert_fits_as_alone(Net, ("zero0", "zero2"), gradient_clip_val=0.02, gradient_clip_algorithm="value")
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, full(4)])
 def test_the_flags_clip_as_in_one_process_and_the_norm_is_logged(ranks: int) -> None:
     run_ranks(clipped_both_ways, ranks, timeout=60)
 

@@ -22,6 +22,7 @@ from tests.ranks.trainer.optimisation_support import (
     made,
     whole,
 )
+from tests.rows import full
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -144,10 +145,11 @@ class OfParameters(Net):
 
 
 BY_HAND = [Saliency, Adversarial, OnlyInputs, Penalty, Curvature, FrozenPenalty, Forces, InBackward, OfParameters]
+OFTEN = {Adversarial, Penalty, Forces, OfParameters}
 
 
 @pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("kind", BY_HAND)
+@pytest.mark.parametrize("kind", [kind if kind in OFTEN else full(kind) for kind in BY_HAND])
 def test_derivatives_taken_by_hand_leave_training_as_in_one_process(kind: type[Net], window: int) -> None:
     run_ranks(functools.partial(fits, kind, accumulate_grad_batches=window), 2, timeout=60)
 
