@@ -38,7 +38,7 @@ def same(ours: Values, theirs: Values) -> bool:
 
 
 def stored_apart(path: Path) -> list[str]:
-    return sorted(key for key in saved_tensors(path) if key.startswith("buffers."))
+    return sorted(key for key in saved_tensors(path) if key.startswith("meshbolt.buffers."))
 
 
 # The Trainer ------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_each_rank_of_a_trainer_gets_its_own_back_and_ends_as_if_it_had_not_stop
     first, second = run_ranks(stop_and_go_on, 2, tmp_path / "a.ckpt", zero, asynchronous)
     assert not torch.equal(first["norm.running_mean"], second["norm.running_mean"])
     # What agrees on all ranks, as the count of batches does, is stored once.
-    assert stored_apart(tmp_path / "a.ckpt") == [f"buffers.1.state_dict.norm.{name}" for name in OF_RANK_1]
+    assert stored_apart(tmp_path / "a.ckpt") == [f"meshbolt.buffers.1.state_dict.norm.{name}" for name in OF_RANK_1]
 
 
 def save_one(path: Path) -> Values:
@@ -266,7 +266,7 @@ def test_each_rank_of_fabric_gets_its_own_back(tmp_path: Path, asynchronous: boo
     first, second = run_ranks(save_and_load, 2, tmp_path / "a.ckpt", asynchronous)
     for name in ("norm.running_mean", "beside.running_mean"):
         assert not torch.equal(first[name], second[name])
-    keys = [f"buffers.1.{owner}{name}" for owner in ("beside.", "model.norm.") for name in OF_RANK_1]
+    keys = [f"meshbolt.buffers.1.{owner}{name}" for owner in ("beside.", "model.norm.") for name in OF_RANK_1]
     assert stored_apart(tmp_path / "a.ckpt") == keys
 
 

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from meshbolt.checkpoint import load_objects, load_tensors, save_directory, saved_tensors
+from meshbolt.checkpoint.chunks import flat_bytes
 from meshbolt.errors import CheckpointError, UnsupportedError
 from meshbolt.testing import RankFailure, run_ranks, run_ranks_expecting
 
@@ -49,6 +50,8 @@ def whole_tensors() -> dict[str, Tensor]:
         for shape in SHAPES:
             values = torch.randint(0, 2 if dtype == torch.bool else 120, shape, generator=generator)
             found[f"{str(dtype).removeprefix('torch.')}.{'x'.join(map(str, shape))}"] = values.to(dtype)
+    found["one element, far from the next"] = torch.ones(1, 5)[:, 0]
+    found["every other"] = torch.arange(10.0)[::2]
     return found
 
 
@@ -78,8 +81,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    one, other = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
-    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    return one.dtype == other.dtype and torch.equal(*(flat_bytes(each.contiguous()) for each in (one, other)))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -98,7 +98,13 @@ def check_chunk(stream: IO[bytes], *, chunk: Chunk, num_bytes: int) -> None:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous tensor on the CPU."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return flat_bytes(tensor).numpy().data
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a contiguous tensor as bytes that share its memory."""
+    # A single element may have any stride and be contiguous, but torch views it as bytes with stride 1 only.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 @contextmanager

@@ -114,10 +114,13 @@ def refuse_foreign(target: Path) -> None:
     """Check that nobody loses a directory of another kind when a checkpoint takes its place or is removed.
 
     Raises:
-        CheckpointError: there is a directory that has files, and no manifest among them.
+        CheckpointError: there is a directory that has files, and no manifest of meshbolt among them.
     """
-    if target.is_symlink() or not target.is_dir() or (target / manifest.FILE_NAME).exists():
+    written = target / manifest.FILE_NAME
+    if target.is_symlink() or not target.is_dir() or manifest.is_of_meshbolt(written):
         return
+    if written.exists() and any(target.glob("*.distcp")):
+        return  # its manifest is damaged beyond recognition
     if any(target.iterdir()):
         raise CheckpointError(
             "there is a directory of that name already that is not a checkpoint of meshbolt. "

@@ -99,3 +99,12 @@ def observed(tensor: torch.Tensor, on_bytes: Callable[[int], None]) -> LazyTenso
 
     info = TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
     return LazyTensor(read, info=info, keeps_parts=False)
+
+
+def read_all(tree: Any) -> Any:
+    """Return a tree with ordinary tensors in the place of those whose values are elsewhere.
+
+    Args:
+        tree: of containers that torch's pytree knows; anything else in it stays as it is.
+    """
+    return tree_map(lambda leaf: leaf.value() if isinstance(leaf, LazyTensor) else leaf, tree)

@@ -46,6 +46,8 @@ FORMAT = "meshbolt.checkpoint"
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
+# Of which damage seldom reaches more than one.
+_WORDS = (FORMAT, "format_version", "save_id", "world_size", "versions")
 _SEAL = ',\n  "checksum": "'
 _END = '"\n}\n'
 _SEAL_LENGTH = len(_SEAL) + 16 + len(_END)
@@ -178,6 +180,15 @@ def is_manifest(file: Path) -> bool:
     except (CheckpointError, OSError):
         return False
     return True
+
+
+def is_of_meshbolt(file: Path) -> bool:
+    """Return whether a file is a manifest, whole or damaged: many programs have files of that name."""
+    try:
+        written = file.read_bytes()
+    except OSError:
+        return False
+    return sum(f'"{word}"'.encode() in written for word in _WORDS) > len(_WORDS) // 2
 
 
 def read_manifest(file: Path) -> Manifest:

@@ -14,6 +14,8 @@ from typing import IO
 
 import torch
 
+from meshbolt.checkpoint.chunks import flat_bytes
+
 # Of Linux 5.14: bring pages in, and answer with an error, where a look at them would end the process.
 _MADV_POPULATE_READ = 22
 
@@ -36,7 +38,7 @@ class Mapped:
         """Copy a part of the values to a tensor of its shape."""
         alike = target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
         if alike and target.shape == self.shape:
-            target.view(-1).view(torch.uint8).copy_(self.content)
+            flat_bytes(target).copy_(self.content)
         else:  # through memory that is aligned as the dtype wants it
             target.copy_(self.content.clone().view(self.dtype).view(self.shape)[narrow])
 

@@ -22,8 +22,16 @@ def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> A
         tree: nested dicts, lists and tuples.
         prefix: key of the tree; the keys of tensors grow from it with dots.
         tensors: filled with the tensors found.
+
+    Raises:
+        CheckpointError: two tensors would have the same key.
     """
     if isinstance(tree, torch.Tensor):
+        if prefix in tensors:
+            raise CheckpointError(
+                f"two entries of what is to be saved have the path {prefix!r}, so that one would take the place of the other. "
+                "Rename one of them; keys may have dots, and numbers are keys as their text is"
+            )
         tensors[prefix] = tree.detach()
         return {MARKER: prefix}
     if isinstance(tree, Mapping):

@@ -17,7 +17,6 @@ from meshbolt.engine.gathered import local_part
 from meshbolt.errors import CheckpointError, UnsupportedError
 
 _SHOWN_NAMES = 10
-_EXTRA_STATE = "_extra_state"
 
 
 @runtime_checkable
@@ -70,22 +69,15 @@ def check_weights(
     return lists
 
 
-@torch.no_grad()
 def load_model(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Copy a state dict into the sharded module, as far as the names go; it was compared with `check_weights` before.
+    """Load a state dict into the sharded module, as far as the names go; it was compared with `check_weights` before.
 
     Args:
-        module: sharded, with nothing gathered.
+        module: sharded, with nothing gathered; its `load_state_dict` is called, so that parts which keep state in ways of
+            their own (metrics, quantised layers) get it back.
         state: by name, whole tensors or tensors in the layout of the module's own.
     """
-    for name, target in module.state_dict().items():
-        value = state.get(name, target)
-        if value is target:
-            continue
-        if isinstance(target, torch.Tensor):
-            local_tensor(target).copy_(_own_part(target, value))
-        elif name.endswith(_EXTRA_STATE):
-            module.get_submodule(name.removesuffix(_EXTRA_STATE).rstrip(".")).set_extra_state(value)
+    module.load_state_dict(dict(state), strict=False)
 
 
 def follow_state_dicts(module: nn.Module, *, before: Callable[[], None], after: Callable[[], None]) -> None:
@@ -122,12 +114,6 @@ def _divide(
         if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
             part = local_part(value.detach(), like=parameter).to(local_tensor(parameter).device)
             state[prefix + key] = distributed_tensor(part, like=parameter, placements=parameter.placements)
-
-
-def _own_part(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    if isinstance(value, DTensor):
-        return local_tensor(value)
-    return local_part(value, like=target) if isinstance(target, DTensor) else value
 
 
 def _fits(own: Any, value: Any) -> bool:

@@ -22,10 +22,11 @@ from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
 from meshbolt.engine.state import empty_like_saved
+from meshbolt.errors import CheckpointError
 
 # By data-parallel coordinate: random states, the buffers that differ from those of the first one, and those that a run which
 # resumes goes on with, where they are others still.
-_RANDOM, _BUFFERS, _RESUMED = "random", "buffers", "resumed_buffers"
+_RANDOM, _BUFFERS, _RESUMED = (f"{OWN}.{kind}" for kind in ("random", "buffers", "resumed_buffers"))
 
 
 def _nothing_to_check(_: object) -> None:
@@ -116,10 +117,10 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
         failing: how an error's message begins.
 
     Raises:
-        CheckpointError: some rank has buffers that cannot be read; the same on every rank.
+        CheckpointError: two tensors would have the same name, or some rank has buffers that cannot be read; the same on
+            every rank.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    objects = {key: split_tensors(value, key, tensors) for key, value in state.tree.items()}
+    objects, tensors = ranks.agree(lambda: _split(state.tree), failing=failing)
     sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
     held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
     buffers = {key: tensors[key] for key in sorted(state.buffers & tensors.keys() - set(sharded))}
@@ -136,6 +137,16 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
         "versions": {"lightning": lightning.__version__},
         "keep_partial": plan.settings.checkpoint.keep_partial,
     }
+
+
+def _split(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    tensors: dict[str, torch.Tensor] = {}
+    objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
+    if taken := [key for key in (*objects, *tensors) if key == OWN or str(key).startswith(f"{OWN}.")]:
+        raise CheckpointError(
+            f"what is to be saved has an entry {taken[0]!r}, and meshbolt keeps notes of its own under {OWN!r}. Rename it"
+        )
+    return objects, tensors
 
 
 def load_tree(
@@ -239,7 +250,7 @@ def _digest(tensor: torch.Tensor) -> bytes:
 
 def _random_state_for(coordinate: int, saved: Iterable[str], *, plan: Plan) -> tuple[str, bool]:
     """Return the beginning of the keys of the random state that a coordinate takes, and whether it is its own."""
-    matches = (re.match(rf"{_RANDOM}\.(\d+)\.", key) for key in saved)
+    matches = (re.match(rf"{re.escape(_RANDOM)}\.(\d+)\.", key) for key in saved)
     found = {int(match[1]) for match in matches if match}
     if not found:
         return "", False

@@ -10,14 +10,17 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
+from meshbolt.checkpoint.lazy import LazyTensor, read_all
 from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.reader import CheckpointReader
+from meshbolt.compat import tree_leaves
 from meshbolt.errors import CheckpointError, ConfigError
 from meshbolt.strategies.compat import built_from
 from meshbolt.strategies.directories import left_out_of
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
+_LEFT_LAZY = ("state_dict", "optimizer_states")
 _REFUSED_BY_TORCH = "Error(s) in loading state_dict"
 _REFUSED_BY_LIGHTNING = "is in conflict with"
 
@@ -61,7 +64,9 @@ def load_from_checkpoint(
             os.fspath(path), map_location=device, strict=strict, weights_only=weights_only, **overrides
         )
     with CheckpointReader(path) as reader:
-        checkpoint = reader.tree(weights_only=weights_only)
+        lazy = reader.tree(weights_only=weights_only)
+        # What a constructor or a hook may keep is read; moments, which nobody keeps, are not.
+        checkpoint = {key: value if key in _LEFT_LAZY else read_all(value) for key, value in lazy.items()}
         left_out = left_out_of("state_dict", checkpoint.pop(OWN, {}))
         if not isinstance(checkpoint.get("state_dict"), Mapping):
             raise CheckpointError(
@@ -78,12 +83,21 @@ def load_from_checkpoint(
                 "was saved, or load what fits with strict=False."
             )
         else:
-            return module.to(device)
+            return _whole(module).to(device)
         # Torch cannot tell what may be missing: other names of tied parameters, and what was left out on purpose.
         again = None if strict is False else _forgiving(module_class, checkpoint, overrides)
         if again is None or not _lacks_nothing(again, checkpoint["state_dict"], left_out=left_out):
             raise refusal
-        return again.to(device)
+        return _whole(again).to(device)
+
+
+def _whole(module: Module) -> Module:
+    """Read what parts of a module have kept of the checkpoint, instead of copying it, while it can be read."""
+    for child in module.modules():
+        for name, value in list(vars(child).items()):
+            if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves(value)):
+                vars(child)[name] = read_all(value)
+    return module
 
 
 def _device(map_location: Any) -> torch.device:

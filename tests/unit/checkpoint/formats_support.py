@@ -48,7 +48,7 @@ def saved(path: Path, tree: dict[str, Any] | None = None, *, notes: dict[str, An
     tensors: dict[str, torch.Tensor] = {}
     objects = {key: split_tensors(value, key, tensors) for key, value in (tree or trainer_tree()).items()}
     objects[OWN] = {**(notes or {}), "sharded": sorted(key for key in tensors if "net." in key)}
-    save_directory(path, tensors={**tensors, "random.0.torch": torch.arange(5)}, objects=objects)
+    save_directory(path, tensors={**tensors, "meshbolt.random.0.torch": torch.arange(5)}, objects=objects)
     return path
 
 

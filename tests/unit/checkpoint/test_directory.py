@@ -196,6 +196,16 @@ def test_a_directory_of_another_kind_is_neither_removed_nor_replaced(tmp_path: P
     assert names_in(tmp_path / "thesis") == ["chapter1.tex"]
 
 
+@pytest.mark.parametrize("content", ["{}", '{"name": "an app", "version": "2", "files": {}}', "", "\x00\x01"])
+def test_a_manifest_of_something_else_does_not_make_a_directory_ours(tmp_path: Path, content: str) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(content)
+    for attempt in (remove_directory, directory.refuse_foreign):
+        with pytest.raises(CheckpointError, match="not a checkpoint of meshbolt"):
+            attempt(tmp_path / "app")
+    assert names_in(tmp_path / "app") == ["manifest.json"]
+
+
 def test_a_checkpoint_with_a_damaged_manifest_can_still_be_removed(tmp_path: Path) -> None:
     (checkpoint(tmp_path / NAME) / "manifest.json").write_text("{")
     remove_directory(tmp_path / NAME)

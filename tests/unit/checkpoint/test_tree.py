@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from meshbolt.checkpoint.tree import MARKER, join_tensors, markers, split_tensors
@@ -39,8 +39,19 @@ def same(one: Any, other: Any) -> bool:
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), TREES, max_size=4))
 def test_a_tree_that_was_split_is_joined_to_what_it_was(tree: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    skeleton = split_tensors(tree, "state", tensors)
+    try:
+        skeleton = split_tensors(tree, "state", tensors)
+    except CheckpointError:
+        reject()  # keys with dots, of which two lead to one path
     assert same(join_tensors(skeleton, tensors), tree)
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}}, {0: torch.zeros(1), "0": torch.ones(1)}]
+)
+def test_two_tensors_of_one_path_are_refused_by_it(tree: dict[Any, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"path 'state\.(a\.b|0)'"):
+        split_tensors(tree, "state", {})
 
 
 def test_tensors_lie_under_the_path_that_leads_to_them() -> None:

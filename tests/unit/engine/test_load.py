@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +81,26 @@ def test_extra_state_of_modules_is_given_back() -> None:
     for own, saved in ((Counting(0), Counting(7)), (nn.Sequential(Counting(0)), nn.Sequential(Counting(7)))):
         load_model(own, saved.state_dict())
         assert own.state_dict() == saved.state_dict()
+
+
+class Ledger(nn.Module):
+    """Keeps a tensor that is neither parameter nor buffer, as metrics do."""
+
+    def __init__(self, total: float) -> None:
+        super().__init__()
+        self.total = torch.tensor(total)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "total"] = self.total
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.total = state_dict.pop(prefix + "total").clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_state_that_a_module_saves_in_its_own_way_is_given_back_in_its_own_way() -> None:
+    own, saved = nn.Sequential(nn.Linear(2, 2), Ledger(0.0)), nn.Sequential(nn.Linear(2, 2), Ledger(7.0))
+    load_model(own, saved.state_dict())
+    assert float(own[1].total) == 7.0
+    assert torch.equal(own[0].weight, saved[0].weight)

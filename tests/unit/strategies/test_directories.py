@@ -36,10 +36,15 @@ def random_state_for(coordinate: int, *, ranks: int, saved: list[str]) -> tuple[
 
 
 def test_a_rank_takes_its_own_random_state_where_as_many_have_saved_and_the_first_otherwise() -> None:
-    saved = ["random.0.torch", "random.1.torch", "random.own", "state_dict.random.2.torch"]
-    assert random_state_for(1, ranks=2, saved=saved) == ("random.1.", True)
-    assert random_state_for(1, ranks=4, saved=saved) == ("random.0.", False)
-    assert random_state_for(0, ranks=1, saved=saved) == ("random.0.", False)
+    saved = [
+        "meshbolt.random.0.torch",
+        "meshbolt.random.1.torch",
+        "random.2.torch",
+        "state_dict.meshbolt.random.2.torch",
+    ]
+    assert random_state_for(1, ranks=2, saved=saved) == ("meshbolt.random.1.", True)
+    assert random_state_for(1, ranks=4, saved=saved) == ("meshbolt.random.0.", False)
+    assert random_state_for(0, ranks=1, saved=saved) == ("meshbolt.random.0.", False)
     assert random_state_for(0, ranks=2, saved=["state_dict.weight"]) == ("", False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,32 @@ def test_weights_and_hyperparameters_are_those_that_were_saved(
     assert module.hparams["dropout"] == 0.5
     assert module.head.weight is module.tokens.weight
     assert all(type(parameter) is nn.Parameter and parameter.requires_grad for parameter in module.parameters())
+
+
+class Keeping(Model):
+    """Keeps a tensor of its constructor, and one that is neither parameter nor buffer."""
+
+    def __init__(self, scale: torch.Tensor) -> None:
+        super().__init__(4)
+        self.save_hyperparameters()
+        self.scale = scale
+        self.sums: list[torch.Tensor] = []
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.sums = [state_dict.pop(prefix + "sum")]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_what_a_module_keeps_of_the_checkpoint_can_be_used_when_that_is_gone(
+    tmp_path: Path, state: dict[str, torch.Tensor]
+) -> None:
+    content = tree({**state, "sum": torch.arange(3.0)}) | {"hyper_parameters": {"scale": torch.ones(2)}}
+    path = saved(tmp_path / "run.ckpt", content)
+    module = meshbolt.load_from_checkpoint(Keeping, path, strict=False)
+    shutil.rmtree(path)
+    assert torch.equal(module.scale + module.hparams["scale"], torch.full((2,), 2.0))
+    assert [type(held) for held in module.sums] == [torch.Tensor]
+    assert torch.equal(module.sums[0], torch.arange(3.0))
 
 
 def test_an_override_wins_over_what_was_saved(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from meshbolt.checkpoint.formats.options import DTYPES, ExportOptions
 from meshbolt.checkpoint.metadata import TensorInfo
+from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.errors import ConfigError, did_you_mean
 
@@ -27,7 +28,7 @@ def exported_names(reader: CheckpointReader, options: ExportOptions) -> dict[str
     entry = f"{options.weights}."
     names = {key.removeprefix(entry): key for key in reader.tensors if key.startswith(entry)}
     if not names:
-        entries = sorted({key.partition(".")[0] for key in reader.tensors})
+        entries = sorted({key.partition(".")[0] for key in reader.tensors} - {OWN})
         raise ConfigError(
             f"Checkpoint {reader.name!r} has no tensors under weights={options.weights!r}"
             f"{did_you_mean(options.weights, entries)}. Name the entry that holds the weights."

@@ -165,7 +165,7 @@ def test_a_watch_is_told_the_bytes_of_all_tensors_in_the_end(path: Path, tmp_pat
 
 def test_weights_of_fabric_are_exported_under_the_name_that_the_user_gave_them(tmp_path: Path) -> None:
     saved(tmp_path / "fabric.ckpt", {"model": trainer_tree()["state_dict"], "step": 3})
-    with pytest.raises(ConfigError, match=r"no tensors under weights='state_dict'.*known: model, random"):
+    with pytest.raises(ConfigError, match=r"no tensors under weights='state_dict'.*known: model"):
         export_checkpoint(tmp_path / "fabric.ckpt", tmp_path / "out", to="safetensors")
     options = ExportOptions(weights="model", strip_prefix="net.")
     assert (

@@ -99,7 +99,7 @@ def test_inspect_shows_entries_and_on_demand_every_tensor(call: Call) -> None:
     _, found = call.json("inspect", "run.ckpt", "--tensors")
     assert found["tensors"]["state_dict.net.b"] == {"dtype": "float32", "shape": [3, 4], "bytes": 48}
     assert found["objects"]["global_step"] == 3
-    assert found["entries"]["random"] == {"tensors": 1, "bytes": 40}
+    assert found["entries"]["meshbolt"] == {"tensors": 1, "bytes": 40}
 
 
 def test_inspect_of_objects_of_classes_runs_none_of_them(call: Call, tmp_path: Path) -> None:
