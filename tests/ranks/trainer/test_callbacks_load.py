@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
+import torchmetrics
 from tests.ranks.trainer.loops_support import (
     ADVICE,
     Regressor,
@@ -27,6 +29,7 @@ from tests.ranks.trainer.loops_support import (
 )
 from torch import Tensor, nn
 
+import meshbolt
 from meshbolt import Checkpoint, CheckpointError, MeshStrategy
 from meshbolt.checkpoint import saved_tensors
 from meshbolt.plugins import MixedPrecision
@@ -449,3 +452,41 @@ def test_a_checkpoint_of_what_is_trained_goes_on_top_of_the_base_that_is_there(t
     ]
     manifest = json.loads((tmp_path / "adapters.ckpt" / "manifest.json").read_text())
     assert manifest["plan"]["checkpoint.trainable_only"] is True
+
+
+class Measured(Regressor):
+    """Keeps a metric in its state dict, which is neither parameter nor buffer, and loads it in a way of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.all = torchmetrics.MeanMetric(), torchmetrics.CatMetric()
+        self.mean.persistent(True)
+        self.all.persistent(True)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        self.mean.update(loss.detach())
+        self.all.update(loss.detach())
+        return loss
+
+    @property
+    def measured(self) -> list[list[float]]:
+        return [self.mean.mean_value.flatten().tolist(), [float(value) for value in self.all.value]]
+
+
+def measure(folder: Path) -> tuple[list[list[float]], list[list[float]]]:
+    module, again = Measured(), Measured()
+    owner = trainer("zero2", max_epochs=1)
+    owner.fit(module, batches())
+    owner.save_checkpoint(folder / "measured.ckpt")
+    trainer("zero3", max_epochs=1).fit(again, batches(), ckpt_path=folder / "measured.ckpt")
+    return module.measured, again.measured
+
+
+def test_metrics_that_are_saved_with_the_module_are_given_back(tmp_path: Path) -> None:
+    (mean, values), again = run_ranks(measure, 2, tmp_path)[0]
+    assert len(values) > 1
+    assert again == [mean, values]
+    module = meshbolt.load_from_checkpoint(Measured, tmp_path / "measured.ckpt")
+    shutil.rmtree(tmp_path / "measured.ckpt")
+    assert module.measured == [mean, values]
