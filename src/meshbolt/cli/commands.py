@@ -10,6 +10,8 @@ from typing import NamedTuple
 from meshbolt.errors import did_you_mean
 
 DONE, NO, BAD_USAGE = 0, 1, 2
+# As a shell has it for a program that the signal of a broken pipe has ended.
+READER_IS_GONE = 141
 
 
 class Command(NamedTuple):

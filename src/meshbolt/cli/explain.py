@@ -10,12 +10,13 @@ import jsonargparse
 
 from meshbolt.callbacks.console import print_table
 from meshbolt.cli.keys import nearest, top_level_keys
-from meshbolt.cli.planned import Row, explain_plan
+from meshbolt.cli.planned import DEFAULT, Row, explain_plan
 from meshbolt.config.load import Loaded, load
 from meshbolt.errors import ConfigError
 
 _FLAGS = ("--json", "--help", "-h")
 _PLANNED = ("trainer.strategy", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.precision")
+_META = "meta"
 _COLUMNS = ("setting", "value", "where from")
 
 
@@ -31,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     known, overrides = split_overrides(arguments[1:])
     options = _parser().parse_args(known)
     loaded = load(options.config, overrides=overrides)
-    plan, given = explain_plan(loaded), _given(loaded)
+    plan, given = [*explain_plan(loaded), _meta(loaded)], _given(loaded)
     if options.json:
         sys.stdout.write(json.dumps({"plan": _as_json(plan), "given": _as_json(given)}, indent=2) + "\n")
         return 0
@@ -87,8 +88,13 @@ def _parser() -> jsonargparse.ArgumentParser:
 
 def _given(loaded: Loaded) -> list[Row]:
     """Return what was given beside the plan: values that the Trainer, the model or the data take."""
-    others = [key for key in loaded.origins if not key.startswith(_PLANNED)]
+    others = [key for key in loaded.origins if key != _META and not key.startswith(_PLANNED)]
     return [Row(key, loaded.get(key), loaded.origins[key]) for key in sorted(others)]
+
+
+def _meta(loaded: Loaded) -> Row:
+    """Return whether the model is built without values, which `fit` finds out when it builds it."""
+    return Row(_META, loaded.get(_META, "auto"), loaded.origins.get(_META, DEFAULT))
 
 
 def _as_text(rows: Sequence[Row]) -> list[tuple[str, str, str]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import meshbolt
-from meshbolt.cli.commands import BAD_USAGE, DONE, NO, Command, Group, dispatch
+from meshbolt.cli.commands import BAD_USAGE, DONE, NO, READER_IS_GONE, Command, Group, dispatch
 from meshbolt.environment import read_environment
 from meshbolt.errors import CheckpointError, MeshboltError
 
@@ -42,12 +43,32 @@ def main() -> int:
     debug = False
     try:
         debug = read_environment().debug
-        return dispatch(group, arguments)
+        code = dispatch(group, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # it was another pipe
+        return READER_IS_GONE
     except MeshboltError as error:
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"meshbolt {arguments[0]}: {_rank()}{type(error).__name__}: {error}\n")
         return NO if isinstance(error, CheckpointError) else BAD_USAGE
+    return code
+
+
+def _reader_is_gone() -> bool:
+    """Return whether nobody reads what is printed any more, as after `| head`; what is still buffered is dropped then."""
+    try:
+        output = sys.stdout.fileno()
+        poll = select.poll()
+    except (AttributeError, OSError):  # a system without it, or a standard output that is no file
+        return False
+    poll.register(output, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _rank() -> str:

@@ -59,6 +59,7 @@ def test_the_tables_show_values_and_where_they_are_from(config: Path, capsys: py
     assert rows["world_size"] == ["4", "command line: trainer.devices"]
     assert rows["zero.stage"] == ["2", f"preset zero2, {config}: trainer.strategy"]
     assert rows["compile"] == ["false", "default"]
+    assert rows["meta"] == ["auto", "default"]
     assert "trainer.max_steps" in given
     assert "a.B" in given
     assert "trainer.devices" not in given, "what the plan tells is not told twice"

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -160,3 +162,21 @@ def test_the_exit_code_of_a_command_is_passed_on(call: Call, command_that: Calla
     command_that(code)
 
     assert call("do") == code
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("trainer: {strategy: zero2, accelerator: cpu, devices: 2}")
+    command = f"{sys.executable} -m meshbolt explain {tmp_path / 'run.yaml'}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_another_pipe_that_breaks_is_an_error(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(command_line, "dispatch", fail)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        call("explain")
