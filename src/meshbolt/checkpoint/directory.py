@@ -41,7 +41,8 @@ def local_path(path: str | os.PathLike[str]) -> Path:
         raise UnsupportedError(f"{text!r} is a URL, and only local paths can be used here. Copy the checkpoint to one.")
     if "://" in text:
         text = text.split("://", 1)[1]
-    absolute = Path(os.path.abspath(text))  # noqa: PTH100 - a link stays a link: it may be replaced as such
+    # A link stays a link: it may be replaced as such.
+    absolute = Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100
     if not text or not absolute.name:
         raise CheckpointError(f"Checkpoint path {text!r} names no directory. Give one such as 'last.ckpt'.")
     return absolute
@@ -126,6 +127,20 @@ def refuse_foreign(target: Path) -> None:
             "there is a directory of that name already that is not a checkpoint of meshbolt. "
             "Move it away, or use another name"
         )
+
+
+def refuse_inside_another(target: Path) -> None:
+    """Check that a checkpoint is not to be saved inside another one, with which it would be deleted.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    for parent in target.parents:
+        if manifest.is_of_meshbolt(parent / manifest.FILE_NAME):
+            raise CheckpointError(
+                f"{str(parent)!r} is a checkpoint itself, and what is saved inside goes with it when it is replaced or removed. "
+                "Save beside it"
+            )
 
 
 def commit(partial: Path, *, target: Path) -> None:

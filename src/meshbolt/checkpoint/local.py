@@ -60,6 +60,7 @@ class LocalPlace:
     def prepare(self, save_id: str, *, keep_partial: bool) -> None:
         """Make the directory that the save writes to."""
         self.refuse_foreign()
+        directory.refuse_inside_another(self.target)
         if not keep_partial:
             directory.remove_partials(self.target)
         self._partial(save_id).mkdir(parents=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from meshbolt.checkpoint.tree import MARKER
+from meshbolt.checkpoint.tree import MARKER, rebuilt
 
 # A key of our own among the user's: which of the tensors were sharded when they were saved, and notes on them.
 OWN = "meshbolt"
@@ -24,7 +24,7 @@ def by_number(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
         return type(tree)(map(by_number, tree)) if type(tree) in (list, tuple) else tree
     if not _is_optimizer_state(tree):
-        return {key: by_number(value) for key, value in tree.items()}
+        return rebuilt(tree, {key: by_number(value) for key, value in tree.items()})
     names = [name for group in tree["param_groups"] for name in group["params"]]
     if not all(isinstance(name, str) for name in names):
         return tree

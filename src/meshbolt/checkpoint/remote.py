@@ -11,6 +11,7 @@ are.
 
 from __future__ import annotations
 
+import logging
 import posixpath
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ from meshbolt.checkpoint.storage import Files, Found, check_sizes, write_file
 from meshbolt.errors import CheckpointError, MissingPackageError, UnsupportedError
 
 _DATA = "data-"
+
+_log = logging.getLogger(__name__)
 
 
 def remote_place(url: str, *, storage_options: Mapping[str, Any]) -> RemotePlace:
@@ -150,7 +153,7 @@ class RemotePlace:
         if not failed:
             self._discard_data(besides=folder)
         elif not self._is_committed(folder):
-            self._delete(f"{self.path}/{folder}")
+            self._try_to_delete(f"{self.path}/{folder}")
 
     def remove(self) -> None:
         """Delete the manifest, with which the checkpoint is gone, then the rest."""
@@ -193,7 +196,13 @@ class RemotePlace:
     def _discard_data(self, *, besides: str | None) -> None:
         for name in self._entries():
             if name.startswith(_DATA) and name != besides:
-                self._delete(f"{self.path}/{name}")
+                self._try_to_delete(f"{self.path}/{name}")
+
+    def _try_to_delete(self, path: str) -> None:
+        try:
+            self._delete(path)
+        except Exception as error:  # a storage has errors of many classes
+            _log.warning("%s is not needed any more but cannot be deleted (%s); delete it yourself.", path, error)
 
     def _delete(self, path: str) -> None:
         with suppress(FileNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from meshbolt.checkpoint import directory
-from meshbolt.checkpoint.agreement import Ranks
+from meshbolt.checkpoint.agreement import Ranks, in_words
 from meshbolt.checkpoint.manifest import FileRecord, Manifest, own_versions
 from meshbolt.checkpoint.metadata import tensors_in
 from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS
@@ -21,6 +22,8 @@ from meshbolt.checkpoint.objects import PackedObjects, write_objects
 from meshbolt.checkpoint.places import place_of
 from meshbolt.checkpoint.shards import Written, info_of, write_shards
 from meshbolt.checkpoint.storage import Place
+
+_log = logging.getLogger(__name__)
 
 
 def save_directory(
@@ -129,6 +132,14 @@ class _Save:
         self.place.commit(manifest.save_id, manifest=manifest)
 
     def clean_up(self, *, failed: bool) -> None:
-        """Delete what nobody needs any more."""
-        if self.ranks.first and not (failed and self.keep_partial):
+        """Delete what nobody needs any more; say so in the log where that cannot be done, on the one rank that does it."""
+        if not self.ranks.first or (failed and self.keep_partial):
+            return
+        try:
             self.place.clean_up(self.description.save_id, failed=failed)
+        except Exception as error:  # a storage has errors of many classes
+            _log.warning(
+                "Of checkpoint %r something is left that nobody needs, and cannot be deleted (%s); delete it yourself.",
+                self.place.text,
+                in_words(error),
+            )

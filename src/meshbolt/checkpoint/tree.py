@@ -5,6 +5,7 @@ Each tensor stands under the path that leads to it; in the tree a marker with th
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from meshbolt.errors import CheckpointError
 
 MARKER = "__tensor__"
+
+_KEPT_CLASSES = (OrderedDict, Counter)
 
 
 def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
@@ -35,7 +38,9 @@ def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> A
         tensors[prefix] = tree.detach()
         return {MARKER: prefix}
     if isinstance(tree, Mapping):
-        return type(tree)() if not tree else {k: split_tensors(v, f"{prefix}.{k}", tensors) for k, v in tree.items()}
+        if not tree:
+            return tree
+        return rebuilt(tree, {key: split_tensors(value, f"{prefix}.{key}", tensors) for key, value in tree.items()})
     if type(tree) in (list, tuple):
         return type(tree)(split_tensors(item, f"{prefix}.{index}", tensors) for index, item in enumerate(tree))
     return tree
@@ -53,10 +58,25 @@ def join_tensors(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
             if key not in tensors:
                 raise CheckpointError(f"The checkpoint's objects refer to a tensor {key!r} that it does not hold.")
             return tensors[key]
-        return {key: join_tensors(value, tensors) for key, value in tree.items()}
+        return rebuilt(tree, {key: join_tensors(value, tensors) for key, value in tree.items()})
     if type(tree) in (list, tuple):
         return type(tree)(join_tensors(item, tensors) for item in tree)
     return tree
+
+
+def rebuilt(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return items in a mapping of the tree's class, where a checkpoint can hold one without running code: else in a dict.
+
+    Args:
+        tree: what the items are made from.
+        items: with the same keys.
+    """
+    if type(tree) not in _KEPT_CLASSES:
+        return items
+    alike: Any = type(tree)()
+    vars(alike).update(vars(tree))  # the versions of modules, in a state dict
+    alike.update(items)
+    return alike  # type: ignore[no-any-return]
 
 
 def markers(tree: Any) -> list[str]:

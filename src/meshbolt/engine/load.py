@@ -63,8 +63,9 @@ def check_weights(
     if wrong or (strict and lists):
         raise CheckpointError(
             f"The weights in {source} do not fit this module.{lists}{_listed('of another shape or kind', wrong)}\n"
-            "Build the module as it was when they were saved. Names may differ with strict_loading=False on the "
-            "LightningModule (strict=False in Fabric), which loads what fits; shapes may not."
+            "Build the module as it was when they were saved, or rename what was renamed since in its on_load_checkpoint. Names "
+            "may differ with strict_loading=False on the LightningModule (strict=False in Fabric), which loads what fits; shapes "
+            "may not."
         )
     return lists
 
@@ -77,7 +78,7 @@ def load_model(module: nn.Module, state: Mapping[str, Any]) -> None:
             their own (metrics, quantised layers) get it back.
         state: by name, whole tensors or tensors in the layout of the module's own.
     """
-    module.load_state_dict(dict(state), strict=False)
+    module.load_state_dict(state, strict=False)
 
 
 def follow_state_dicts(module: nn.Module, *, before: Callable[[], None], after: Callable[[], None]) -> None:

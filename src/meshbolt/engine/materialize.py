@@ -122,9 +122,13 @@ class _Filler:
             self._real[cast("nn.Parameter", tensor)] = cast("nn.Parameter", tensor)
         tensor.data = tensor.data.to(self._device)
         if dist.get_world_size() > 1:
-            whole = tensor.data.contiguous()
-            dist.broadcast(whole, src=0)
-            tensor.data.copy_(whole)
+            whole = tensor.data.clone(memory_format=torch.contiguous_format)
+            # As bytes: backends know few of the dtypes.
+            dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+            if _is_expanded(tensor):
+                tensor.data = whole  # no value can be written where several elements share a place
+            else:
+                tensor.data.copy_(whole)
 
     def _initialise(self, name: str, child: nn.Module, computed: set[torch.Tensor]) -> None:
         tied = self._make_real(child)
@@ -241,3 +245,7 @@ def _set_random_state(state: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state[1], device)
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -93,15 +93,17 @@ class ToSave:
 
 
 def buffers_of(module: nn.Module, state: Mapping[str, Any], *, key: str) -> frozenset[str]:
-    """Return the keys, in a tree, of the tensors of a module that are no parameters.
+    """Return the keys, in a tree, of the buffers of a module.
+
+    Not of other tensors that it saves, such as the states of metrics: those may be lists, of other lengths on other ranks.
 
     Args:
         module: the module.
         state: its state dict, or a part of it.
         key: what the tree has it under.
     """
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return frozenset(f"{key}.{name}" for name in state if name not in parameters)
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return frozenset(f"{key}.{name}" for name in state if name in buffers)
 
 
 def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[str, Any]:

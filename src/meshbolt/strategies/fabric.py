@@ -216,8 +216,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
             for key, module in modules.items():
                 tree[key], left_out[key] = trained_state(tree[key], module, optimizers)
-        for key, keep in (filter or {}).items():
-            tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}
+        agree_on_error(lambda: _apply_filters(tree, filter or {}), group=self._control_group)
         buffers = [buffers_of(module, tree[key], key=key) for key, module in modules.items()]
         self._save(
             path,
@@ -325,11 +324,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     def _load_module(self, module: nn.Module, saved: Mapping[str, Any]) -> None:
         module = behind_entry(module)
-        if module not in self._engines:
-            module.load_state_dict(saved, strict=False)  # what differs was refused, or is to be left
-            return
-        self._engines[module].settle()
-        load_model(module, saved)
+        if module in self._engines:
+            self._engines[module].settle()
+        # What differs was refused, or is to be left; and code of the user's may fail on some ranks only.
+        agree_on_error(lambda: load_model(module, saved), group=self._control_group)
 
     def _names(self, optimizer: Optimizer) -> dict[nn.Parameter, str]:
         return {parameter: name for name, parameter in self._engine_of(optimizer).parameters_by_name.items()}
@@ -364,3 +362,8 @@ class _WindowControl(BackwardSyncControl):
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> AbstractContextManager[None]:
         """Return the context of a batch that the window goes on after."""
         return self._strategy._engines[behind_entry(module)].accumulate() if enabled else nullcontext()
+
+
+def _apply_filters(tree: dict[str, Any], filters: Mapping[str, Callable[[str, Any], bool]]) -> None:
+    for key, keep in filters.items():
+        tree[key] = {name: value for name, value in tree[key].items() if keep(name, value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
@@ -85,13 +86,14 @@ def agree_on_path(path: str | None, *, group: dist.ProcessGroup | None) -> tuple
         )
     if paths[0] is None:
         return "", False
-    same, files = same_on_all_ranks(Path(paths[0]).is_file(), group=group)
+    found = os.path.expanduser(str(paths[0]))  # noqa: PTH111 - a Path would spoil a URL
+    same, files = same_on_all_ranks(Path(found).is_file(), group=group)
     if not same:
         kinds = ["a file" if is_file else "a directory, or nothing" for is_file in files]
         raise CheckpointError(
-            f"{paths[0]} is not the same on all ranks: {kinds} by rank. Put it on a file system that all ranks share."
+            f"{found} is not the same on all ranks: {kinds} by rank. Put it on a file system that all ranks share."
         )
-    return str(paths[0]), bool(files[0])
+    return found, bool(files[0])
 
 
 def check_training_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,10 +59,15 @@ def load_from_checkpoint(
     """
     if not (isinstance(module_class, type) and issubclass(module_class, pl.LightningModule)):
         raise ConfigError(f"load_from_checkpoint takes the class of a LightningModule first, not {module_class!r}.")
-    device = _device(map_location)
-    if Path(path).is_file():
+    if Path(path).expanduser().is_file():
         return module_class.load_from_checkpoint(
-            os.fspath(path), map_location=device, strict=strict, weights_only=weights_only, **overrides
+            os.fspath(path), map_location=map_location, strict=strict, weights_only=weights_only, **overrides
+        )
+    device = _device(map_location)
+    if "hparams_file" in overrides and "hparams_file" not in inspect.signature(module_class).parameters:
+        raise ConfigError(
+            f"hparams_file={overrides['hparams_file']!r} is for files of Lightning's; a checkpoint directory has the "
+            "hyperparameters in it. Give those that differ as arguments: load_from_checkpoint(Model, path, width=8)."
         )
     with CheckpointReader(path) as reader:
         lazy = reader.tree(weights_only=weights_only)
@@ -102,11 +108,13 @@ def _whole(module: Module) -> Module:
 
 def _device(map_location: Any) -> torch.device:
     try:
-        return torch.device("cpu") if map_location is None else torch.device(map_location)
-    except (RuntimeError, TypeError) as error:
+        device = torch.device("cpu" if map_location is None else map_location)
+        torch.empty(0, device=device)
+        return device
+    except (AssertionError, RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"map_location={map_location!r} names no device ({error}). Give one such as 'cpu' or 'cuda:0'; mappings and "
-            "functions are for files, not for checkpoint directories."
+            f"map_location={map_location!r} names no device that is there ({error}). Give one such as 'cpu' or 'cuda:0'; "
+            "mappings and functions are for files, not for checkpoint directories."
         ) from error
 
 

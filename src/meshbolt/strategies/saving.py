@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ from meshbolt.checkpoint import BackgroundSaver, Checkpoint, make_link, remove_d
 from meshbolt.checkpoint.agreement import Ranks, in_words, summary
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
-from meshbolt.errors import CheckpointError
+from meshbolt.errors import CheckpointError, MeshboltError
 from meshbolt.plugins import MeshCheckpointIO
 from meshbolt.strategies.agreements import Agreement
 from meshbolt.strategies.checks import mesh_io_inside
@@ -253,8 +253,11 @@ class Saving:
             yield
         except Exception as error:
             if self._arrivals == before:
-                with suppress(CheckpointError):
+                try:
                     self._meet(None, trouble=in_words(error))
+                except CheckpointError as agreed:
+                    if not isinstance(error, MeshboltError):
+                        raise agreed from error
             raise
         if self._arrivals == before:
             self._meet(None)

@@ -433,7 +433,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
         weights = checkpoint["state_dict"]
         self._saved_dtypes = {key: value.dtype for key, value in weights.items() if isinstance(value, torch.Tensor)}
-        load_model(self._module(), weights)
+        # Code of the user's may run in it, and fail on some ranks only.
+        agree_on_error(lambda: load_model(self._module(), weights), group=self._control_group)
 
     @property
     @override

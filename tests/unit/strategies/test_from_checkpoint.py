@@ -180,6 +180,12 @@ def test_a_map_location_that_is_no_device_is_refused(tmp_path: Path, place: Any)
         meshbolt.load_from_checkpoint(Model, tmp_path, map_location=place)
 
 
+def test_an_argument_for_files_is_not_swallowed(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    path = saved(tmp_path / "run.ckpt", tree(state))
+    with pytest.raises(ConfigError, match="is for files of Lightning's"):
+        meshbolt.load_from_checkpoint(Model, path, hparams_file="a.yaml")
+
+
 def test_a_module_can_be_moved_where_it_is_wanted(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     path = saved(tmp_path / "run.ckpt", tree(state))
     assert meshbolt.load_from_checkpoint(Model, path, map_location="cpu").device.type == "cpu"
