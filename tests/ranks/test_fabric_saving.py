@@ -242,7 +242,7 @@ def test_a_plugin_that_fails_on_some_ranks_only_is_an_error_on_all(tmp_path: Pat
     first, second = run_ranks(save_badly, 2, tmp_path / "a.ckpt", fail)
     assert first.startswith("CheckpointError: The CheckpointIO plugin Misbehaving failed")
     assert "rank 1: ValueError: not on this rank" in first
-    assert second == "ValueError: not on this rank"
+    assert second == first
 
 
 # The end of the program -------------------------------------------------------------------------------------------------
