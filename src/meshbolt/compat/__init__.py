@@ -30,6 +30,7 @@ from meshbolt.compat.tensors import (
 )
 from meshbolt.compat.units import (
     casts,
+    copies_by_shard,
     drop_kept_gradients,
     drop_pending_gather,
     end_backward,
@@ -59,6 +60,7 @@ __all__ = [
     "TorchDispatchMode",
     "aliased_arguments",
     "casts",
+    "copies_by_shard",
     "current_pass",
     "distributed_tensor",
     "drop_kept_gradients",

@@ -350,10 +350,16 @@ def end_backward(root: FSDPModule) -> None:
 
 def whole_copies(unit: FSDPModule) -> Iterator[nn.Parameter]:
     """Yield the unit's whole parameters, in memory or freed; before it was gathered once there are none."""
+    for _, copy in copies_by_shard(unit):
+        yield copy
+
+
+def copies_by_shard(unit: FSDPModule) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    """Yield the unit's shards with their whole parameters, as `whole_copies` has them."""
     for group in _groups(unit):
         for fsdp_param in group.fsdp_params:
             if hasattr(fsdp_param, "_unsharded_param"):
-                yield fsdp_param.unsharded_param
+                yield fsdp_param.sharded_param, fsdp_param.unsharded_param
 
 
 def _groups(unit: FSDPModule) -> list[Any]:

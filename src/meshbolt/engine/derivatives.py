@@ -127,16 +127,16 @@ class Derivatives:
         self._release([unit for unit in self._kept if unit not in kept])
 
     def release_changed(self, shards: Set[nn.Parameter]) -> None:
-        """Let go of the units with parameters that an optimizer has changed.
+        """Let autograd refuse graphs that need old values of parameters which an optimizer has changed, as in one process.
+
+        Those that are still to be derived would read the new values otherwise, or what is freed.
 
         Args:
-            shards: those, and others.
+            shards: the parameters.
         """
-        changed = [unit for unit in self._kept if not shards.isdisjoint(compat.managed_parameters(unit))]
-        for unit in changed:
-            # What is derived from an older graph now is refused, as in one process, before it reads what is freed.
-            compat.outdate(list(compat.whole_copies(unit)))
-        self._release(changed)
+        for unit in self._all_units:
+            compat.outdate([copy for shard, copy in compat.copies_by_shard(unit) if shard in shards])
+        self._release([unit for unit in self._kept if not shards.isdisjoint(compat.managed_parameters(unit))])
 
     def refuse_strays(self) -> None:
         """Refuse to go on with whole gradients on the root that no backward of the engine has made.

@@ -295,7 +295,7 @@ class Engine:
         self._refuse_strays()
         with self.settled():
             result = optimizers.step(optimizer, **kwargs)
-            self._derivatives.release_changed(parameters)
+            self._derivatives.release_changed({p for p in parameters if p.grad is not None})
         return result
 
     # Inside -----------------------------------------------------------------------------------------------------------

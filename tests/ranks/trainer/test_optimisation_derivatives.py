@@ -223,7 +223,26 @@ class OthersStepBetween(Manual):
         return first, torch.optim.SGD([*self.blocks[2].parameters(), *self.out.parameters()], lr=0.05)
 
 
-@pytest.mark.parametrize("kind", [Critic, OthersStepBetween])
+class StepsBetweenPlainly(Manual):
+    """The same where the second loss needs no parameter that was stepped."""
+
+    def training_step(self, batch: Batch, _index: int) -> None:
+        first, second = self.optimizers()
+        inner = self.blocks[0](self.into(batch[0]))
+        outer = self.out(self.blocks[2](inner.detach()))
+        self.manual_backward(F.mse_loss(outer, batch[1]))
+        second.step()
+        self.manual_backward(inner.square().mean())
+        first.step()
+        first.zero_grad()
+        second.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        first = torch.optim.SGD([*self.into.parameters(), *self.blocks[0].parameters()], lr=0.05)
+        return first, torch.optim.SGD([*self.blocks[2].parameters(), *self.out.parameters()], lr=0.05)
+
+
+@pytest.mark.parametrize("kind", [Critic, OthersStepBetween, StepsBetweenPlainly])
 def test_derivatives_taken_by_hand_in_manual_optimisation_leave_it_as_in_one_process(kind: type[Net]) -> None:
     run_ranks(fits, 2, kind, timeout=60)
 
@@ -237,13 +256,25 @@ class Outdated(Manual):
         self.manual_backward(steep)
 
 
+class SecondLossTooLate(Manual):
+    """Two losses of one forward through units only, and a step between their backwards."""
+
+    def training_step(self, batch: Batch, _index: int) -> None:
+        output = self.blocks[2](self.blocks[0](self.into(batch[0])))
+        self.manual_backward(output.square().mean(), retain_graph=True)
+        self.optimizers().step()
+        self.manual_backward(output.abs().mean())
+
+
 def fit(kind: Callable[[], pl.LightningModule], strategy: Strategy) -> None:
     fitted(made(kind), strategy)
 
 
-@pytest.mark.parametrize("strategy", STAGES)
-def test_a_penalty_from_before_the_step_is_refused_as_in_one_process(strategy: str) -> None:
-    run_ranks_expecting(fit, 2, Outdated, strategy, error=RuntimeError, match="modified by an inplace operation")
+@pytest.mark.parametrize("strategy", ["auto", *STAGES])
+@pytest.mark.parametrize("kind", [Outdated, SecondLossTooLate])
+def test_a_graph_from_before_the_step_is_refused_as_in_one_process(kind: type[Net], strategy: str) -> None:
+    ranks = 1 if strategy == "auto" else 2
+    run_ranks_expecting(fit, ranks, kind, strategy, error=RuntimeError, match="modified by an inplace operation")
 
 
 def penalised_in_fabric(strategy: str) -> None:
