@@ -243,7 +243,7 @@ def _run_all(runs: Sequence[Run]) -> list[Seen]:
 
 
 class Trips:
-    """The results of trips, computed when the first one is asked for."""
+    """The results of trips: what saves is run when the first one is asked for, what loads a world at a time."""
 
     def __init__(self, trips: Iterable[Trip], folder: Path) -> None:
         """Prepare.
@@ -253,12 +253,15 @@ class Trips:
             folder: for the checkpoints.
         """
         self._trips, self._folder = tuple(dict.fromkeys(trips)), folder
+        self._loaded: dict[Trip, Seen | RankFailure] = {}
 
     @functools.cached_property
     def _saved(self) -> dict[tuple[Loop, Layout], Seen | RankFailure]:
         savers = sorted({(trip.loop, trip.saving) for trip in self._trips}, key=str)
         runs = {saver: Run(*saver, save=self._path(*saver)) for saver in savers}
-        seen = self._run(runs)
+        seen: dict[tuple[Loop, Layout], Seen | RankFailure] = {}
+        for world in _worlds(runs):
+            seen.update(_run_together(world))
         for trip in self._trips:
             if trip.loading == PLAIN != trip.saving and isinstance(seen[trip.loop, trip.saving], Seen):
                 path = self._path(trip.loop, trip.saving)
@@ -266,9 +269,10 @@ class Trips:
         return seen
 
     @functools.cached_property
-    def _loaded(self) -> dict[Trip, Seen | RankFailure]:
+    def _worlds(self) -> dict[Trip, dict[Trip, Run]]:
         able = [one for one in self._trips if isinstance(self._saved[one.loop, one.saving], Seen)]
-        return self._run({one: Run(one.loop, one.loading, load=self._source(one)) for one in able})
+        worlds = _worlds({one: Run(one.loop, one.loading, load=self._source(one)) for one in able})
+        return {trip: world for world in worlds for trip in world}
 
     def saved(self, trip: Trip) -> Seen:
         """Return what the run of a trip held that has saved.
@@ -284,6 +288,8 @@ class Trips:
         Raises:
             RankFailure: it did not come so far.
         """
+        if trip not in self._loaded:
+            self._loaded.update(_run_together(self._worlds[trip]))
         return _or_raise(self._loaded[trip])
 
     @functools.cached_property
@@ -300,29 +306,28 @@ class Trips:
         path = self._path(trip.loop, trip.saving)
         return path.with_suffix(".file") if trip.loading == PLAIN != trip.saving else path
 
-    def _run(self, runs: dict[Any, Run]) -> dict[Any, Seen | RankFailure]:
-        """Run what needs as many ranks on the same ranks; plain runs by themselves, since they need none."""
 
-        def world(key: Any) -> tuple[int, bool]:
-            return runs[key].layout.ranks, runs[key].layout.stage is None
+def _worlds(runs: dict[Any, Run]) -> Iterator[dict[Any, Run]]:
+    """Divide runs by the ranks they need; plain runs go by themselves, since they need none."""
 
-        seen: dict[Any, Seen | RankFailure] = {}
-        for (ranks, _), group in itertools.groupby(sorted(runs, key=world), key=world):
-            keys = list(group)
-            for start in range(0, len(keys), RUNS_PER_WORLD):
-                part = keys[start : start + RUNS_PER_WORLD]
-                seen.update(_run_together({key: runs[key] for key in part}, ranks))
-        return seen
+    def kind(key: Any) -> tuple[int, bool]:
+        return runs[key].layout.ranks, runs[key].layout.stage is None
+
+    for _, group in itertools.groupby(sorted(runs, key=kind), key=kind):
+        keys = list(group)
+        for start in range(0, len(keys), RUNS_PER_WORLD):
+            yield {key: runs[key] for key in keys[start : start + RUNS_PER_WORLD]}
 
 
-def _run_together(runs: dict[Any, Run], ranks: int) -> dict[Any, Seen | RankFailure]:
+def _run_together(runs: dict[Any, Run]) -> dict[Any, Seen | RankFailure]:
+    ranks = next(iter(runs.values())).layout.ranks
     try:
         results = run_ranks(_run_all, ranks, list(runs.values()), timeout=TIMEOUT_SECONDS)
     except RankFailure as failure:
         # Where one of them brings the others down, each runs by itself.
         if len(runs) == 1:
             return dict.fromkeys(runs, failure)
-        return {key: seen for one in runs for key, seen in _run_together({one: runs[one]}, ranks).items()}
+        return {key: seen for one in runs for key, seen in _run_together({one: runs[one]}).items()}
     return dict(zip(runs, results[-1], strict=True))
 
 
