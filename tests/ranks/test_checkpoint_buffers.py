@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tests.ranks.engine_support import batch, loss_of, made
 from tests.ranks.trainer.background_support import At, slow_writer
 from tests.ranks.trainer.loops_support import ADVICE, Regressor, batches, trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import meshbolt
 from meshbolt import Checkpoint, CheckpointError, MeshStrategy, Zero
@@ -162,6 +163,45 @@ def test_in_a_window_a_run_resumes_with_those_of_its_beginning_and_everyone_else
     assert all(same(ours, saved[0][0]) for ours in run_ranks(resume_in_a_window, 3, path))
     assert all(same(ours, now) for ours, (_, now) in zip(run_ranks(evaluate, 2, path), saved, strict=True))
     assert same(buffers(meshbolt.load_from_checkpoint(Normalised, path)), saved[0][1])
+
+
+class Endless(IterableDataset[Any]):
+    """A stream without a length, of which Lightning loads a batch ahead."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(batches(24))
+
+
+class CountsBatches(Normalised):
+    """Notes how many batches the statistics have seen before each one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.seen.append(int(self.norm.num_batches_tracked))
+        return super().training_step(batch, index)
+
+
+def first_count_when_resumed(path: Path, hook: str) -> int:
+    def save(owner: pl.Trainer, _module: Any, *rest: Any) -> None:
+        if rest[-1] == 2:
+            owner.save_checkpoint(path)
+
+    saver = pl.callbacks.LambdaCallback(**{hook: save})
+    options = {"accumulate_grad_batches": 2, "max_epochs": 1, "limit_train_batches": 6}
+    stream = DataLoader(Endless(), batch_size=None)
+    trainer("zero2", callbacks=[saver], **options).fit(CountsBatches(), stream)
+    again = CountsBatches()
+    trainer("zero2", **options).fit(again, stream, ckpt_path=path)
+    return again.seen[0]
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_those_of_a_windows_beginning_are_not_those_of_when_its_batch_was_loaded(tmp_path: Path, hook: str) -> None:
+    assert run_ranks(first_count_when_resumed, 2, tmp_path / "a.ckpt", hook) == [2, 2]
 
 
 class Alike(Regressor):

@@ -20,7 +20,7 @@ from tests.shelf import Shelf
 from torch import nn
 
 from meshbolt import CheckpointError
-from meshbolt.checkpoint import save_directory, saved_tensors
+from meshbolt.checkpoint import is_checkpoint, save_directory, saved_tensors
 from meshbolt.fabric import MeshStrategy as FabricStrategy
 from meshbolt.testing import run_ranks, run_ranks_expecting
 
@@ -160,6 +160,33 @@ def test_entries_that_would_take_the_place_of_others_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+class FailsOnRank1:
+    """An object with a state that one rank cannot take, with an error that cannot travel."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"a": 1}
+
+    def load_state_dict(self, _: dict[str, int]) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("odd here", lambda: None)
+
+
+def load_an_object(path: Path) -> str:
+    save_in_fabric(path, {"object": FailsOnRank1()})
+    fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy=FabricStrategy(zero=2))
+    fabric.launch()
+    module = made()
+    model, _ = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        fabric.load(path, {"model": model, "object": FailsOnRank1()})
+    dist.barrier()
+    return str(raised.value)
+
+
+def test_an_object_that_fails_to_load_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    assert all("odd here" in said for said in run_ranks(load_an_object, 2, tmp_path / "a.ckpt", timeout=20))
+
+
 # Places -----------------------------------------------------------------------------------------------------------------
 
 
@@ -205,3 +232,4 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_directory("~/a.ckpt", tensors={"w": torch.ones(2)}, objects={})
     assert sorted(saved_tensors("~/a.ckpt")) == ["w"]
     assert [place.name for place in tmp_path.iterdir()] == ["a.ckpt"]
+    assert not is_checkpoint("~nosuchuser/a.ckpt")

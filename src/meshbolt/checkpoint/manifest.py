@@ -4,7 +4,7 @@ It is written last, when every other file is safely on the storage. Its layout:
 
     {
       "format": "meshbolt.checkpoint",
-      "format_version": 2,
+      "format_version": 3,
       "save_id": "5f0c2a9b",                               this save's own name
       "folder": "",                                        where the other files are, from here
       "world_size": 4,
@@ -43,7 +43,7 @@ from meshbolt.checkpoint.checksum import ALGORITHM, checksum_of
 from meshbolt.errors import CheckpointError
 
 FORMAT = "meshbolt.checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 
 # Of which damage seldom reaches more than one.

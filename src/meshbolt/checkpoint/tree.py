@@ -38,8 +38,6 @@ def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> A
         tensors[prefix] = tree.detach()
         return {MARKER: prefix}
     if isinstance(tree, Mapping):
-        if not tree:
-            return tree
         return rebuilt(tree, {key: split_tensors(value, f"{prefix}.{key}", tensors) for key, value in tree.items()})
     if type(tree) in (list, tuple):
         return type(tree)(split_tensors(item, f"{prefix}.{index}", tensors) for index, item in enumerate(tree))

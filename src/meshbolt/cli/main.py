@@ -65,7 +65,7 @@ def _reader_is_gone() -> bool:
     except (AttributeError, OSError):  # a system without it, or a standard output that is no file
         return False
     poll.register(output, select.POLLOUT)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True

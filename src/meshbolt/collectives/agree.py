@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def agree_on_error(check: Callable[[], object], *, group: dist.ProcessGroup | No
         group: the ranks that run the check; None for all.
 
     Raises:
-        Exception: the first failing rank's error (by rank), on every rank.
+        Exception: the first failing rank's error (by rank), on every rank; a RuntimeError with its words where it cannot
+            travel, on the others.
     """
     own: Exception | None = None
     try:
@@ -36,7 +38,16 @@ def agree_on_error(check: Callable[[], object], *, group: dist.ProcessGroup | No
     except Exception as error:  # every kind is handed to all ranks
         own = error
     errors: list[Exception | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, own, group=group)
+    dist.all_gather_object(errors, own and _portable(own), group=group)
     first = next((error for error in errors if error is not None), None)
     if first is not None:
         raise own or first
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be sent to other ranks: itself, or its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # pickle raises whatever the error's own hooks raise
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -294,8 +294,10 @@ class Engine:
         self._edits.refuse_other_data()
         self._refuse_strays()
         with self.settled():
+            stepped = {p for p in parameters if p.grad is not None}
             result = optimizers.step(optimizer, **kwargs)
-            self._derivatives.release_changed({p for p in parameters if p.grad is not None})
+            # A closure may have made gradients, and a step may have dropped them.
+            self._derivatives.release_changed(stepped | {p for p in parameters if p.grad is not None})
         return result
 
     # Inside -----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ Everything is compared before anything is written, so that a load that fails lea
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.compat import distributed_tensor, local_tensor
+from meshbolt.compat import distributed_tensor, local_tensor, tree_map
 from meshbolt.engine.gathered import local_part
 from meshbolt.errors import CheckpointError, UnsupportedError
 
@@ -78,7 +80,13 @@ def load_model(module: nn.Module, state: Mapping[str, Any]) -> None:
             their own (metrics, quantised layers) get it back.
         state: by name, whole tensors or tensors in the layout of the module's own.
     """
-    module.load_state_dict(state, strict=False)
+    own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    device = next((local_tensor(parameter).device for parameter in module.parameters()), torch.device("cpu"))
+    placed: Any = copy.copy(state)  # with the versions of modules that it may have
+    for name in (module.state_dict().keys() & state.keys()) - own.keys():
+        # Modules may keep these as they are, instead of copying them to where their own are.
+        placed[name] = tree_map(functools.partial(_placed, device=device), state[name])
+    module.load_state_dict(placed, strict=False)
 
 
 def follow_state_dicts(module: nn.Module, *, before: Callable[[], None], after: Callable[[], None]) -> None:
@@ -115,6 +123,11 @@ def _divide(
         if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
             part = local_part(value.detach(), like=parameter).to(local_tensor(parameter).device)
             state[prefix + key] = distributed_tensor(part, like=parameter, placements=parameter.placements)
+
+
+def _placed(leaf: Any, *, device: torch.device) -> Any:
+    is_plain = isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor)
+    return leaf.to(device, copy=True) if is_plain else leaf
 
 
 def _fits(own: Any, value: Any) -> bool:

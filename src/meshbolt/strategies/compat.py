@@ -56,6 +56,7 @@ __all__ = [
     "ranks_are_connected",
     "reduce_over_ranks",
     "set_rank_zero_only",
+    "skip_broadcast_of_termination",
     "time_between_validations",
     "trainer_of",
 ]
@@ -157,13 +158,14 @@ def built_from(
 def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> None:
     """Replace the part of Lightning's SIGTERM handler that broadcasts from within the handler.
 
-    What that part leaves is broadcast before every batch; without it there is nothing to tell, and no broadcast.
-
     Args:
         trainer: whose handlers are registered already.
-        note: called instead, after the processes that this one has started were signalled.
+        note: called instead, after the processes that this one has started were signalled; and now, if the signal was there.
     """
     connector = trainer._signal_connector
+    if connector.received_sigterm:
+        connector.received_sigterm = False
+        note()
 
     def noted(signum: int, _frame: Any) -> None:
         if trainer.strategy.launcher is not None:
@@ -171,10 +173,18 @@ def note_termination_instead(trainer: pl.Trainer, note: Callable[[], None]) -> N
         note()
 
     handlers = getattr(signal.getsignal(signal.SIGTERM), "signal_handlers", [])
-    if connector._sigterm_notifier_fn in handlers:
-        handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]
-        loop: Any = trainer.fit_loop.epoch_loop
-        loop._broadcast_sigterm_tensor = _broadcast_nothing
+    handlers[:] = [noted if handler == connector._sigterm_notifier_fn else handler for handler in handlers]
+
+
+def skip_broadcast_of_termination(trainer: pl.Trainer) -> None:
+    """Leave out what Lightning broadcasts before every batch: whether rank 0 was told to end, as that handler has noted it.
+
+    Args:
+        trainer: of a run in which that handler is replaced, or, in another thread than the main one, never was there; on
+            every rank.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = _broadcast_nothing
 
 
 def _broadcast_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -304,10 +305,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if lists[0] and self.is_global_zero:
             _log.warning("Of the weights in the checkpoint only what fits is loaded.%s", lists[0])
         found = {key: target for key, target in state.items() if key in loaded.tree}
-        # The user's objects first: they may raise.
+        # The user's objects first: they may raise, and on some ranks only.
         for key, target in found.items():
             if hasattr(target, "load_state_dict") and not isinstance(target, (nn.Module, Optimizer)):
-                target.load_state_dict(loaded.tree[key])
+                load = functools.partial(target.load_state_dict, loaded.tree[key])
+                agree_on_error(load, group=self._control_group)
             elif not hasattr(target, "load_state_dict"):
                 state[key] = loaded.tree[key]
         dtypes: dict[nn.Module, dict[str, torch.dtype]] = {}

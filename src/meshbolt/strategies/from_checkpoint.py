@@ -59,7 +59,7 @@ def load_from_checkpoint(
     """
     if not (isinstance(module_class, type) and issubclass(module_class, pl.LightningModule)):
         raise ConfigError(f"load_from_checkpoint takes the class of a LightningModule first, not {module_class!r}.")
-    if Path(path).expanduser().is_file():
+    if Path(os.path.expanduser(path)).is_file():  # noqa: PTH111 - as everywhere, the home of nobody stays as it is written
         return module_class.load_from_checkpoint(
             os.fspath(path), map_location=map_location, strict=strict, weights_only=weights_only, **overrides
         )

@@ -41,7 +41,8 @@ class Position:
         # Batches to leave out of the first epoch; None where it begins as epochs do.
         self._skip: int | None = None
         self._window_start: Snapshot | None = None
-        self._buffers_then: dict[str, torch.Tensor] = {}
+        # Of which epoch and batch, and the buffers.
+        self._buffers_then: tuple[tuple[int, int], dict[str, torch.Tensor]] = ((-1, -1), {})
         self._samples: int | None = None
 
     # Saving -----------------------------------------------------------------------------------------------------------
@@ -59,7 +60,10 @@ class Position:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return by name the buffers that a run which resumes goes on with, where they are not those of now."""
-        return self._buffers_then if self._goes_back() else {}
+        when, then = self._buffers_then
+        begins = self._count.done - self._unfinished()
+        # Before its first batch begins, a window has no buffers of its own yet.
+        return then if self._goes_back() and when == (self._trainer.current_epoch, begins) else {}
 
     def _goes_back(self) -> bool:
         return self._unfinished() > 0 or self._count.is_inside_a_batch
@@ -124,16 +128,25 @@ class Position:
             now.restore()
 
     def before_batch(self, index: int) -> None:
-        """Note the random state and the buffers where a window begins.
+        """Note the random state where a window begins.
 
         Args:
             index: of the batch within the epoch, that is about to be loaded.
         """
         if index % self._window() == 0:
             self._window_start = Snapshot.take(self._device)
+
+    def begin_batch(self, index: int) -> None:
+        """Note the buffers where a window begins; loaders may have loaded its first batch long before.
+
+        Args:
+            index: of the batch within the epoch, that is about to be trained on.
+        """
+        if index % self._window() == 0:
             # Always copied: BatchNorm changes its statistics without a trace that could be looked for.
             buffers = self._trainer.lightning_module.named_buffers(remove_duplicate=False)
-            self._buffers_then = {name: buffer.detach().clone() for name, buffer in buffers}
+            copies = {name: buffer.detach().clone() for name, buffer in buffers}
+            self._buffers_then = (self._trainer.current_epoch, index), copies
 
 
 def _has_own_state(loader: Any) -> bool:

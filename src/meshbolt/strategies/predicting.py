@@ -30,7 +30,7 @@ def check_there_are_enough(samples: int, *, ranks: int) -> None:
     Raises:
         TopologyError: they cannot.
     """
-    if samples < ranks:
+    if 0 < samples < ranks:
         raise TopologyError(
             f"The loader to predict has {samples} samples for {ranks} ranks, so that some would have nothing to predict, while a "
             f"forward needs every rank. Use at least {ranks} samples, or fewer ranks."

@@ -18,7 +18,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from meshbolt.strategies.agreements import Agreement
-from meshbolt.strategies.compat import note_termination_instead
+from meshbolt.strategies.compat import note_termination_instead, skip_broadcast_of_termination
 
 
 class Signals:
@@ -34,6 +34,8 @@ class Signals:
         self._trainer = trainer
         self._window = 0
         self._agreements: dict[Agreement, Callable[[], None]] = {}
+        # On every rank, whatever handlers of the user's a rank has: it is a collective.
+        skip_broadcast_of_termination(trainer)
         if threading.current_thread() is not threading.main_thread():
             return
         ended = Agreement(f"meshbolt/signals/{number}/terminate")

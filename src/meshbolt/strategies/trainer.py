@@ -211,6 +211,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Act on those signals, and on a checkpoint that could not be written, between two steps."""
         with self._saving.urgent():
             self._signals.before_batch(batch_idx)
+        self._position.begin_batch(batch_idx)
         if batch_idx % self._module().trainer.accumulate_grad_batches == 0:
             self._saving.before_window()
 

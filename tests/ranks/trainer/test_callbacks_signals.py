@@ -141,3 +141,22 @@ def terminated_alone() -> int:
 
 def test_a_single_rank_ends_before_its_next_step() -> None:
     assert run_ranks(terminated_alone, 1) == [6]
+
+
+class OwnHandler(pl.Callback):
+    """A handler of the user's own, on one rank."""
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            signal.signal(signal.SIGTERM, lambda *_: None)
+
+
+def with_a_handler_on_one_rank() -> int:
+    owner = trainer("zero2", max_epochs=1, callbacks=[OwnHandler()])
+    owner.fit(Regressor(), batches())
+    return owner.global_step
+
+
+def test_a_handler_of_the_users_on_one_rank_keeps_no_rank_waiting() -> None:
+    first, second = run_ranks(with_a_handler_on_one_rank, 2, timeout=20)
+    assert first == second > 0

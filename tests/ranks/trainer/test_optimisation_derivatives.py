@@ -266,12 +266,24 @@ class SecondLossTooLate(Manual):
         self.manual_backward(output.abs().mean())
 
 
+class DropsWhenItSteps(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        self.zero_grad()
+        return result
+
+
+class SecondLossTooLateForADropper(SecondLossTooLate):
+    def configure_optimizers(self) -> Any:
+        return DropsWhenItSteps(self.parameters(), lr=0.05)
+
+
 def fit(kind: Callable[[], pl.LightningModule], strategy: Strategy) -> None:
     fitted(made(kind), strategy)
 
 
 @pytest.mark.parametrize("strategy", ["auto", *STAGES])
-@pytest.mark.parametrize("kind", [Outdated, SecondLossTooLate])
+@pytest.mark.parametrize("kind", [Outdated, SecondLossTooLate, SecondLossTooLateForADropper])
 def test_a_graph_from_before_the_step_is_refused_as_in_one_process(kind: type[Net], strategy: str) -> None:
     ranks = 1 if strategy == "auto" else 2
     run_ranks_expecting(fit, ranks, kind, strategy, error=RuntimeError, match="modified by an inplace operation")

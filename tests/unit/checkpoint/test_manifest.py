@@ -55,12 +55,12 @@ def test_what_a_later_meshbolt_adds_under_the_same_version_is_no_obstacle(tmp_pa
 def test_a_newer_format_is_a_checkpoint_that_this_version_refuses_by_name(tmp_path: Path) -> None:
     file = written(tmp_path, format_version=FORMAT_VERSION + 1, versions={"meshbolt": "9.0"})
     assert is_manifest(file)
-    with pytest.raises(CheckpointError, match=r"format is version 3 .* by meshbolt 9\.0, .* Upgrade meshbolt"):
+    with pytest.raises(CheckpointError, match=r"format is version 4 .* by meshbolt 9\.0, .* Upgrade meshbolt"):
         read_manifest(file)
 
 
 def test_other_checksums_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"checksums 'crc64', .* reads version 2 with 'words64-blake2b64'"):
+    with pytest.raises(CheckpointError, match=r"checksums 'crc64', .* reads version 3 with 'words64-blake2b64'"):
         read_manifest(written(tmp_path, algorithm="crc64"))
 
 

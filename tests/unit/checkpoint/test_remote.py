@@ -137,7 +137,7 @@ def test_a_save_that_fails_leaves_a_checkpoint_of_another_version_whole(store: A
     """Which of the data belongs to it, only that version knows."""
     save(1.0)
     content = store.cat_file(f"{FOLDER}/manifest.json").decode()
-    body = content.replace('"format_version": 2', '"format_version": 3').split(',\n  "checksum": ')[0]
+    body = content.replace('"format_version": 3', '"format_version": 4').split(',\n  "checksum": ')[0]
     store.pipe_file(f"{FOLDER}/manifest.json", seal(body).encode())
     before = {path: store.cat_file(path) for path in store.find(FOLDER)}
     assert is_checkpoint(URL)

@@ -42,7 +42,7 @@ def test_a_checkpoint_is_shards_and_objects_and_a_manifest_that_knows_them_all(t
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == sizes
     assert {name: sum(chunk[1] for chunk in entry["chunks"]) for name, entry in manifest["files"].items()} == sizes
     assert manifest["tensors"] == {"model.w": {"shape": [2, 3], "dtype": "float32", "placement": "whole"}}
-    assert (manifest["format_version"], manifest["world_size"], manifest["plan"]) == (2, 1, {"zero.stage": 3})
+    assert (manifest["format_version"], manifest["world_size"], manifest["plan"]) == (3, 1, {"zero.stage": 3})
     assert manifest["versions"]["lightning"] == "2.6.6"
     assert set(manifest["versions"]) == {"lightning", "meshbolt", "torch"}
 

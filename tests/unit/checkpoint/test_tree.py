@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from typing import Any
 
 import pytest
@@ -52,6 +53,13 @@ def test_a_tree_that_was_split_is_joined_to_what_it_was(tree: dict[str, Any]) ->
 def test_two_tensors_of_one_path_are_refused_by_it(tree: dict[Any, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"path 'state\.(a\.b|0)'"):
         split_tensors(tree, "state", {})
+
+
+def test_a_mapping_that_only_code_can_build_becomes_a_dict_also_an_empty_one() -> None:
+    tree = {"empty": defaultdict(list), "full": defaultdict(list, {"a": [1]}), "counted": Counter(a=2)}
+    found = split_tensors(tree, "state", {})
+    assert [type(value) for value in found.values()] == [dict, dict, Counter]
+    assert found == {"empty": {}, "full": {"a": [1]}, "counted": Counter(a=2)}
 
 
 def test_tensors_lie_under_the_path_that_leads_to_them() -> None:

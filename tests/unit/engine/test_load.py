@@ -99,6 +99,24 @@ class Ledger(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class Keeping(Ledger):
+    """Keeps what it is given, as metrics do."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.total = state_dict.pop(prefix + "total")
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+
+def test_state_that_a_module_keeps_is_its_own_and_on_its_device() -> None:
+    own, saved = nn.Sequential(nn.Linear(2, 2, device="meta"), Keeping(0.0)), {"1.total": torch.tensor(7.0)}
+    load_model(own, saved)
+    assert own[1].total.device.type == "meta"
+    own = nn.Sequential(nn.Linear(2, 2), Keeping(0.0))
+    load_model(own, saved)
+    saved["1.total"].zero_()
+    assert float(own[1].total) == 7.0
+
+
 def test_state_that_a_module_saves_in_its_own_way_is_given_back_in_its_own_way() -> None:
     own, saved = nn.Sequential(nn.Linear(2, 2), Ledger(0.0)), nn.Sequential(nn.Linear(2, 2), Ledger(7.0))
     load_model(own, saved.state_dict())
