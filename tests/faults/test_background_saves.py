@@ -30,7 +30,7 @@ from meshbolt.testing import RankFailure, run_ranks
 
 pytestmark = ADVICE
 
-MOMENTS, MOMENTS_OF_ALL = 4, 64
+MOMENTS, MOMENTS_OF_ALL = 2, 64
 KILLED = -signal.SIGKILL
 
 

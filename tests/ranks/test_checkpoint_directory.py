@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.rows import full
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -104,15 +105,15 @@ def differing_keys(path: str, layout: str, **options: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("saving", "save_layout", "loading", "load_layout"),
     [
-        (4, "sharded", 4, "sharded"),
+        full(4, "sharded", 4, "sharded"),
         (4, "sharded", 2, "sharded"),
         (4, "sharded", 1, "plain"),
-        (4, "sharded", 3, "sharded"),
+        full(4, "sharded", 3, "sharded"),
         (1, "plain", 3, "sharded"),
         (2, "replicated", 3, "last dim"),
         (4, "hybrid", 3, "sharded"),
-        (3, "sharded", 4, "hybrid"),
-        (4, "both dims", 2, "replicated"),
+        full(3, "sharded", 4, "hybrid"),
+        full(4, "both dims", 2, "replicated"),
         (2, "last dim", 4, "both dims"),
     ],
 )

@@ -20,6 +20,7 @@ from tests.ranks.trainer.loops_support import (
     trainer,
     weights,
 )
+from tests.rows import full
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -88,7 +89,7 @@ def fit_with(average: str, batch_size: int, strategy: str, setting: tuple[float,
     return found
 
 
-@pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [full("zero0"), "zero2", "zero3"])
 @pytest.mark.parametrize("setting", [(0.9, 1, 0), (0.5, 2, 3)], ids=str)
 def test_the_average_is_that_of_torch_in_one_process(strategy: str, setting: tuple[float, int, int]) -> None:
     ours = run_ranks(fit_with, 2, "ours", BATCH, strategy, setting)

@@ -27,6 +27,7 @@ from tests.ranks.trainer.loops_support import (
     weights,
     whole,
 )
+from tests.rows import full
 from torch import Tensor, nn
 
 import meshbolt
@@ -342,9 +343,9 @@ PRECISIONS = [
     ("16-mixed", "bf16-mixed"),
     ("32-true", "16-mixed"),
     ("bf16-true", "32-true"),
-    ("32-true", "bf16-true"),
-    ("64-true", "32-true"),
-    ("32-true", "64-true"),
+    full("32-true", "bf16-true"),
+    full("64-true", "32-true"),
+    full("32-true", "64-true"),
 ]
 
 

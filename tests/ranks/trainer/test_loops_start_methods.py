@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from tests.rows import full
 
 SCRIPT = """
     import sys
@@ -96,7 +97,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize(("start_method", "kinds"), [("fork", ["Plain", "OnMeta"]), ("spawn", ["Plain"])])
+@pytest.mark.parametrize(("start_method", "kinds"), [full("fork", ["Plain", "OnMeta"]), ("spawn", ["Plain"])])
 def test_trained_weights_come_back_to_the_process_that_called_fit(
     tmp_path: Path, start_method: str, kinds: list[str]
 ) -> None:

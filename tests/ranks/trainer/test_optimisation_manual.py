@@ -15,6 +15,7 @@ from tests.ranks.trainer.optimisation_support import (
     hsdp,
     whole,
 )
+from tests.rows import full
 from torch import Tensor, nn
 
 from meshbolt.testing import run_ranks
@@ -124,7 +125,9 @@ class Scheduled(Manual):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.7)]
 
 
-@pytest.mark.parametrize("kind", [Manual, TwoStepsPerBatch, Windows, PlainWindows, TwoLosses, Clipped, Scheduled])
+@pytest.mark.parametrize(
+    "kind", [full(Manual), TwoStepsPerBatch, Windows, full(PlainWindows), TwoLosses, full(Clipped), Scheduled]
+)
 def test_manual_optimisation_fits_as_one_process(kind: type[Manual]) -> None:
     run_ranks(assert_fits_as_alone, 2, kind, timeout=60)
 
