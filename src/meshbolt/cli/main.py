@@ -31,9 +31,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
 )
 
 
-def main() -> int:
-    """Run the command line in `sys.argv`, and return the exit code; a rank of several ends here."""
-    code = _run(sys.argv[1:])
+def program() -> int:
+    """Run the command line in `sys.argv` as a program, and return the exit code; a rank of several ends here."""
+    code = main()
     # Not imported for a command that needs no ranks.
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -54,7 +54,9 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _run(arguments: list[str]) -> int:
+def main() -> int:
+    """Run the command line in `sys.argv`, and return the exit code."""
+    arguments = sys.argv[1:]
     if arguments[:1] == ["--version"]:
         sys.stdout.write(f"meshbolt {meshbolt.__version__}\n")
         return DONE

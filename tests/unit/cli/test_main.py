@@ -195,7 +195,7 @@ def command(*_):
     return 3
 
 command_line.dispatch = command
-sys.exit(command_line.main())
+sys.exit(command_line.program())
 """
 
 
