@@ -15,6 +15,7 @@ from meshbolt.errors import CheckpointError
 
 MARKER = "__tensor__"
 
+# Beside dict, the mappings that torch's restricted reader builds.
 _KEPT_CLASSES = (OrderedDict, Counter)
 
 
