@@ -24,6 +24,7 @@ from meshbolt.errors import (
 from meshbolt.strategies import FabricMeshStrategy as _FabricMeshStrategy
 from meshbolt.strategies import MeshStrategy, load_from_checkpoint
 from meshbolt.strategies import register_presets as _register_presets
+from meshbolt.version import __version__
 from meshbolt.zero import Zero
 
 __all__ = [
@@ -37,10 +38,9 @@ __all__ = [
     "TopologyError",
     "UnsupportedError",
     "Zero",
+    "__version__",
     "load_from_checkpoint",
     "load_pretrained",
 ]
-
-__version__ = "0.1.0"
 
 _register_presets(MeshStrategy, _FabricMeshStrategy)

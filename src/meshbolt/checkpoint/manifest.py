@@ -30,7 +30,6 @@ every version.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ import torch
 
 from meshbolt.checkpoint.checksum import ALGORITHM, checksum_of
 from meshbolt.errors import CheckpointError
+from meshbolt.version import __version__
 
 FORMAT = "meshbolt.checkpoint"
 FORMAT_VERSION = 3
@@ -170,7 +170,7 @@ def damaged(name: str) -> CheckpointError:
 
 def own_versions() -> dict[str, str]:
     """Return the versions of meshbolt and torch that run."""
-    return {"meshbolt": importlib.metadata.version("meshbolt"), "torch": str(torch.__version__)}
+    return {"meshbolt": __version__, "torch": str(torch.__version__)}
 
 
 def is_manifest(file: Path) -> bool:
