@@ -14,8 +14,11 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Variable
 from torch.distributed.checkpoint.utils import _create_file_view
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_leaves
 
 
@@ -34,6 +37,74 @@ def distributed_tensor(local: torch.Tensor, *, like: DTensor, placements: Sequen
     """
     meta = TensorMeta(like.shape, like.stride(), local.dtype)
     return DTensor(local, DTensorSpec(like.device_mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def distributed_part(
+    part: torch.Tensor, *, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]
+) -> DTensor:
+    """Return this rank's part as a DTensor of a whole that has no DTensor yet, outside autograd and unchecked.
+
+    Args:
+        part: this rank's.
+        mesh: over which the whole is divided.
+        placements: one per axis of the mesh.
+        shape: of the whole, which is contiguous.
+    """
+    stride = torch._prims_common.make_contiguous_strides_for(tuple(shape))
+    meta = TensorMeta(torch.Size(shape), stride, part.dtype)
+    return DTensor(part, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def divided_placement(dim: int, sections: int) -> Placement:
+    """Return the placement of a tensor that is divided along a dim, each of several sections of it by itself.
+
+    Args:
+        dim: that is divided.
+        sections: equal runs of the dim; 1 for the plain shard.
+    """
+    return Shard(dim) if sections == 1 else _StridedShard(dim, split_factor=sections)
+
+
+def own_pieces(tensor: DTensor) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Return where this rank's part of a tensor lies: pairs of a place in the part, and the same one's in the whole.
+
+    Args:
+        tensor: divided in any way, which may leave several runs on a rank.
+    """
+    axis = _axis_of_sections(tensor)
+    placements = list(tensor.placements)
+    sections, dim, ranks = 1, 0, 1
+    if axis is not None:
+        strided: Any = placements[axis]
+        sections, dim, ranks = strided.split_factor, strided.dim, tensor.device_mesh.size(axis)
+        placements[axis] = Replicate()
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    here = [slice(0, size) for size in shape]
+    there = [slice(start, start + size) for start, size in zip(offset, shape, strict=True)]
+    if axis is None:
+        return [(tuple(here), tuple(there))]
+    run = tensor.shape[dim] // sections
+    own = run // ranks
+    first = tensor.device_mesh.get_local_rank(axis) * own
+    pieces = []
+    for section in range(sections):
+        here[dim] = slice(section * own, (section + 1) * own)
+        there[dim] = slice(section * run + first, section * run + first + own)
+        pieces.append((tuple(here), tuple(there)))
+    return pieces
+
+
+def _axis_of_sections(tensor: DTensor) -> int | None:
+    """Return the axis along which a dim is divided section by section, if there is one.
+
+    FSDP2 writes the same placement for another thing: a dim that a later axis divides first. Then that axis is there.
+    """
+    for axis, placement in enumerate(tensor.placements):
+        if isinstance(placement, _StridedShard):
+            later = tensor.placements[axis + 1 :]
+            if not any(isinstance(p, (Shard, _StridedShard)) and p.dim == placement.dim for p in later):
+                return axis
+    return None
 
 
 def handle_sharded(operation: Any, handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
@@ -98,6 +169,16 @@ def queue_after_backward(callback: Any) -> None:
     Variable._execution_engine.queue_callback(callback)
 
 
+def flattened_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup:
+    """Return the group of all ranks along several axes of a mesh, made at the first call.
+
+    Args:
+        mesh: with named axes.
+        axes: neighbours, in the order of the mesh.
+    """
+    return mesh[tuple(axes)]._flatten().get_group()
+
+
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     """Set how long a collective of a group waits for its peers.
 
@@ -106,6 +187,30 @@ def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
         timeout: from the next collective on.
     """
     dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def gather_into(whole: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Fill a tensor with the parts of all ranks, one after the other; torch >= 2.13 has another name for it.
+
+    Args:
+        whole: (ranks * elements,).
+        part: (elements,), this rank's.
+        group: the ranks.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, part, group=group)
+
+
+def sum_into(part: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Fill a tensor with this rank's part of the sum over the ranks; torch >= 2.13 has another name for it.
+
+    Args:
+        part: (elements,).
+        whole: (ranks * elements,), this rank's addend.
+        group: the ranks.
+    """
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce(part, whole, group=group)
 
 
 def plain_calls() -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group, _fsdp_state
 
-from meshbolt.compat.tensors import current_pass, storage_identity
+from meshbolt.compat.tensors import current_pass, local_tensor, storage_identity
 
 # What a tensor subclass says that only changes what operations do, not what torch's functions do.
 untouched_by_functions = torch._C._disabled_torch_function_impl
@@ -32,7 +32,7 @@ def given_other_data(unit: FSDPModule) -> list[nn.Parameter]:
         if group.is_unsharded
         for fsdp_param in group.fsdp_params
         if fsdp_param.all_gather_outputs
-        and storage_identity(fsdp_param.unsharded_param) != storage_identity(fsdp_param.all_gather_outputs[0])
+        and storage_identity(local_tensor(fsdp_param.unsharded_param)) != storage_identity(fsdp_param.all_gather_outputs[0])
     ]
 
 

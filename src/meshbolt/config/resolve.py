@@ -38,8 +38,7 @@ class Plan:
         """Return every effective value as plain data, keyed by its dotted name."""
         rows: dict[str, Any] = {
             "world_size": self.mesh.world_size,
-            "mesh.dp_replicate": self.mesh.dp_replicate,
-            "mesh.dp_shard": self.mesh.dp_shard,
+            **{f"mesh.{name}": size for name, size in self.mesh.sizes().items()},
             "device": self.device_type,
         }
         for setting in dataclasses.fields(self.settings):
@@ -60,6 +59,7 @@ def resolve(
     precision: PrecisionPolicy,
     device_type: str,
     environment: Environment | None = None,
+    ranks_per_node: int | None = None,
 ) -> Plan:
     """Resolve settings for a world of ranks.
 
@@ -69,15 +69,23 @@ def resolve(
         precision: the policy of the run's precision flag.
         device_type: "cpu" or "cuda".
         environment: switches; None reads them from the environment variables.
+        ranks_per_node: of one machine; None: all ranks.
 
     Raises:
         TopologyError: the axes do not divide the world.
         ConfigError: an environment variable is malformed.
     """
     stage = POLICIES[settings.zero.stage]
+    size = settings.tensor_parallel.size
+    tensor_parallel = size if isinstance(size, int) else ranks_per_node or world_size
     return Plan(
         settings=settings,
-        mesh=shape_for(world_size=world_size, shards=stage.shards, replicate=settings.zero.replicate),
+        mesh=shape_for(
+            world_size=world_size,
+            shards=stage.shards,
+            replicate=settings.zero.replicate,
+            tensor_parallel=tensor_parallel,
+        ),
         stage=stage,
         precision=precision,
         device_type=device_type,

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
 
 T = TypeVar("T")
 
-PLAIN_FIELDS: Mapping[str, str] = MappingProxyType({"zero": "stage", "recompute": "mode"})
+PLAIN_FIELDS: Mapping[str, str] = MappingProxyType({"zero": "stage", "tensor_parallel": "size", "recompute": "mode"})
 """Settings that may be given as a plain value, and the field that it stands for."""
 
 
@@ -25,12 +26,14 @@ class Settings:
 
     Attributes:
         zero: sharding over the data-parallel ranks.
+        tensor_parallel: layers divided among ranks.
         recompute: activations computed again in backward.
         compile: compile each repeated block.
         checkpoint: how checkpoints are written and read.
     """
 
     zero: Zero = field(default_factory=Zero)
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -40,7 +43,7 @@ class Settings:
         cls,
         *,
         zero: int | Zero,
-        tensor_parallel: int,
+        tensor_parallel: int | str | TensorParallel,
         pipeline_parallel: int,
         offload: str | None,
         recompute: str | Recompute,
@@ -53,14 +56,14 @@ class Settings:
             ConfigError: a value is wrong by itself.
             UnsupportedError: a value asks for what this version does not have.
         """
-        for name, size in {"tensor_parallel": tensor_parallel, "pipeline_parallel": pipeline_parallel}.items():
-            _check_size(name, size)
-            _refuse_unless(size == 1, f"{name}={size!r}", f"{name}=1")
+        _check_size("pipeline_parallel", pipeline_parallel)
+        _refuse_unless(pipeline_parallel == 1, f"pipeline_parallel={pipeline_parallel!r}", "pipeline_parallel=1")
         _refuse_unless(offload is None, f"offload={offload!r}", "offload=None")
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
         return cls(
             zero=_setting("zero", zero, Zero),
+            tensor_parallel=_setting("tensor_parallel", tensor_parallel, TensorParallel),
             recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
             checkpoint=Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint),
@@ -94,7 +97,10 @@ def _setting(name: str, value: Any, kind: type[T]) -> T:
 def _plain(name: str, value: Any, default: Any) -> Any:
     """Return the plain value that stands for a setting, where there is one."""
     field = PLAIN_FIELDS.get(name)
-    if field is None or dataclasses.replace(value, **{field: getattr(default, field)}) != default:
+    if field is None:
+        return value
+    given, usual = dataclasses.asdict(value), dataclasses.asdict(default)
+    if any(given[key] != usual[key] for key in given if key != field):
         return value
     return getattr(value, field)
 

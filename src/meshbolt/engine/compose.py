@@ -1,16 +1,21 @@
 """Turn a user's module into what the engine runs; the order of the steps, and why it is this one.
 
 1. check: every rank has the same module, and it can be sharded; nothing has been changed yet when an error is raised.
-2. recompute, then compile: both replace a block's forward, and compile is to see the recomputation.
-3. fill and shard: units are sharded as soon as they are full, innermost first, so that no rank holds the whole model.
-4. root: it owns what is left, and must be sharded last.
+2. tensor parallelism: a plan says which layers are divided, and their forwards are made to see it.
+3. recompute, then compile: both replace a block's forward, and compile is to see the recomputation.
+4. fill, divide and shard: units are divided and sharded as soon as they are full, innermost first, so that no rank holds the
+   whole model.
+5. root: it owns what is left, and must be sharded last.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +29,8 @@ from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
+from meshbolt.mesh import MeshAxis
+from meshbolt.tensor import Division, TensorPlan, choose_plan, let_splits_through, shard_dim
 from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
 Hook = Callable[[torch.Tensor], None]
@@ -36,13 +43,15 @@ class Composition:
     Attributes:
         root: the outermost unit; a module around the user's.
         units: the inner units by their name in the user's module.
-        whole: parameters that stay whole on every rank.
+        whole: parameters that stay whole on every data-parallel rank.
+        tensor: which layers are divided; None where none is.
         hooks: what is to be called with each of those when its gradient has been averaged.
     """
 
     root: FSDPModule
     units: Mapping[str, FSDPModule]
     whole: frozenset[nn.Parameter]
+    tensor: TensorPlan | None
     hooks: Mapping[nn.Parameter, Sequence[Hook]]
 
 
@@ -63,18 +72,59 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
     agree_on_error(lambda: _check_module(module))
     _check_same_on_all_ranks(module)
     keep_norms = _norms_to_keep(plan)
-    divided: list[UnitPlan] = []
-    agree_on_error(lambda: divided.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms)))
-    units = divided[0]
+    tensor = _choose_tensor_plan(module, plan)
+    whole = _sections_in_one_dim(module, tensor) if tensor is not None and plan.stage.shards else frozenset()
+    planned: list[UnitPlan] = []
+    agree_on_error(
+        lambda: planned.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms, also_whole=whole))
+    )
+    units = planned[0]
     _check_same_units(units)
+    division = None
+    if tensor is not None:
+        division = Division(tensor.modules, mesh=mesh[MeshAxis.TP.value], sequence=tensor.sequence)
+        division.watch(module)
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute)
     compile_blocks(blocks, enabled=plan.settings.compile)
-    return _shard(module, units, plan=plan, mesh=mesh, device=device)
+    composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device)
+    return dataclasses.replace(composition, tensor=tensor)
 
 
-def _shard(module: nn.Module, units: UnitPlan, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> Composition:
+def _choose_tensor_plan(module: nn.Module, plan: Plan) -> TensorPlan | None:
+    ranks = plan.mesh.tp
+    if ranks == 1:
+        return None
+    chosen: list[TensorPlan] = []
+    agree_on_error(lambda: chosen.append(choose_plan(module, plan.settings.tensor_parallel, ranks=ranks, trace=_untraceable)))
+    return chosen[0]
+
+
+def _untraceable() -> Any:
+    raise UnsupportedError("Nothing is known of this module's layers, and it cannot be traced. Give a plan.")
+
+
+def _sections_in_one_dim(module: nn.Module, tensor: TensorPlan) -> frozenset[nn.Parameter]:
+    """Return the parameters whose only dim is divided in sections: a rank's part of them is not one run, which could be sharded."""
+    return frozenset(
+        parameter
+        for name, entry in tensor.modules.items()
+        for key, layout in entry.layouts.items()
+        if layout.sections > 1 and (parameter := module.get_submodule(name).get_parameter(key)).dim() == 1
+    )
+
+
+def _shard(
+    module: nn.Module,
+    units: UnitPlan,
+    division: Division | None,
+    *,
+    plan: Plan,
+    mesh: DeviceMesh,
+    device: torch.device,
+) -> Composition:
     names = {unit: name for name, unit in units.units.items()}
+    all_names = {child: name for name, child in module.named_modules()}
     sharded: dict[str, FSDPModule] = {}
     hooks = {name: _take_accumulate_hooks(p) for name, p in module.named_parameters()}
     whole_names = {name for name, p in module.named_parameters() if p in units.whole}
@@ -83,20 +133,32 @@ def _shard(module: nn.Module, units: UnitPlan, *, plan: Plan, mesh: DeviceMesh, 
         # Filling a module that was on the meta device makes new parameters; names outlive them.
         return frozenset(p for name, p in module.named_parameters() if name in whole_names)
 
+    def divide(unit: nn.Module) -> None:
+        if division is not None:
+            division.divide(module, {all_names[child]: child for child in unit.modules()})
+
+    apply = functools.partial(shard_unit, mesh=mesh, stage=plan.stage, shard_dim=shard_dim if division else None)
+
     def shard(unit: nn.Module) -> None:
+        divide(unit)
         policy = plan.precision.unit_policy(stored=_stored_dtype(unit, whole_now()))
-        sharded[names[unit]] = shard_unit(unit, mesh=mesh, stage=plan.stage, precision=policy, whole=whole_now())
+        sharded[names[unit]] = apply(unit, precision=policy, whole=whole_now())
+        if division is not None:
+            let_splits_through(unit)
 
     fill_and_shard(module, units.units, shard, device=device)
+    divide(module)
+    if division is not None:
+        division.forget()
     policy = plan.precision.root_policy(stored=_stored_dtype(module, whole_now()))
-    root = shard_unit(Root(module), mesh=mesh, stage=plan.stage, precision=policy, whole=whole_now(), is_root=True)
+    root = apply(Root(module), precision=policy, whole=whole_now(), is_root=True)
     whole = whole_now()
     for name, parameter in module.named_parameters():
         for hook in hooks[name] if parameter not in whole else ():
             parameter.register_post_accumulate_grad_hook(hook)
     of_whole = {p: hooks[name] for name, p in module.named_parameters() if p in whole}
     in_order = {name: sharded[name] for name, _ in module.named_modules() if name in sharded}
-    return Composition(root=root, units=in_order, whole=whole, hooks=of_whole)
+    return Composition(root=root, units=in_order, whole=whole, tensor=None, hooks=of_whole)
 
 
 def _norms_to_keep(plan: Plan) -> KeepNorms:

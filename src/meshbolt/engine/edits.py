@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from meshbolt import compat
 from meshbolt.compat import local_tensor
-from meshbolt.engine.gathered import local_part
+from meshbolt.engine.gathered import own_part_of_copy
 from meshbolt.errors import UnsupportedError
 
 
@@ -126,7 +126,8 @@ class _Part:
 
     def __init__(self, whole: nn.Parameter, *, like: DTensor) -> None:
         self.whole, self.mine = whole, local_tensor(like)
-        self._part = part = local_part(whole.detach(), like=like)
+        # Of a layer that is divided, the whole copy is whole over the data-parallel ranks only.
+        self._part = part = own_part_of_copy(whole.detach(), like=like)
         # A CPU knows at once whether anything differs; a GPU is not waited for.
         self._is_on_cpu = self.mine.device.type == "cpu"
         is_plain = part.dtype == self.mine.dtype and part.is_contiguous() and self.mine.is_contiguous()

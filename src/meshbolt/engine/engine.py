@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -33,6 +32,8 @@ from meshbolt.engine.fast_path import FastPath, wants_fast_path
 from meshbolt.engine.load import follow_state_dicts
 from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.window import Window
+from meshbolt.mesh import data_parallel_group
+from meshbolt.tensor import gathered as whole_of_splits
 from meshbolt.zero import ReplicatedParameters
 
 
@@ -44,6 +45,7 @@ class Engine:
         mesh: the ranks.
         module: the user's module, sharded in place.
         parameters_by_name: sharded parameters by their name in the user's module.
+        tensor_plan: which layers are divided; None where none is.
     """
 
     def __init__(
@@ -67,7 +69,10 @@ class Engine:
         composed = compose(module, plan=plan, mesh=mesh, device=device)
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
-        self._replicated = ReplicatedParameters((p for p in module.parameters() if p in composed.whole), group=_world())
+        self.tensor_plan = composed.tensor
+        self._replicated = ReplicatedParameters(
+            (p for p in module.parameters() if p in composed.whole), group=data_parallel_group(mesh, timeout=timeout)
+        )
         self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
         self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
         is_watched = plan.environment.debug
@@ -314,6 +319,8 @@ class Engine:
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
+        if self.tensor_plan is not None:
+            result = whole_of_splits(result)
         if self._reentered:
             # Steps of manual optimisation: what follows them may have changed parameters, and the root is freed next.
             self._edits.keep(self._all_units)
@@ -365,10 +372,3 @@ class Engine:
     @staticmethod
     def _modules(units: Any) -> dict[str, nn.Module]:
         return dict(units)
-
-
-def _world() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    if group is None:
-        raise AssertionError("The engine needs an initialised process group.")
-    return group

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from meshbolt.compat import local_tensor
+from meshbolt.compat import local_tensor, own_pieces
 from meshbolt.errors import UnsupportedError
 
 
@@ -126,8 +125,9 @@ def _write_back(tensors: list[_Gathered]) -> None:
     dist.all_reduce(changed, op=dist.ReduceOp.MAX)
     for held, flag in zip(tensors, changed.tolist(), strict=True):
         if flag:
-            mine = distribute_tensor(held.whole.detach(), held.shard.device_mesh, held.shard.placements)
-            local_tensor(held.shard).copy_(local_tensor(mine))
+            whole = held.whole.detach()
+            dist.broadcast(whole, src=0)
+            local_tensor(held.shard).copy_(local_part(whole, like=held.shard))
 
 
 def _differs(held: _Gathered) -> bool:
@@ -141,6 +141,31 @@ def local_part(whole: torch.Tensor, *, like: DTensor) -> torch.Tensor:
         whole: of the shape of `like`.
         like: a sharded tensor; its layout.
     """
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    return whole[index].reshape(local_tensor(like).shape)
+    pieces = own_pieces(like)
+    if len(pieces) == 1:
+        return whole[pieces[0][1]].reshape(local_tensor(like).shape)
+    part = whole.new_empty(local_tensor(like).shape)
+    for here, there in pieces:
+        part[here] = whole[there]
+    return part
+
+
+def own_part_of_copy(copy: torch.Tensor, *, like: DTensor) -> torch.Tensor:
+    """Return the part of a gathered copy that this rank holds as a shard; a view.
+
+    Args:
+        copy: whole, or over the ranks that share a layer divided as the shard is.
+        like: the shard.
+    """
+    if not isinstance(copy, DTensor):
+        return local_part(copy, like=like)
+    names = like.device_mesh.mesh_dim_names or ()
+    part = local_tensor(copy)
+    for axis, (name, placement) in enumerate(zip(names, like.placements, strict=True)):
+        if (name.startswith("dp_") and placement.is_shard()) or (
+            name.startswith("dp_") and hasattr(placement, "split_factor")
+        ):
+            pieces = part.chunk(like.device_mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
+            own = like.device_mesh.get_local_rank(axis)
+            part = pieces[own] if own < len(pieces) else part.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    return part

@@ -136,7 +136,10 @@ class Window:
 
     def _face(self, shard: DTensor, gradient: torch.Tensor) -> DTensor:
         is_part = gradient.shape == local_tensor(shard).shape and self._keeps_parts
-        placements = [Partial("avg"), *shard.placements[1:]] if is_part else [Partial("avg")] * len(shard.placements)
+        # What layers are divided over does not sum anything.
+        names = shard.device_mesh.mesh_dim_names or ()
+        waiting = 1 if is_part else sum(name.startswith("dp_") for name in names)
+        placements = [Partial("avg")] * waiting + list(shard.placements[waiting:])
         return compat.distributed_tensor(gradient, like=shard, placements=placements)
 
     def _check_used(self) -> None:

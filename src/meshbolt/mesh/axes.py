@@ -13,6 +13,7 @@ class MeshAxis(str, enum.Enum):
 
     DP_REPLICATE = "dp_replicate"
     DP_SHARD = "dp_shard"
+    TP = "tp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,24 +23,27 @@ class MeshShape:
     Attributes:
         dp_replicate: copies of the sharded state; each copy trains on its own samples.
         dp_shard: ranks among which one copy is sharded.
+        tp: ranks that share each layer, and see the same samples.
     """
 
     dp_replicate: int
     dp_shard: int
+    tp: int = 1
 
     @property
     def world_size(self) -> int:
         """The number of ranks: the product of all axes."""
-        return self.dp_replicate * self.dp_shard
+        return self.dp_replicate * self.dp_shard * self.tp
 
     @property
     def data_parallel_size(self) -> int:
         """The number of ranks that see different samples."""
         return self.dp_replicate * self.dp_shard
 
-    def sizes(self) -> tuple[int, ...]:
-        """Return the size of every axis, in the order of `MeshAxis`."""
-        return tuple(getattr(self, axis.value) for axis in MeshAxis)
+    def sizes(self) -> dict[str, int]:
+        """Return the sizes of the axes by their names, outermost first; those of data parallelism, and others that are used."""
+        sizes = {axis.value: getattr(self, axis.value) for axis in MeshAxis}
+        return {name: size for name, size in sizes.items() if size > 1 or name.startswith("dp_")}
 
     def data_parallel_rank(self, rank: int) -> int:
         """Return which part of the samples this rank sees.
@@ -47,29 +51,39 @@ class MeshShape:
         Args:
             rank: global rank, `0 <= rank < world_size`.
         """
-        return rank % self.data_parallel_size
+        return rank // self.tp % self.data_parallel_size
 
 
-def shape_for(*, world_size: int, shards: bool, replicate: int) -> MeshShape:
+def shape_for(*, world_size: int, shards: bool, replicate: int, tensor_parallel: int = 1) -> MeshShape:
     """Divide the world among the axes.
 
     Args:
         world_size: number of ranks.
         shards: whether the state is sharded at all (every ZeRO stage but 0).
         replicate: copies of the sharded state (HSDP); 1 for none.
+        tensor_parallel: ranks that share each layer.
 
     Raises:
-        TopologyError: `replicate` does not divide the world.
+        TopologyError: the axes do not divide the world.
     """
-    if not shards:
-        return MeshShape(dp_replicate=world_size, dp_shard=1)
-    if world_size % replicate:
+    if world_size % tensor_parallel:
         raise TopologyError(
-            f"zero=Zero(replicate={replicate}) asks for {replicate} copies of the sharded state, but {world_size} ranks "
-            f"cannot be divided by {replicate}. Use one of replicate={_divisors(world_size)}, or start another number of "
-            f"ranks (a multiple of {replicate})."
+            f"tensor_parallel={tensor_parallel} asks for {tensor_parallel} ranks to share each layer, but {world_size} ranks "
+            f"cannot be divided by {tensor_parallel}. Use one of tensor_parallel={_divisors(world_size)}, or start another "
+            f"number of ranks (a multiple of {tensor_parallel})."
         )
-    return MeshShape(dp_replicate=replicate, dp_shard=world_size // replicate)
+    data_parallel = world_size // tensor_parallel
+    if not shards:
+        return MeshShape(dp_replicate=data_parallel, dp_shard=1, tp=tensor_parallel)
+    if data_parallel % replicate:
+        each = f" of {tensor_parallel} that share layers" if tensor_parallel > 1 else ""
+        raise TopologyError(
+            f"zero=Zero(replicate={replicate}) asks for {replicate} copies of the sharded state, but {data_parallel} "
+            f"{f'groups{each}' if each else 'ranks'} cannot be divided by {replicate}. Use one of "
+            f"replicate={_divisors(data_parallel)}, or start another number of ranks (a multiple of "
+            f"{replicate * tensor_parallel})."
+        )
+    return MeshShape(dp_replicate=replicate, dp_shard=data_parallel // replicate, tp=tensor_parallel)
 
 
 def _divisors(number: int) -> list[int]:

@@ -44,6 +44,7 @@ from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.strategies.saving import Saving
+from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
 
 
@@ -60,7 +61,7 @@ class MeshCore:
         self,
         *,
         zero: int | Zero = 3,
-        tensor_parallel: int = 1,
+        tensor_parallel: int | str | TensorParallel = 1,
         pipeline_parallel: int = 1,
         offload: str | None = None,
         recompute: str | Recompute = "none",
@@ -79,7 +80,8 @@ class MeshCore:
 
         Args:
             zero: ZeRO stage, or `Zero` with more: stage, replicate, unit, reduce_dtype.
-            tensor_parallel: not in this version; 1.
+            tensor_parallel: ranks that share each layer, or `TensorParallel` with more: size, plan, sequence_parallel,
+                loss_parallel.
             pipeline_parallel: not in this version; 1.
             offload: not in this version; None.
             recompute: "none", "full" or "selective", or `Recompute`.
@@ -289,6 +291,7 @@ class MeshCore:
             world_size=dist.get_world_size() if environment is None else environment.world_size(),
             precision=self._get_precision().policy(reduce_dtype=self.settings.zero.reduce_dtype),
             device_type=self.root_device.type,
+            ranks_per_node=self.num_processes,
         )
 
     def _rows(self) -> dict[str, Any]:

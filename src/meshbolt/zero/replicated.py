@@ -8,6 +8,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from meshbolt.compat import distributed_tensor, local_tensor
 
 
 class ReplicatedParameters:
@@ -34,11 +37,19 @@ class ReplicatedParameters:
     def _average(self, parameters: list[nn.Parameter]) -> None:
         dtype = torch.float32 if parameters[0].element_size() < 4 else parameters[0].dtype
         device = parameters[0].device
+        gradients = [None if p.grad is None else local_tensor(p.grad) for p in parameters]
         used = torch.tensor([float(p.grad is not None) for p in parameters], dtype=dtype, device=device)
-        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).to(dtype) for p in parameters]
+        flat = [
+            (torch.zeros_like(local_tensor(p)) if gradient is None else gradient).reshape(-1).to(dtype)
+            for p, gradient in zip(parameters, gradients, strict=True)
+        ]
         bucket = torch.cat([used, *flat])
         dist.all_reduce(bucket, group=self._group)
-        counts, *means = bucket.split([len(parameters), *(p.numel() for p in parameters)])
+        counts, *means = bucket.split([len(parameters), *(local_tensor(p).numel() for p in parameters)])
         for parameter, count, mean in zip(parameters, counts.tolist(), means, strict=True):
             if count:
-                parameter.grad = (mean / self._group.size()).view_as(parameter).to(parameter.dtype)
+                own = (mean / self._group.size()).view_as(local_tensor(parameter)).to(parameter.dtype)
+                is_divided = isinstance(parameter, DTensor)
+                parameter.grad = (
+                    distributed_tensor(own, like=parameter, placements=parameter.placements) if is_divided else own
+                )

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 
 from meshbolt.compat import replicate
 from meshbolt.mesh import MeshAxis
@@ -38,6 +39,7 @@ def shard_unit(
     precision: MixedPrecisionPolicy,
     whole: frozenset[nn.Parameter],
     is_root: bool = False,
+    shard_dim: Callable[[nn.Parameter], Shard | None] | None = None,
 ) -> FSDPModule:
     """Shard (or replicate) what the unit owns, in place, and return it.
 
@@ -47,6 +49,7 @@ def shard_unit(
         stage: the ZeRO stage.
         precision: dtypes for gathering, reduction and the unit's output.
         whole: parameters to leave alone.
+        shard_dim: says along which dim a parameter is sharded; None for the first.
         is_root: the root keeps its parameters gathered between forward and backward, which follow each other at once.
     """
     if not stage.shards:
@@ -59,4 +62,5 @@ def shard_unit(
         reshard_after_forward=stage.reshards_after_forward and not is_root,
         mp_policy=precision,
         ignored_params=set(whole),
+        shard_placement_fn=shard_dim,
     )

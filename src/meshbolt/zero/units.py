@@ -48,13 +48,20 @@ class KeepNorms(enum.Enum):
     """All of them: autocast runs them in float32, and on CPUs torch refuses float32 inputs with 16-bit parameters."""
 
 
-def plan_units(module: nn.Module, setting: Zero, *, keep_norms: KeepNorms = KeepNorms.NONE) -> UnitPlan:
+def plan_units(
+    module: nn.Module,
+    setting: Zero,
+    *,
+    keep_norms: KeepNorms = KeepNorms.NONE,
+    also_whole: frozenset[nn.Parameter] = frozenset(),
+) -> UnitPlan:
     """Divide a module into units.
 
     Args:
         module: the user's whole module, not sharded yet.
         setting: the user's `zero`.
         keep_norms: which normalisation layers stay whole.
+        also_whole: further parameters that stay whole.
 
     Raises:
         ConfigError: the user's `unit` names what the module does not have.
@@ -63,7 +70,7 @@ def plan_units(module: nn.Module, setting: Zero, *, keep_norms: KeepNorms = Keep
     blocks = find_blocks(module) if names is None else modules_by_name_or_class(module, names, setting="Zero.unit")
     tied = _shared_between(module, blocks)
     units = {name: block for name, block in blocks.items() if not any(p in tied for p in block.parameters())}
-    whole = _whole_parameters(module, units.values(), keep_norms=keep_norms)
+    whole = also_whole | _whole_parameters(module, units.values(), keep_norms=keep_norms)
     innermost_first = dict(sorted(units.items(), key=lambda item: -item[0].count(".")))
     kept = {name: unit for name, unit in innermost_first.items() if any(p not in whole for p in unit.parameters())}
     return UnitPlan(units=kept, whole=whole, blocks=blocks)

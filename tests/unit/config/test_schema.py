@@ -22,7 +22,7 @@ def test_plain_values_and_their_dataclasses_are_the_same():
     assert plain == Settings.from_arguments(**{**DEFAULTS, "zero": Zero(stage=2), "recompute": Recompute("full")})
 
 
-@pytest.mark.parametrize("asked", [{"tensor_parallel": 2}, {"pipeline_parallel": 4}, {"offload": "cpu"}])
+@pytest.mark.parametrize("asked", [{"pipeline_parallel": 4}, {"offload": "cpu"}])
 def test_what_this_version_does_not_have_is_refused_by_name(asked):
     with pytest.raises(UnsupportedError, match=f"{next(iter(asked))}.*not available"):
         Settings.from_arguments(**{**DEFAULTS, **asked})

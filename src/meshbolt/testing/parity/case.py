@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, DistributedSampler, default_collate
 from meshbolt.errors import ConfigError
 from meshbolt.plugins import MeshPrecision, MixedPrecision
 from meshbolt.precision import precision_policy
+from meshbolt.tensor import NODE
 
 ModuleFactory: TypeAlias = Callable[[], pl.LightningModule]
 Strategy: TypeAlias = "str | Mapping[str, Any] | Callable[[], Any]"
@@ -27,7 +28,7 @@ class Case:
         module: makes the LightningModule; called in every process.
         data: batches in the order (window, batch of the window, rank), or a map-style dataset of samples.
         strategy: name of a preset, the arguments of `MeshStrategy`, or a function that makes one.
-        ranks: number of data-parallel ranks.
+        ranks: number of ranks.
         steps: number of optimizer steps.
         batch_size: samples per batch on each rank, where `data` is a dataset.
         loop: who runs the steps.
@@ -61,12 +62,29 @@ class Case:
         if self.gradient_clip_algorithm not in ("norm", "value"):
             raise ConfigError(f"gradient_clip_algorithm={self.gradient_clip_algorithm!r}: use 'norm' or 'value'.")
         have = len(self.data)  # type: ignore[arg-type]
-        need = self.num_batches * self.ranks * (1 if self.has_batches else self.batch_size)
+        if self.ranks % self.sharing:
+            raise ConfigError(f"{self.sharing} ranks are to share each layer, which {self.ranks} ranks cannot do.")
+        need = self.num_batches * self.data_ranks * (1 if self.has_batches else self.batch_size)
         if have < need:
             raise ConfigError(
                 f"{self.steps} steps of {self.accumulate_grad_batches} batches on {self.ranks} ranks need {need} "
                 f"{'batches' if self.has_batches else 'samples'}, and data has {have}. Give more data, or lower steps."
             )
+
+    @property
+    def sharing(self) -> int:
+        """How many ranks see the same samples."""
+        asked = self.strategy
+        if isinstance(asked, Mapping):
+            size = getattr(asked.get("tensor_parallel", 1), "size", asked.get("tensor_parallel", 1))
+        else:
+            size = asked().settings.tensor_parallel.size if callable(asked) else NODE if asked == "tensor_parallel" else 1
+        return self.ranks if size == NODE else int(size)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ranks see different samples."""
+        return self.ranks // self.sharing
 
     @property
     def has_batches(self) -> bool:
@@ -83,17 +101,17 @@ class Case:
 
         Args:
             index: number of the batch among the rank's own.
-            rank: the rank.
+            rank: the rank's place among those that see different samples.
         """
         if self.has_batches:
-            return self.data[index * self.ranks + rank]
+            return self.data[index * self.data_ranks + rank]
         samples = self._samples_of(rank)[index * self.batch_size : (index + 1) * self.batch_size]
         return default_collate([self.data[sample] for sample in samples])
 
     def _samples_of(self, rank: int) -> list[int]:
         # Lightning divides a shuffled loader's samples so, in the Trainer and in Fabric.
         data: Any = self.data
-        sampler: DistributedSampler[Any] = DistributedSampler(data, self.ranks, rank, shuffle=True, seed=self.seed)
+        sampler: DistributedSampler[Any] = DistributedSampler(data, self.data_ranks, rank, shuffle=True, seed=self.seed)
         return list(sampler)
 
     def plugin(self) -> MeshPrecision | None:

@@ -17,7 +17,7 @@ from meshbolt.testing.parity.record import Record
 
 def run_trainer(case: Case) -> Record:
     """Train on this rank, one of the case's, and return what it saw."""
-    record, rank = Record(), dist.get_rank()
+    record, rank = Record(), dist.get_rank() // case.sharing
     module = case.module()
     watch_losses(module, record, rank=rank)
     trainer = pl.Trainer(

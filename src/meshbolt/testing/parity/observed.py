@@ -63,6 +63,6 @@ def note_end(record: Record, engine: Engine, optimizer: Optimizer) -> None:
     saved = optimizer_state(optimizer, names)
     record.parameters = {name: whole(parameter) for name, parameter in engine.parameters_by_name.items()}
     record.add_optimizer(saved["state"], saved["param_groups"])
-    record.add_buffers(engine.module.named_buffers(), rank=dist.get_rank())
+    record.add_buffers(engine.module.named_buffers(), rank=engine.plan.mesh.data_parallel_rank(dist.get_rank()))
     record.optimizer = type(optimizer).__name__
     record.zero = engine.plan.settings.zero

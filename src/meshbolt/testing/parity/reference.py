@@ -51,7 +51,7 @@ def run_reference(case: Case, *, zero: Zero) -> Record:
         plugins=[reference.rounding.plugin(reference.backward)],
         **trainer_arguments(case),
     )
-    batches = [[case.batch(index, rank) for rank in range(case.ranks)] for index in range(case.num_batches)]
+    batches = [[case.batch(index, rank) for rank in range(case.data_ranks)] for index in range(case.num_batches)]
     trainer.fit(module, loader_of(batches, collate=as_it_is))
     return reference.record
 
@@ -88,7 +88,7 @@ class _Reference(pl.Callback):
         sharded = self.rounding.prepare(module)
         self._ranks = SimulatedRanks(
             module,
-            ranks=self._case.ranks,
+            ranks=self._case.data_ranks,
             seed=lambda rank: seed(self._case.seed + rank),
             used_dtype=self.rounding.used_dtype,
             sharded=sharded,
@@ -107,7 +107,7 @@ class _Reference(pl.Callback):
         self.record.parameters = {name: whole(parameter) for name, parameter in module.named_parameters()}
         self.record.add_optimizer({names[p]: values for p, values in optimizer.state.items()}, optimizer.param_groups)
         self.record.optimizer = type(optimizer).__name__
-        for rank in range(self._case.ranks):
+        for rank in range(self._case.data_ranks):
             self.record.add_buffers(self.ranks.buffers(rank), rank=rank)
 
     def backward(self, plugin: Any) -> None:

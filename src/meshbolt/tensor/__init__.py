@@ -1,0 +1,28 @@
+"""Tensor parallelism: single layers divided among the ranks of the `tp` axis, under modules that know nothing of it.
+
+May import: `errors` and `compat`. `setting.py` is what users write, `plans.py` decides which layer is divided how, by the styles of
+`styles.py`; `divide.py` divides parameters and shows them to a layer's forward as split tensors (`split.py`), on which torch's
+functions follow `rules/`; `layout.py` is their arithmetic, `exchange.py` what travels, over an `axis.py`. Read `split.py` first.
+"""
+
+from meshbolt.tensor.divide import Division, let_splits_through, shard_dim
+from meshbolt.tensor.plans import TensorPlan, choose_plan
+from meshbolt.tensor.rules import elementwise, products, reductions, tokens, views
+from meshbolt.tensor.setting import NODE, TensorParallel
+from meshbolt.tensor.split import SplitTensor, gathered
+
+RULES = (elementwise, products, reductions, tokens, views)
+"""Modules of rules: importing them fills the table."""
+
+__all__ = [
+    "NODE",
+    "RULES",
+    "Division",
+    "SplitTensor",
+    "TensorParallel",
+    "TensorPlan",
+    "choose_plan",
+    "gathered",
+    "let_splits_through",
+    "shard_dim",
+]

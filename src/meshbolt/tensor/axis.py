@@ -1,0 +1,130 @@
+"""The ranks among which tensors are split: the `tp` axis of the mesh, or what stands for it where nothing is computed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from meshbolt.compat import gather_into, sum_into
+from meshbolt.tensor.layout import SplitLostError
+
+
+class Axis:
+    """The ranks of one tensor-parallel group, and their collectives, outside of autograd.
+
+    Attributes:
+        size: number of ranks.
+        rank: this one's place among them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Take the group of the `tp` axis that this rank belongs to.
+
+        Args:
+            group: its ranks in the order of the axis.
+        """
+        self.size, self.rank, self._group = group.size(), group.rank(), group
+        self._is_gloo = dist.get_backend(group) == "gloo"
+        self._entered: tuple[Any, int, Any] | None = None
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over the ranks, in place where it is contiguous, and return the sum."""
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """Return the parts of all ranks, (ranks, *part)."""
+        part = part.contiguous()
+        parts = part.new_empty((self.size, *part.shape))
+        # Without dims in front, which gloo does not take.
+        gather_into(parts.view(-1), part.view(-1), self._group)
+        return parts
+
+    def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
+        """Return the sum over the ranks of what each has for this one.
+
+        Args:
+            parts: (ranks, *part), this rank's addend for each.
+        """
+        parts = parts.contiguous()
+        if self._is_gloo:
+            # gloo's own reduce-scatter moves the bytes of an all-reduce, twice what is needed.
+            received = torch.empty_like(parts)
+            dist.all_to_all_single(received.view(-1), parts.view(-1), group=self._group)
+            return received.sum(dim=0)
+        own = torch.empty_like(parts[0])
+        sum_into(own.view(-1), parts.view(-1), self._group)
+        return own
+
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the largest of the ranks' values, element by element."""
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor
+
+    def report(self, operation: str, failure: SplitLostError, operands: Sequence[Any]) -> None:
+        """Take notice that an operation is computed on gathered tensors.
+
+        Args:
+            operation: its name.
+            failure: why.
+            operands: the split tensors it was called on.
+        """
+        warnings.warn(
+            f"{operation} is computed on whole tensors, gathered over the tensor-parallel ranks, which is right and slow: "
+            f"{failure}. Leave the layers around it out of the plan of TensorParallel, or write it another way.",
+            stacklevel=5,
+        )
+
+    def remembered(self, tensor: Any, version: int) -> Any:
+        """Return what was made of this very tensor the last time one was remembered, or None."""
+        if self._entered is not None and self._entered[0] is tensor and self._entered[1] == version:
+            return self._entered[2]
+        return None
+
+    def remember(self, tensor: Any, version: int, made: Any) -> None:
+        """Keep what was made of a tensor, until the next one."""
+        self._entered = (tensor, version, made)
+
+    def forget(self) -> None:
+        """Let go of what is remembered."""
+        self._entered = None
+
+
+class ImaginedAxis(Axis):
+    """An axis of which only one rank exists, for tensors without memory: shapes are right, values are none."""
+
+    def __init__(self, size: int, *, on_gather: Callable[[str, SplitLostError, Sequence[Any]], None]) -> None:
+        """Imagine ranks.
+
+        Args:
+            size: how many.
+            on_gather: told what `report` is told.
+        """
+        self.size, self.rank, self._entered = size, 0, None
+        self.on_gather = on_gather
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the sum's shape."""
+        return tensor.clone()
+
+    def gather(self, part: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the shape of all parts."""
+        return part.new_empty((self.size, *part.shape))
+
+    def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of a part's shape."""
+        return parts[0].clone()
+
+    def largest(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor of the same shape."""
+        return tensor.clone()
+
+    def report(self, operation: str, failure: SplitLostError, operands: Sequence[Any]) -> None:
+        """Hand what was noticed to who looks at the module."""
+        self.on_gather(operation, failure, operands)

@@ -1,0 +1,180 @@
+"""Divide the parameters of a plan's modules, and let their forwards see them as split tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from meshbolt.compat import distributed_part, divided_placement
+from meshbolt.tensor.axis import Axis
+from meshbolt.tensor.exchange import own_part
+from meshbolt.tensor.layout import Layout
+from meshbolt.tensor.split import SplitTensor, gathered
+from meshbolt.tensor.styles import ParallelModule
+
+
+class Division:
+    """A module's parallel layers, over the `tp` axis of a mesh."""
+
+    def __init__(self, plan: Mapping[str, ParallelModule], *, mesh: DeviceMesh, sequence: bool) -> None:
+        """Take a plan; nothing is changed yet.
+
+        Args:
+            plan: the parallel modules by their name.
+            mesh: the `tp` axis.
+            sequence: leave activations split along the sequence between parallel layers.
+        """
+        self._plan, self._mesh, self._sequence = plan, mesh, sequence
+        self.axis = Axis(mesh.get_group())
+        self._made: dict[nn.Parameter, nn.Parameter] = {}
+
+    def layouts(self, module: nn.Module) -> Mapping[nn.Parameter, Layout]:
+        """Return how parameters are divided, by the parameters as they are now.
+
+        Args:
+            module: the user's whole module.
+        """
+        return {
+            module.get_parameter(f"{name}.{key}" if name else key): layout
+            for name, entry in self._plan.items()
+            for key, layout in entry.layouts.items()
+        }
+
+    def watch(self, module: nn.Module) -> None:
+        """Let the forwards of parallel modules see their parameters as split tensors.
+
+        Args:
+            module: the user's whole module, before it is sharded.
+        """
+        for name, entry in self._plan.items():
+            _watch(module.get_submodule(name), entry, axis=self.axis, sequence=self._sequence and entry.sums)
+
+    def divide(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        """Replace whole parameters by this rank's parts of them, as DTensors over the axis.
+
+        Args:
+            root: the user's whole module.
+            modules: by name, those whose own parameters are to be divided now, if they are in the plan; all are full.
+        """
+        for name, entry in self._plan.items():
+            for key, layout in entry.layouts.items():
+                owner, own_key = _owner(name, key)
+                if owner in modules:
+                    self._divide(root.get_submodule(owner), own_key, layout)
+
+    def _divide(self, owner: nn.Module, key: str, layout: Layout) -> None:
+        parameter = owner._parameters[key]
+        if parameter is None or isinstance(parameter, DTensor):
+            return
+        if parameter not in self._made:
+            part = own_part(parameter.detach(), layout, self.axis).contiguous().clone()
+            placement = divided_placement(layout.dim, layout.sections)
+            shared = distributed_part(part, mesh=self._mesh, placements=[placement], shape=parameter.shape)
+            made = nn.Parameter(shared, requires_grad=parameter.requires_grad)
+            made.__dict__.update(parameter.__dict__)
+            self._made[parameter] = made
+        owner._parameters[key] = self._made[parameter]
+
+    def forget(self) -> None:
+        """Let go of the whole parameters that were divided."""
+        self._made.clear()
+
+
+def shard_dim(parameter: nn.Parameter) -> Shard | None:
+    """Return along which dim a divided parameter is sharded over the data-parallel ranks; None for the first.
+
+    Parameters of several sections are sharded along the other dim: of their first one, a rank's part is not one run.
+    """
+    if isinstance(parameter, DTensor) and _sections(parameter) > 1:
+        return Shard(1 - parameter.placements[0].dim)  # type: ignore[attr-defined]
+    return None
+
+
+def _sections(parameter: DTensor) -> int:
+    return int(getattr(parameter.placements[0], "split_factor", 1))
+
+
+def _owner(name: str, key: str) -> tuple[str, str]:
+    inner, _, own_key = key.rpartition(".")
+    return ".".join(part for part in (name, inner) if part), own_key
+
+
+def _watch(module: nn.Module, entry: ParallelModule, *, axis: Axis, sequence: bool) -> None:
+    held: list[list[tuple[dict[str, Any], str, Any]]] = []
+    sequence_dim = entry.sequence_dim if sequence else None
+
+    def show(*_: Any) -> None:
+        swapped = []
+        for key, layout in entry.layouts.items():
+            inner, _, own_key = key.rpartition(".")
+            places = (module.get_submodule(inner) if inner else module)._parameters
+            whole = places[own_key]
+            local = whole.to_local() if isinstance(whole, DTensor) else whole
+            swapped.append((places, own_key, whole))
+            places[own_key] = SplitTensor(local, layout, axis, sequence_dim=sequence_dim)  # type: ignore[assignment]
+        held.append(swapped)
+
+    def hide(_: nn.Module, __: Any, output: Any) -> Any:
+        for places, key, whole in held.pop() if held else ():
+            places[key] = whole
+        return gathered(output) if entry.gathers else None
+
+    module.register_forward_pre_hook(show)
+    module.register_forward_hook(hide, prepend=True, always_call=True)
+
+
+def let_splits_through(unit: nn.Module) -> None:
+    """Let split activations pass the hooks of a sharded unit, which see ordinary tensors and put autograd's hooks on those.
+
+    Args:
+        unit: sharded already, so that its hooks are there.
+    """
+    slot: list[Any] = []
+
+    def plain_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        slot[:] = [_plain((args, kwargs))]
+        return slot[0][0]
+
+    def split_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return _split_again((args, kwargs), slot.pop()[1])
+
+    def plain_outputs(_: nn.Module, __: Any, output: Any) -> Any:
+        slot[:] = [_plain(output)]
+        return slot[0][0]
+
+    def split_outputs(_: nn.Module, __: Any, output: Any) -> Any:
+        return _split_again(output, slot.pop()[1])
+
+    unit.register_forward_pre_hook(plain_inputs, prepend=True, with_kwargs=True)
+    unit.register_forward_pre_hook(split_inputs, with_kwargs=True)
+    unit.register_forward_hook(plain_outputs, prepend=True)
+    unit.register_forward_hook(split_outputs)
+
+
+def _plain(tree: Any) -> tuple[Any, Mapping[int, SplitTensor]]:
+    leaves, structure = tree_flatten(tree)
+    splits = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, SplitTensor)}
+    if not splits:
+        return tree, splits
+    return tree_unflatten([leaf.local if isinstance(leaf, SplitTensor) else leaf for leaf in leaves], structure), splits
+
+
+def _split_again(tree: Any, splits: Mapping[int, SplitTensor]) -> Any:
+    if not splits:
+        return tree
+    leaves, structure = tree_flatten(tree)
+    for index, split in splits.items():
+        leaves[index] = SplitTensor(leaves[index], split.division, split.axis, sources=split.sources)
+    return tree_unflatten(leaves, structure)
+
+
+def own_modules(unit: nn.Module, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a unit by their names in the whole module."""
+    names = {child: name for name, child in root.named_modules()}
+    for child in unit.modules():
+        yield names[child], child
