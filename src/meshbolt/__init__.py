@@ -1,6 +1,6 @@
 """meshbolt: train a model that one GPU cannot hold, by changing one line of a Lightning script.
 
-Importing it registers the strategy names `zero0` ... `zero3` with Lightning's Trainer and with Fabric.
+Importing it registers the strategy names `zero0` ... `zero3` and `tensor_parallel` with Lightning's Trainer and with Fabric.
 
 Example:
     >>> import meshbolt
@@ -24,6 +24,7 @@ from meshbolt.errors import (
 from meshbolt.strategies import FabricMeshStrategy as _FabricMeshStrategy
 from meshbolt.strategies import MeshStrategy, load_from_checkpoint
 from meshbolt.strategies import register_presets as _register_presets
+from meshbolt.tensor import TensorParallel
 from meshbolt.version import __version__
 from meshbolt.zero import Zero
 
@@ -35,6 +36,7 @@ __all__ = [
     "MeshboltError",
     "MissingPackageError",
     "Recompute",
+    "TensorParallel",
     "TopologyError",
     "UnsupportedError",
     "Zero",

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -32,6 +31,7 @@ from meshbolt.checkpoint.agreement import Ranks, in_words, kind_of, lost_contact
 from meshbolt.checkpoint.local import files_at
 from meshbolt.checkpoint.manifest import FILE_NAME, FileRecord, Manifest, parse_manifest
 from meshbolt.checkpoint.metadata import TensorInfo
+from meshbolt.checkpoint.planners import PartsToLoad, PartsToSave
 from meshbolt.checkpoint.shard_reader import ShardReader
 from meshbolt.checkpoint.shard_writer import ShardWriter
 from meshbolt.checkpoint.storage import Files, read_file
@@ -89,7 +89,7 @@ def write_shards(files: Path | Files, *, tensors: Mapping[str, torch.Tensor], ra
     """
     writer = ShardWriter(files_at(files), rank=ranks.rank)
     with _errors_of_dcp(ranks, failing=failing):
-        metadata = dcp_save(dict(tensors), storage_writer=writer, process_group=ranks.group)
+        metadata = dcp_save(dict(tensors), storage_writer=writer, planner=PartsToSave(), process_group=ranks.group)
     placements = {key: placement_of(tensors[key]) for key in writer.begun}
     return Written(writer.records, placements, metadata)
 
@@ -128,7 +128,7 @@ def read_shards(
     found = files_at(files)
     known = manifest or parse_manifest(read_file(found, FILE_NAME))
     reader = ShardReader(found, manifest=known, metadata=metadata, verify=verify, fresh=fresh, reading=reading)
-    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner = PartsToLoad(flatten_state_dict=False)
     with _errors_of_dcp(ranks, failing=failing):
         dcp_load(dict(into), storage_reader=reader, planner=planner, process_group=ranks.group)
     if check is not None:

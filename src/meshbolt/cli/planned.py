@@ -15,6 +15,7 @@ from meshbolt.cli.keys import check_keys
 from meshbolt.cli.strategy import check_strategy_name
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.config.load import Loaded
+from meshbolt.config.schema import PLAIN_FIELDS
 from meshbolt.environment import DEBUG, FAST_PATH
 from meshbolt.errors import ConfigError, did_you_mean
 from meshbolt.plugins import MeshPrecision
@@ -66,7 +67,13 @@ def _plan(loaded: Loaded) -> tuple[Plan, str]:
     policy, origin = _precision(loaded, device_type=device_type, reduce_dtype=settings.zero.reduce_dtype)
     num_devices = _count_devices(loaded.get("trainer.devices", "auto"), device_type=device_type)
     world_size = num_devices * _count_nodes(loaded.get("trainer.num_nodes", 1))
-    plan = resolve(settings, world_size=world_size, precision=policy, device_type=device_type)
+    plan = resolve(
+        settings,
+        world_size=world_size,
+        precision=policy,
+        device_type=device_type,
+        ranks_per_node=num_devices,
+    )
     return plan, origin
 
 
@@ -156,19 +163,27 @@ def _origin(key: str, loaded: Loaded, precision_origin: str, plan: Plan) -> str:
         return "follows from zero.reduce_dtype"
     section, _, name = key.partition(".")
     if section in ("mesh", "precision"):
-        return "follows from world_size and zero" if section == "mesh" else "follows from precision.flag"
+        return f"follows from world_size{_sizes_of(plan)}" if section == "mesh" else "follows from precision.flag"
     return _setting_origin(section, name, loaded)
+
+
+def _sizes_of(plan: Plan) -> str:
+    return ", zero and tensor_parallel" if plan.mesh.tp > 1 else " and zero"
 
 
 def _setting_origin(section: str, name: str, loaded: Loaded) -> str:
     preset = loaded.get(_STRATEGY)
     if isinstance(preset, str):
-        is_set = section in PRESETS[preset.lower()] and name in ("", "stage")
+        is_set = section in PRESETS[preset.lower()] and name in ("", PLAIN_FIELDS.get(section))
         return f"preset {preset}, {_given(loaded, _STRATEGY)}" if is_set else DEFAULT
     key = f"{_STRATEGY}.init_args.{section}"
     # A plain value stands for a field of its dataclass: `zero: 2` for the stage, `recompute: full` for the mode.
-    is_plain = not isinstance(loaded.get(key), Mapping)
-    return _given(loaded, key) if is_plain and name in ("", "stage", "mode") else _given(loaded, f"{key}.{name}")
+    value = loaded.get(key)
+    is_plain = not isinstance(value, Mapping)
+    if is_plain and name in ("", PLAIN_FIELDS.get(section)):
+        return _given(loaded, key)
+    is_class = isinstance(value, Mapping) and "class_path" in value
+    return _given(loaded, f"{key}.init_args.{name}" if is_class else f"{key}.{name}")
 
 
 def _given(loaded: Loaded, *keys: str) -> str:

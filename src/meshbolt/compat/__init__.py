@@ -9,19 +9,18 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
 from meshbolt.compat.tensors import (
     aliased_arguments,
     current_pass,
     distributed_part,
     distributed_tensor,
-    divided_placement,
     flattened_group,
     gather_into,
     handle_sharded,
     local_tensor,
     mark_of,
     outdate,
-    own_pieces,
     part_of_file,
     plain_calls,
     queue_after_backward,
@@ -99,6 +98,7 @@ __all__ = [
     "reset_after_error",
     "reshard",
     "same_bytes",
+    "sections_of",
     "set_async_gather",
     "set_group_timeout",
     "storage_identity",
@@ -111,6 +111,7 @@ __all__ = [
     "was_gathered",
     "watch_passes",
     "whole_copies",
+    "whole_of",
     "will_accumulate",
     "written_arguments",
 ]

@@ -15,10 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Variable
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_leaves
 
 
@@ -53,58 +51,6 @@ def distributed_part(
     stride = torch._prims_common.make_contiguous_strides_for(tuple(shape))
     meta = TensorMeta(torch.Size(shape), stride, part.dtype)
     return DTensor(part, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
-
-
-def divided_placement(dim: int, sections: int) -> Placement:
-    """Return the placement of a tensor that is divided along a dim, each of several sections of it by itself.
-
-    Args:
-        dim: that is divided.
-        sections: equal runs of the dim; 1 for the plain shard.
-    """
-    return Shard(dim) if sections == 1 else _StridedShard(dim, split_factor=sections)
-
-
-def own_pieces(tensor: DTensor) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
-    """Return where this rank's part of a tensor lies: pairs of a place in the part, and the same one's in the whole.
-
-    Args:
-        tensor: divided in any way, which may leave several runs on a rank.
-    """
-    axis = _axis_of_sections(tensor)
-    placements = list(tensor.placements)
-    sections, dim, ranks = 1, 0, 1
-    if axis is not None:
-        strided: Any = placements[axis]
-        sections, dim, ranks = strided.split_factor, strided.dim, tensor.device_mesh.size(axis)
-        placements[axis] = Replicate()
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
-    here = [slice(0, size) for size in shape]
-    there = [slice(start, start + size) for start, size in zip(offset, shape, strict=True)]
-    if axis is None:
-        return [(tuple(here), tuple(there))]
-    run = tensor.shape[dim] // sections
-    own = run // ranks
-    first = tensor.device_mesh.get_local_rank(axis) * own
-    pieces = []
-    for section in range(sections):
-        here[dim] = slice(section * own, (section + 1) * own)
-        there[dim] = slice(section * run + first, section * run + first + own)
-        pieces.append((tuple(here), tuple(there)))
-    return pieces
-
-
-def _axis_of_sections(tensor: DTensor) -> int | None:
-    """Return the axis along which a dim is divided section by section, if there is one.
-
-    FSDP2 writes the same placement for another thing: a dim that a later axis divides first. Then that axis is there.
-    """
-    for axis, placement in enumerate(tensor.placements):
-        if isinstance(placement, _StridedShard):
-            later = tensor.placements[axis + 1 :]
-            if not any(isinstance(p, (Shard, _StridedShard)) and p.dim == placement.dim for p in later):
-                return axis
-    return None
 
 
 def handle_sharded(operation: Any, handler: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
@@ -229,9 +175,13 @@ def part_of_file(file: IO[bytes], start: int, num_bytes: int) -> IO[bytes]:
     return cast("IO[bytes]", _create_file_view(cast("Any", file), start, num_bytes))
 
 
-def tensors_without_memory() -> AbstractContextManager[Any]:
-    """Make tensors inside that have shape, dtype and a storage of their own, but no memory."""
-    return FakeTensorMode()
+def tensors_without_memory(*, beside_others: bool = False) -> AbstractContextManager[Any]:
+    """Make tensors inside that have shape, dtype and a storage of their own, but no memory.
+
+    Args:
+        beside_others: they may meet tensors with memory, whose values are not used then.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=beside_others)
 
 
 def storages_without_memory() -> AbstractContextManager[Any]:

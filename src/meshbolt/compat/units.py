@@ -32,7 +32,8 @@ def given_other_data(unit: FSDPModule) -> list[nn.Parameter]:
         if group.is_unsharded
         for fsdp_param in group.fsdp_params
         if fsdp_param.all_gather_outputs
-        and storage_identity(local_tensor(fsdp_param.unsharded_param)) != storage_identity(fsdp_param.all_gather_outputs[0])
+        and storage_identity(local_tensor(fsdp_param.unsharded_param))
+        != storage_identity(fsdp_param.all_gather_outputs[0])
     ]
 
 

@@ -15,7 +15,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis
-from meshbolt.tensor import Division, TensorPlan, choose_plan, let_splits_through, shard_dim
+from meshbolt.tensor import Division, TensorPlan, choose_plan, let_splits_through, shard_dim, trace_styles
 from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
 Hook = Callable[[torch.Tensor], None]
@@ -55,7 +55,14 @@ class Composition:
     hooks: Mapping[nn.Parameter, Sequence[Hook]]
 
 
-def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> Composition:
+def compose(
+    module: nn.Module,
+    *,
+    plan: Plan,
+    mesh: DeviceMesh,
+    device: torch.device,
+    example: Callable[[nn.Module], Any] | None = None,
+) -> Composition:
     """Apply a plan to a module, in place.
 
     Args:
@@ -63,6 +70,7 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
         plan: what to do.
         mesh: the mesh of the plan's shape.
         device: this rank's device.
+        example: calls a module as the run will, for plans that are found by that.
 
     Raises:
         ConfigError: the module does not fit the plan, or cannot be filled.
@@ -72,7 +80,7 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
     agree_on_error(lambda: _check_module(module))
     _check_same_on_all_ranks(module)
     keep_norms = _norms_to_keep(plan)
-    tensor = _choose_tensor_plan(module, plan)
+    tensor = _choose_tensor_plan(module, plan, example)
     whole = _sections_in_one_dim(module, tensor) if tensor is not None and plan.stage.shards else frozenset()
     planned: list[UnitPlan] = []
     agree_on_error(
@@ -91,17 +99,23 @@ def compose(module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.de
     return dataclasses.replace(composition, tensor=tensor)
 
 
-def _choose_tensor_plan(module: nn.Module, plan: Plan) -> TensorPlan | None:
-    ranks = plan.mesh.tp
+def _choose_tensor_plan(module: nn.Module, plan: Plan, example: Callable[[nn.Module], Any] | None) -> TensorPlan | None:
+    setting, ranks = plan.settings.tensor_parallel, plan.mesh.tp
     if ranks == 1:
         return None
+
+    def trace() -> tuple[dict[str, str], dict[str, str]]:
+        if example is None:
+            raise ConfigError(
+                "plan='auto' finds no registered plan for this module. Give TensorParallel(plan={pattern: style})."
+            )
+        return trace_styles(module, example, ranks=ranks, loss_parallel=setting.loss_parallel)
+
     chosen: list[TensorPlan] = []
-    agree_on_error(lambda: chosen.append(choose_plan(module, plan.settings.tensor_parallel, ranks=ranks, trace=_untraceable)))
-    return chosen[0]
-
-
-def _untraceable() -> Any:
-    raise UnsupportedError("Nothing is known of this module's layers, and it cannot be traced. Give a plan.")
+    agree_on_error(lambda: chosen.append(choose_plan(module, setting, ranks=ranks, trace=trace)))
+    # What a rank has looked at may depend on its data; the first one's plan counts.
+    equal, plans = same_on_all_ranks(chosen[0])
+    return chosen[0] if equal else cast("TensorPlan", plans[0])
 
 
 def _sections_in_one_dim(module: nn.Module, tensor: TensorPlan) -> frozenset[nn.Parameter]:

@@ -49,7 +49,14 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device, timeout: timedelta | None = None
+        self,
+        module: nn.Module,
+        *,
+        plan: Plan,
+        mesh: DeviceMesh,
+        device: torch.device,
+        timeout: timedelta | None = None,
+        example: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         """Shard the module in place; see `compose` for what can go wrong.
 
@@ -59,6 +66,7 @@ class Engine:
             mesh: built once for the run, of the plan's shape.
             device: this rank's device.
             timeout: how long debug mode waits for the other ranks; None: torch's default.
+            example: calls a module as the run will; only called where a plan is found by that.
         """
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
         if device.type == "cpu":
@@ -66,7 +74,7 @@ class Engine:
         fast = wants_fast_path(plan)
         if fast:
             compat.lighten_hooks()
-        composed = compose(module, plan=plan, mesh=mesh, device=device)
+        composed = compose(module, plan=plan, mesh=mesh, device=device, example=example)
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
         self.tensor_plan = composed.tensor

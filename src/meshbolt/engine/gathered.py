@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from meshbolt.compat import local_tensor, own_pieces
+from meshbolt.compat import distributed_tensor, local_tensor, own_pieces, sections_of, whole_of
 from meshbolt.errors import UnsupportedError
 
 
@@ -43,25 +43,23 @@ def gathered(
     """
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     tensors: list[_Gathered] = []
-    whole_of: dict[nn.Parameter, nn.Parameter] = {}
+    copies: dict[nn.Parameter, nn.Parameter] = {}
     state = _gather_state(module, names, optimizers, tensors)
     for child in module.modules():
         for key, parameter in list(child._parameters.items()):
             if not isinstance(parameter, DTensor):
                 continue
-            if parameter not in whole_of:
-                with torch.no_grad():
-                    whole = parameter.full_tensor().clone()
-                whole_of[parameter] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-                tensors.append(_Gathered(parameter, whole_of[parameter]))
+            if parameter not in copies:
+                copies[parameter] = nn.Parameter(whole_of(parameter), requires_grad=parameter.requires_grad)
+                tensors.append(_Gathered(parameter, copies[parameter]))
             held.append((child, key, parameter))
-            child._parameters[key] = whole_of[parameter]
+            child._parameters[key] = copies[parameter]
     try:
         yield state
     finally:
         for child, key, parameter in held:
             child._parameters[key] = parameter
-    for whole in whole_of.values():
+    for whole in copies.values():
         _refuse_gradient(whole)
     _write_back(tensors)
 
@@ -97,7 +95,7 @@ def _whole_state(parameter: nn.Parameter, value: Any, tensors: list[_Gathered]) 
     shard = as_sharded(value, like=parameter)
     if not isinstance(shard, DTensor):
         return value
-    whole = shard.full_tensor().clone()
+    whole = whole_of(shard)
     tensors.append(_Gathered(shard, whole))
     return whole
 
@@ -111,9 +109,7 @@ def as_sharded(value: torch.Tensor, *, like: DTensor) -> torch.Tensor:
     """
     if isinstance(value, DTensor) or value.shape != local_tensor(like).shape or (value.dim() == 0 and like.dim() > 0):
         return value
-    return DTensor.from_local(
-        value, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return distributed_tensor(value, like=like, placements=like.placements)
 
 
 @torch.no_grad()
@@ -159,13 +155,12 @@ def own_part_of_copy(copy: torch.Tensor, *, like: DTensor) -> torch.Tensor:
     """
     if not isinstance(copy, DTensor):
         return local_part(copy, like=like)
-    names = like.device_mesh.mesh_dim_names or ()
-    part = local_tensor(copy)
-    for axis, (name, placement) in enumerate(zip(names, like.placements, strict=True)):
-        if (name.startswith("dp_") and placement.is_shard()) or (
-            name.startswith("dp_") and hasattr(placement, "split_factor")
-        ):
-            pieces = part.chunk(like.device_mesh.size(axis), placement.dim)  # type: ignore[attr-defined]
-            own = like.device_mesh.get_local_rank(axis)
-            part = pieces[own] if own < len(pieces) else part.narrow(placement.dim, 0, 0)  # type: ignore[attr-defined]
+    part, placements = local_tensor(copy), like.placements
+    # Of a divided layer the copy has what this rank has of it: units share that among the data-parallel ranks only.
+    shared = [axis for axis in sections_of(like) if like.device_mesh.mesh_dim_names[axis].startswith("dp_")]  # type: ignore[index]
+    for axis in shared:
+        dim: int = placements[axis].dim  # type: ignore[attr-defined]
+        pieces = part.chunk(like.device_mesh.size(axis), dim)
+        own = like.device_mesh.get_local_rank(axis)
+        part = pieces[own] if own < len(pieces) else part.narrow(dim, 0, 0)
     return part

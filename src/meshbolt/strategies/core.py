@@ -41,6 +41,7 @@ from meshbolt.strategies.compat import (
     set_rank_zero_only,
 )
 from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
+from meshbolt.strategies.examples import Example
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.strategies.saving import Saving
@@ -340,11 +341,16 @@ class MeshCore:
             raise ConfigError("The module is not set up yet, so there is nothing sharded to work on.")
         return next(reversed(self._engines.values()))
 
-    def _compose(self, module: nn.Module) -> Engine:
+    def _compose(self, module: nn.Module, *, example: Example) -> Engine:
         """Shard a module, unless that was done already."""
         if module not in self._engines:
             self._engines[module] = Engine(
-                module, plan=self.plan, mesh=self.device_mesh, device=self.root_device, timeout=self._timeout
+                module,
+                plan=self.plan,
+                mesh=self.device_mesh,
+                device=self.root_device,
+                timeout=self._timeout,
+                example=example,
             )
         return self._engines[module]
 

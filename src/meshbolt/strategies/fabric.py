@@ -28,6 +28,7 @@ from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, 
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
+from meshbolt.strategies.examples import example_of
 from meshbolt.strategies.files import agree_on_path
 from meshbolt.strategies.meta import meta_tensors
 
@@ -111,7 +112,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard a module, in place, and return what Fabric is to call in its place."""
-        engine = self._compose(module)
+        engine = self._compose(module, example=example_of(module))
         self.precision.attach(engine)
         redirect_entries(module, engine)
         return Entry(module, engine)

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
+from meshbolt.compat import whole_of
 from meshbolt.strategies.compat import TrainerForkLauncher, TrainerLauncher, TrainerScriptLauncher
 
 Remember = Callable[[bool | None], None]
@@ -103,5 +104,5 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
 
 def _whole(value: Any) -> Any:
     if isinstance(value, DTensor):
-        return value.full_tensor().detach().cpu()
+        return whole_of(value).cpu()
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value

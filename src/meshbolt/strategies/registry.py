@@ -15,6 +15,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "zero1": {"zero": 1},
         "zero2": {"zero": 2},
         "zero3": {"zero": 3},
+        "tensor_parallel": {"zero": 0, "tensor_parallel": "node"},
     }
 )
 

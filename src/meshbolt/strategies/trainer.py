@@ -32,6 +32,7 @@ from meshbolt.strategies.compat import look_before_dividing, plain_optimizer, tr
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import redirect_entries
+from meshbolt.strategies.examples import example_of_run
 from meshbolt.strategies.files import (
     agree_on_path,
     check_is_lightnings,
@@ -159,7 +160,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             if self._layer_sync is not None:
                 self.model = module = self._layer_sync.apply(module)  # type: ignore[assignment]
             self.precision_plugin.convert_module(module)
-            self._compose(module)
+            self._compose(module, example=example_of_run(trainer, module))
         redirect_entries(module, self.engine)
         if not module.automatic_optimization:
             follow_requires_grad(module, self.engine)

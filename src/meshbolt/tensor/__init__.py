@@ -10,6 +10,7 @@ from meshbolt.tensor.plans import TensorPlan, choose_plan
 from meshbolt.tensor.rules import elementwise, products, reductions, tokens, views
 from meshbolt.tensor.setting import NODE, TensorParallel
 from meshbolt.tensor.split import SplitTensor, gathered
+from meshbolt.tensor.trace import trace_styles
 
 RULES = (elementwise, products, reductions, tokens, views)
 """Modules of rules: importing them fills the table."""
@@ -25,4 +26,5 @@ __all__ = [
     "gathered",
     "let_splits_through",
     "shard_dim",
+    "trace_styles",
 ]

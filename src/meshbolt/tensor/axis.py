@@ -17,9 +17,12 @@ class Axis:
     """The ranks of one tensor-parallel group, and their collectives, outside of autograd.
 
     Attributes:
+        exchanges: operations may exchange activations over the ranks to keep a split; else they lose it.
         size: number of ranks.
         rank: this one's place among them.
     """
+
+    exchanges = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         """Take the group of the `tp` axis that this rank belongs to.
@@ -98,6 +101,8 @@ class Axis:
 
 class ImaginedAxis(Axis):
     """An axis of which only one rank exists, for tensors without memory: shapes are right, values are none."""
+
+    exchanges = False
 
     def __init__(self, size: int, *, on_gather: Callable[[str, SplitLostError, Sequence[Any]], None]) -> None:
         """Imagine ranks.

@@ -16,6 +16,9 @@ from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.tensor.setting import TensorParallel
 from meshbolt.tensor.styles import ParallelModule, check_heads, parallel_module
 
+TRACED = "traced"
+"""Not a registered plan, but one that is found by looking at the forward."""
+
 Styles = Mapping[str, str]
 """From module names to styles."""
 
@@ -189,6 +192,8 @@ def _styles(
     plan = setting.plan
     if not isinstance(plan, str):
         return "mapping", _matched(module, plan), {}
+    if plan == TRACED:
+        return plan, *trace()
     if plan != "auto":
         if plan not in FAMILIES:
             raise ConfigError(
@@ -204,8 +209,7 @@ def _styles(
         return " + ".join(found), merged, {}
     if (own := _own_plan(module)) is not None:
         return "the model's _tp_plan", own, {}
-    styles, left_out = trace()
-    return "traced", styles, left_out
+    return TRACED, *trace()
 
 
 def _registered(module: nn.Module, name: str) -> dict[str, str]:

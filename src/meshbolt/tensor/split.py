@@ -11,7 +11,8 @@ DTensor's dispatch costs a hundred, forward and backward: hence it stands here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,9 +94,10 @@ class SplitTensor(torch.Tensor):
         rule = _RULES.get(func)
         if rule is not None:
             try:
-                return rule(func, args, given)
+                result = rule(func, args, given)
             except SplitLostError as failure:
                 return _on_wholes(func, args, given, failure)
+            return result if not _NOTED else _with_all_sources(result, args, given)
         if func in _FACTS or getattr(func, "__name__", "") == "__get__":
             return _fact(func, args, given)
         return _on_wholes(func, args, given, SplitLostError("it is not among the operations that keep a split"))
@@ -181,3 +183,28 @@ def _on_wholes(func: Any, args: Any, kwargs: Mapping[str, Any], failure: SplitLo
     splits = splits_in(args, kwargs)
     splits[0].axis.report(name, failure, splits)
     return func(*gathered(tuple(args)), **gathered(dict(kwargs)))
+
+
+_NOTED: list[None] = []
+
+
+@contextmanager
+def noted_sources() -> Iterator[None]:
+    """Note, inside, on every split tensor which layers it comes from."""
+    _NOTED.append(None)
+    try:
+        yield
+    finally:
+        _NOTED.pop()
+
+
+def _with_all_sources(result: Any, args: Any, kwargs: Any) -> Any:
+    sources = frozenset().union(*(split.sources for split in splits_in(args, kwargs)))
+    for split in splits_in(result):
+        split.sources = split.sources | sources
+    return result
+
+
+def is_fact(func: Any) -> bool:
+    """Return whether a function only asks what a tensor is, not for its values."""
+    return func in _FACTS or getattr(func, "__name__", "") == "__get__"

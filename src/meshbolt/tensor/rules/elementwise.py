@@ -164,6 +164,8 @@ def _cut_all(plain: list[Tensor], first: SplitTensor, behind: int) -> list[Tenso
             raise RuntimeError(
                 f"Tensors of the shapes {tuple(first.shape)} and {tuple(tensor.shape)} cannot be broadcast together."
             )
+    if not first.axis.exchanges and any(has and t.requires_grad for t, has in zip(plain, has_dim, strict=True)):
+        raise SplitLostError("it meets a whole tensor that has a gradient")
     shared = iter(enter(first.axis, *(t for t, has in zip(plain, has_dim, strict=True) if not has)))
     return [
         part(tensor, Layout(tensor.dim() - behind, first.division.sections), first.axis) if has else next(shared)

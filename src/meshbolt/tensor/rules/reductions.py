@@ -64,7 +64,7 @@ def _listed(given: Any, split: SplitTensor) -> list[int]:
 def _added_up(
     func: Any, name: str, split: SplitTensor, dims: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
-    if name not in ("sum", "mean") or not (split.is_floating_point() or name == "sum"):
+    if not split.axis.exchanges or name not in ("sum", "mean") or not (split.is_floating_point() or name == "sum"):
         raise SplitLostError("it works along the split dim")
     keep = kwargs.get("keepdim", args[2] if len(args) > 2 else False)
     added = total(split.local.sum(dims, keepdim=keep, dtype=kwargs.get("dtype")), split.axis)

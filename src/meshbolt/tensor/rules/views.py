@@ -259,7 +259,9 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _joining(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], int]:
     named = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
-    return list(named["tensors"]), named.get("dim", 0)
+    # torch takes an empty tensor without further dims for nothing.
+    tensors = [tensor for tensor in named["tensors"] if isinstance(tensor, SplitTensor) or tensor.shape != (0,)]
+    return tensors, named.get("dim", 0)
 
 
 def _splits(tensors: Sequence[Any]) -> list[SplitTensor]:

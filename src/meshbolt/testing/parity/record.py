@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from meshbolt.compat import whole_of
 from meshbolt.zero import Zero
 
 Named = dict[str, torch.Tensor]
@@ -68,5 +69,4 @@ class Record:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of a tensor, gathered from all ranks if it is sharded."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone()
+    return whole_of(tensor) if isinstance(tensor, DTensor) else tensor.detach().clone()

@@ -1,0 +1,110 @@
+"""How a run would call its module, shown on a first batch: for plans that are found by looking at the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from meshbolt.compat import tree_map
+from meshbolt.errors import ConfigError
+
+Example = Callable[[nn.Module], Any]
+_LOGGING = ("log", "log_dict", "print")
+
+
+def example_of(module: nn.Module) -> Example:
+    """Return a call of a module's forward, on the inputs that it says itself are examples.
+
+    Args:
+        module: with `example_input_array`, as Lightning has it, or `dummy_inputs`, as Hugging Face does.
+
+    Raises:
+        ConfigError: at the call, where it has neither.
+    """
+
+    def call(called: nn.Module) -> Any:
+        array = getattr(module, "example_input_array", None)
+        if array is not None:
+            inputs = _without_values(array)
+            if isinstance(inputs, Mapping):
+                return called(**inputs)
+            return called(*inputs) if isinstance(inputs, tuple) else called(inputs)
+        dummy = getattr(module, "dummy_inputs", None)
+        if isinstance(dummy, Mapping) and dummy:
+            return called(**_without_values(dummy))
+        raise ConfigError(
+            f"{type(module).__name__} has no registered plan and none of its own, and to find one its forward has to be called. Set "
+            "example_input_array on the module (a tensor, or a tuple or dictionary of the forward's arguments), or give a plan: "
+            "TensorParallel(plan={pattern: style})."
+        )
+
+    return call
+
+
+def example_of_run(trainer: pl.Trainer, module: pl.LightningModule) -> Example:
+    """Return a call of the training_step on a batch like those of the run; without such, as `example_of`.
+
+    Args:
+        trainer: about to run; its loaders are not touched, only a dataset's first samples are read, at the call.
+        module: its own.
+    """
+
+    def call(called: nn.Module) -> Any:
+        batch = _first_batch(trainer) if getattr(module, "example_input_array", None) is None else None
+        if batch is None:
+            return example_of(module)(called)
+        with _silent(module):
+            # The class's own: what somebody has put in its place, to watch, is not to see what has no values.
+            return type(module).training_step(module, _without_values(batch), 0)
+
+    return call
+
+
+def _first_batch(trainer: pl.Trainer) -> Any:
+    """Return the collated first samples of the training data, or None where that is not a plain loader over a dataset."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return None
+    source = trainer.fit_loop._data_source
+    loader = source.dataloader() if source.is_defined() else None
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    before = _collect_rng_states(include_cuda=False)
+    try:
+        if loader.batch_size is None:
+            return loader.collate_fn(loader.dataset[0])
+        count = min(loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
+        return loader.collate_fn([loader.dataset[index] for index in range(count)])
+    finally:
+        _set_rng_states(before)
+
+
+def _without_values(tree: Any) -> Any:
+    """Return tensors like those in a batch; to be called where tensors have no memory."""
+    return tree_map(lambda leaf: torch.empty_like(leaf, device="cpu") if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
+@contextmanager
+def _silent(module: pl.LightningModule) -> Any:
+    """Let nothing be logged for a while."""
+    held = {name: module.__dict__.get(name) for name in _LOGGING}
+    module.__dict__.update(dict.fromkeys(_LOGGING, _nothing))
+    try:
+        yield
+    finally:
+        for name, value in held.items():
+            if value is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
