@@ -136,28 +136,32 @@ def deepspeed(job: Job, *, stage: int) -> Timing:
     return _timed(step, job)
 
 
-def trainer(job: Job, strategy: Any, *, shards_itself: bool = False) -> Timing:
+def trainer(job: Job, strategy: Any, *, shards_itself: bool = False, tensor_parallel: bool = False) -> Timing:
     """Lightning's Trainer with a strategy.
 
     Args:
         job: what to train.
         strategy: for the Trainer.
-        shards_itself: the module applies fully_shard in configure_model, as Lightning's own strategy wants it.
+        shards_itself: the module divides itself in configure_model, as Lightning's own strategy wants it.
+        tensor_parallel: all ranks share each layer, and train on the same batches.
     """
     import lightning.pytorch as pl
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rank, seconds = int(os.environ["RANK"]), []
+    rank, seconds = 0 if tensor_parallel else int(os.environ["RANK"]), []
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net = gpt.build(**job.sizes)
+            self.net = gpt.build(**job.sizes, fused=not tensor_parallel)
             self.last = torch.zeros(())
 
         def configure_model(self) -> None:
             if not shards_itself or isinstance(self.net, torch.distributed.fsdp.FSDPModule):
+                return
+            if tensor_parallel:
+                _parallelize(self.net, self.device_mesh["tensor_parallel"])
                 return
             mesh = self.device_mesh["data_parallel"]
             for block in self.net.blocks:
@@ -169,6 +173,9 @@ def trainer(job: Job, strategy: Any, *, shards_itself: bool = False) -> Timing:
             return self.last
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
+            if tensor_parallel and shards_itself:
+                # A fused step cannot take plain and divided parameters together.
+                return torch.optim.AdamW(self.parameters(), lr=1e-3, foreach=False)
             return _adamw(self)
 
     class Clock(pl.Callback):
@@ -218,13 +225,78 @@ def meshbolt(job: Job, *, stage: int) -> Timing:
     return trainer(job, MeshStrategy(zero=stage))
 
 
+PLAN = {"blocks.*.q": "colwise", "blocks.*.k": "colwise", "blocks.*.v": "colwise", "blocks.*.proj": "rowwise"} | {
+    "blocks.*.up": "colwise",
+    "blocks.*.down": "rowwise",
+}
+"""The layers that contenders with tensor parallelism divide; the rest is whole on every rank."""
+
+
+def _parallelize(net: torch.nn.Module, mesh: Any) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    parallelize_module(net, mesh, {pattern: styles[style]() for pattern, style in PLAN.items()})
+
+
+def tp_loop(job: Job) -> Timing:
+    """A hand-written loop on torch's parallelize_module: the reference for tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    net = gpt.build(**job.sizes, fused=False)
+    _parallelize(net, init_device_mesh("cpu", (dist.get_world_size(),)))
+    # One optimizer cannot step on plain and on divided parameters in one fused call.
+    divided = [p for p in net.parameters() if isinstance(p, torch.distributed.tensor.DTensor)]
+    whole = [p for p in net.parameters() if not isinstance(p, torch.distributed.tensor.DTensor)]
+    optimizers = [torch.optim.AdamW(params, lr=1e-3, fused=True) for params in (divided, whole)]
+
+    def step(index: int) -> torch.Tensor:
+        loss = torch.zeros(())
+        for k in range(job.window):
+            loss = gpt.loss_of(net, *gpt.batch(index * job.window + k, 0, samples=job.samples))
+            (loss / job.window).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    return _timed(step, job)
+
+
+def tp_lightning(job: Job) -> Timing:
+    """Lightning's own strategy, with the same plan written by hand."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=int(os.environ["WORLD_SIZE"]))
+    return trainer(job, strategy, shards_itself=True, tensor_parallel=True)
+
+
+def tp(job: Job, **further: Any) -> Timing:
+    """meshbolt through the Trainer, with the same plan."""
+    from meshbolt import MeshStrategy
+    from meshbolt.tensor import TensorParallel
+
+    plan = {f"net.{pattern}": style for pattern, style in PLAN.items()}
+    setting = TensorParallel(int(os.environ["WORLD_SIZE"]), plan=plan, **{"sequence_parallel": False, **further})
+    return trainer(job, MeshStrategy(zero=0, tensor_parallel=setting), tensor_parallel=True)
+
+
+def tp_sequence(job: Job) -> Timing:
+    """The same with sequence parallelism."""
+    return tp(job, sequence_parallel=True)
+
+
 CONTENDERS: dict[str, Callable[[Job], Timing]] = {
     "fsdp2": fsdp2,
     "local": local,
     "ddp": ddp,
     "fsdp2_keep": fsdp2_keep,
     "lightning_fsdp2": lightning_fsdp2,
+    "tp_loop": tp_loop,
+    "tp_lightning": tp_lightning,
+    "tp": tp,
+    "tp_sequence": tp_sequence,
     **{f"deepspeed{stage}": (lambda job, stage=stage: deepspeed(job, stage=stage)) for stage in (1, 2, 3)},
     **{f"zero{stage}": (lambda job, stage=stage: meshbolt(job, stage=stage)) for stage in (0, 1, 2, 3)},
 }
-OWN_PROCESS_GROUP = ("lightning_fsdp2", "zero0", "zero1", "zero2", "zero3", "deepspeed1", "deepspeed2", "deepspeed3")
+OWN_PROCESS_GROUP = ("tp", "tp_sequence", "tp_lightning", "lightning_fsdp2", "zero0", "zero1", "zero2", "zero3", "deepspeed1", "deepspeed2", "deepspeed3")

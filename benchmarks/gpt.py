@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,19 +12,29 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """Pre-norm attention and MLP; x is (batch, time, width)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, fused: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_width = heads, width // heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        if fused:
+            self.qkv = nn.Linear(width, 3 * width)
+        else:
+            self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.proj = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return queries, keys and values."""
+        if hasattr(self, "qkv"):
+            return self.qkv(x).split(x.shape[-1], dim=-1)
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
-        parts = self.qkv(self.norm1(x)).split(width, dim=-1)
-        q, k, v = (part.view(batch, time, self.heads, -1).transpose(1, 2) for part in parts)
+        batch, time, _ = x.shape
+        # Written so that it also works with some of the heads, as tensor parallelism by hand asks for.
+        q, k, v = (part.view(batch, time, -1, self.head_width).transpose(1, 2) for part in self.parts(self.norm1(x)))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, -1))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
@@ -30,11 +42,18 @@ class GPT(nn.Module):
     """Bytes in, logits of the next byte out; tokens are (batch, time), logits (batch, time, vocabulary)."""
 
     def __init__(
-        self, *, layers: int = 6, width: int = 256, heads: int = 4, vocabulary: int = 256, time: int = 128
+        self,
+        *,
+        layers: int = 6,
+        width: int = 256,
+        heads: int = 4,
+        vocabulary: int = 256,
+        time: int = 128,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(time, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, fused=fused) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -44,7 +63,7 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def build(**sizes: int) -> GPT:
+def build(**sizes: Any) -> GPT:
     """Return the model with the same weights on every rank and in every process."""
     torch.manual_seed(0)
     return GPT(**sizes)

@@ -46,12 +46,17 @@ class Recompute:
             )
 
 
-def recompute_blocks(blocks: Sequence[nn.Module], setting: Recompute) -> None:
+Pack = Callable[[Any], "tuple[list[Any], Callable[[Sequence[Any]], Any]]"]
+"""Takes arguments apart into leaves that autograd can save, and what puts them together again."""
+
+
+def recompute_blocks(blocks: Sequence[nn.Module], setting: Recompute, *, pack: Pack | None = None) -> None:
     """Make the chosen blocks recompute their activations.
 
     Args:
         blocks: in the order of the model.
         setting: what to recompute.
+        pack: takes arguments apart; None where they are ordinary tensors.
 
     Raises:
         ConfigError: recompute is asked for, but the model has no blocks.
@@ -64,10 +69,10 @@ def recompute_blocks(blocks: Sequence[nn.Module], setting: Recompute) -> None:
             "zero=Zero(unit=[...]), or set recompute='none'."
         )
     for block in blocks[:: setting.every]:
-        _recompute(block, setting.mode)
+        _recompute(block, setting.mode, pack)
 
 
-def _recompute(block: nn.Module, mode: RecomputeMode) -> None:
+def _recompute(block: nn.Module, mode: RecomputeMode, pack: Pack | None) -> None:
     forward = block.forward
     options: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
@@ -77,7 +82,15 @@ def _recompute(block: nn.Module, mode: RecomputeMode) -> None:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, **options, **kwargs)
+        if pack is None:
+            return checkpoint(forward, *args, **options, **kwargs)
+        leaves, unpack = pack((args, kwargs))
+
+        def again(*leaves: Any) -> Any:
+            args, kwargs = unpack(leaves)
+            return forward(*args, **kwargs)
+
+        return checkpoint(again, *leaves, **options)
 
     block.forward = recomputed
 

@@ -14,7 +14,8 @@ def describe_strategy(trainer: pl.Trainer) -> str:
         return type(trainer.strategy).__name__
     copies = f", {plan.mesh.dp_replicate} copies" if plan.stage.shards and plan.mesh.dp_replicate > 1 else ""
     recompute = plan.settings.recompute.mode
-    return f"ZeRO-{plan.stage.stage}{copies}" + (f", recompute {recompute}" if recompute != "none" else "")
+    shared = f", layers shared by {plan.mesh.tp} ranks" if plan.mesh.tp > 1 else ""
+    return f"ZeRO-{plan.stage.stage}{copies}{shared}" + (f", recompute {recompute}" if recompute != "none" else "")
 
 
 def describe_ranks(trainer: pl.Trainer) -> str:

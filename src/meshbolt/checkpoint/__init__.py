@@ -1,12 +1,12 @@
 """Checkpoints: directories that a crash cannot spoil and that any layout of ranks can load.
 
 May import: `units`, `compat`, `errors`. A checkpoint is a directory `name.ckpt/` with the tensors (`shards.py`, planned by
-torch's distributed checkpoint), everything else (`objects.py`, one file) and a manifest (`manifest.py`) with checksums
-(`checksum.py`) of every byte, without which the directory does not count. `storage.py` is the seam to where it lies:
-`local.py` with the paths and the commit of `directory.py`, or `remote.py` for what fsspec reaches. `agreement.py` makes
-all ranks raise the same error or none; `background.py` saves while training goes on. `reader.py` reads single tensors in
-one process, which `formats/` is built on. Keys belong to the user's module, never to a layout. Read `save.py` first,
-then `load.py`.
+torch's distributed checkpoint with the parts that `planners.py` tells it of), everything else (`objects.py`, one file) and a
+manifest (`manifest.py`) with checksums (`checksum.py`) of every byte, without which the directory does not count.
+`storage.py` is the seam to where it lies: `local.py` with the paths and the commit of `directory.py`, or `remote.py` for what
+fsspec reaches. `agreement.py` makes all ranks raise the same error or none; `background.py` saves while training goes on.
+`reader.py` reads single tensors in one process, which `formats/` is built on. Keys belong to the user's module, never to a
+layout. Read `save.py` first, then `load.py`.
 """
 
 from meshbolt.checkpoint.background import BackgroundSaver

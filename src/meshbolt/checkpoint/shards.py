@@ -35,6 +35,7 @@ from meshbolt.checkpoint.planners import PartsToLoad, PartsToSave
 from meshbolt.checkpoint.shard_reader import ShardReader
 from meshbolt.checkpoint.shard_writer import ShardWriter
 from meshbolt.checkpoint.storage import Files, read_file
+from meshbolt.compat import sections_of
 from meshbolt.errors import CheckpointError
 
 
@@ -147,8 +148,16 @@ def placement_of(tensor: torch.Tensor) -> str:
         return "whole"
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names or tuple(f"axis{number}" for number in range(mesh.ndim))
-    axes = zip(tensor.placements, names, mesh.mesh.shape, strict=True)
-    return ", ".join(f"{placement!r} over {name}={size}" for placement, name, size in axes)
+    sections = sections_of(tensor)
+    words = [_words(placement, sections.get(axis)) for axis, placement in enumerate(tensor.placements)]
+    axes = zip(words, names, mesh.mesh.shape, strict=True)
+    return ", ".join(f"{placement} over {name}={size}" for placement, name, size in axes)
+
+
+def _words(placement: Any, sections: int | None) -> str:
+    if sections is None:
+        return repr(placement)
+    return f"Shard(dim={placement.dim})" + (f" of each of {sections} sections" if sections > 1 else "")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jsonargparse
 
@@ -98,7 +98,15 @@ def _meta(loaded: Loaded) -> Row:
 
 
 def _as_text(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    return [(row.key, _write(row.value), row.origin) for row in rows]
+    """Return the rows of a table; a mapping takes one for each of its keys."""
+    lines: list[tuple[str, str, str]] = []
+    for row in rows:
+        if isinstance(row.value, Mapping) and row.value:
+            (first, *others) = (f"{key}: {_write(value)}" for key, value in row.value.items())
+            lines += [(row.key, first, row.origin), *(("", other, "") for other in others)]
+        else:
+            lines.append((row.key, _write(row.value), row.origin))
+    return lines
 
 
 def _write(value: object) -> str:

@@ -1,7 +1,7 @@
 """Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one folder.
 
-May import: `errors`. `tensors.py` has what belongs to no unit, `units.py` what FSDP2 knows of one; everybody imports from
-here. The tests of this folder run on every supported version of torch.
+May import: `errors`. `tensors.py` has what belongs to no unit, `parts.py` where the parts of a DTensor lie, `units.py` what
+FSDP2 knows of a unit; everybody imports from here. The tests of this folder run on every supported version of torch.
 """
 
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -18,6 +18,7 @@ from meshbolt.compat.tensors import (
     flattened_group,
     gather_into,
     handle_sharded,
+    local_in_graph,
     local_tensor,
     mark_of,
     outdate,
@@ -80,6 +81,7 @@ __all__ = [
     "given_other_data",
     "gradients_land_in_place",
     "handle_sharded",
+    "local_in_graph",
     "has_pending_gather",
     "is_gathered",
     "kept_gradients",

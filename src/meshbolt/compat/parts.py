@@ -113,6 +113,13 @@ def _gathered(part: torch.Tensor, room: int, groups: Sequence[dist.ProcessGroup]
     return content.view(part.dtype).view(-1, room)
 
 
+def _comes_last(placements: Sequence[Any], axis: int) -> bool:
+    """Return whether FSDP2 has divided along an axis what a later one had divided already."""
+    later = [other for other in placements[axis + 1 :] if _divides(placements[axis], other)]
+    # torch 2.11 writes a plain shard where the later axis divides section by section.
+    return bool(later) and any(isinstance(placement, _StridedShard) for placement in (placements[axis], *later))
+
+
 def _divides(placement: Any, other: Placement) -> bool:
     return isinstance(other, (Shard, _StridedShard)) and other.dim == placement.dim
 
@@ -127,8 +134,7 @@ def _runs(tensor: DTensor, coordinate: Sequence[int]) -> list[list[_Run]]:
     runs: list[list[_Run]] = [[(0, size)] for size in tensor.shape]
     sections = sections_of(tensor)
     placements: Sequence[Any] = tensor.placements
-    # What FSDP2 divides after a later axis has comes last.
-    for axis in sorted(sections, key=lambda axis: sections[axis] != getattr(placements[axis], "split_factor", 1)):
+    for axis in sorted(sections, key=lambda axis: _comes_last(placements, axis)):
         dim = placements[axis].dim
         runs[dim] = _share(runs[dim], sections[axis], rank=coordinate[axis], ranks=tensor.device_mesh.size(axis))
     return runs

@@ -30,7 +30,7 @@ from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis
-from meshbolt.tensor import Division, TensorPlan, choose_plan, let_splits_through, shard_dim, trace_styles
+from meshbolt.tensor import Division, TensorPlan, choose_plan, let_splits_through, plain_leaves, shard_dim, trace_styles
 from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
 Hook = Callable[[torch.Tensor], None]
@@ -93,7 +93,7 @@ def compose(
         division = Division(tensor.modules, mesh=mesh[MeshAxis.TP.value], sequence=tensor.sequence)
         division.watch(module)
     blocks = list(units.blocks.values())
-    recompute_blocks(blocks, plan.settings.recompute)
+    recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
     compile_blocks(blocks, enabled=plan.settings.compile)
     composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device)
     return dataclasses.replace(composition, tensor=tensor)
@@ -217,8 +217,10 @@ def _check_module(module: nn.Module) -> None:
     sharded = next((name for name, p in parameters.items() if isinstance(p, DTensor)), None)
     if sharded is not None:
         raise ConfigError(
-            f"Parameter {sharded!r} of {kind} is a DTensor already. Hand over the plain module: meshbolt shards it itself, "
-            "and one module cannot be given to two Trainers; build a new one."
+            f"Parameter {sharded!r} of {kind} is a DTensor already. Hand over the plain module, without parallelize_module or "
+            "fully_shard in configure_model: meshbolt shards it itself, and divides the layers that you name, tensor_parallel="
+            'TensorParallel(2, plan={"layers.*.up": "colwise", "layers.*.down": "rowwise"}). And one module cannot be given to '
+            "two Trainers; build a new one."
         )
     hooked = next((name for name, p in parameters.items() if p._backward_hooks), None)
     if hooked is not None:

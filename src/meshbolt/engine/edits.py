@@ -14,6 +14,7 @@ fills. It is refused, wherever it is found.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,11 +30,12 @@ from meshbolt.errors import UnsupportedError
 class Edits:
     """Knows where in the user's module each parameter stands, and takes over what was changed there."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, units: Iterable[FSDPModule] = ()) -> None:
         """Note the places of all parameters.
 
         Args:
             module: sharded, with nothing gathered.
+            units: all of them, the root too.
         """
         self._places: dict[nn.Parameter, tuple[dict[str, nn.Parameter | None], str]] = {
             parameter: (child._parameters, key)
@@ -46,6 +48,10 @@ class Edits:
         self._trained = {parameter: parameter.requires_grad for parameter in self._places}
         self._names = {parameter: name for name, parameter in module.named_parameters()}
         self._identities = {p: compat.storage_identity(p) for p in self._places if isinstance(p, DTensor)}
+        # By shard, of copies that are divided among the ranks that share a layer. To look at them tells nothing of whether they
+        # were given other data, so that they are noted where they are gathered for the first time.
+        self._divided: dict[nn.Parameter, int] = {}
+        self._watch_divided(units)
 
     @torch.no_grad()
     def keep(self, units: Iterable[FSDPModule]) -> None:
@@ -62,8 +68,25 @@ class Edits:
         for unit in units:
             if compat.is_gathered(unit):
                 self._refuse(compat.given_other_data(unit))
+                self._refuse(
+                    [
+                        shard
+                        for shard, copy in compat.copies_by_shard(unit)
+                        if self._divided.get(shard, 0) not in (0, compat.storage_identity(copy))
+                    ]
+                )
                 for shard in compat.managed_parameters(unit):
                     self._keep(shard)
+
+    def _watch_divided(self, units: Iterable[FSDPModule]) -> None:
+        def note(unit: Any, *_: Any) -> None:
+            for shard, copy in compat.copies_by_shard(unit):
+                if isinstance(copy, DTensor):
+                    self._divided.setdefault(shard, compat.storage_identity(copy))
+
+        for unit in units:
+            if any(isinstance(p, DTensor) and "tp" in _axes(p) for p in compat.managed_parameters(unit)):
+                cast("nn.Module", unit).register_forward_pre_hook(note)
 
     def refuse_other_data(self) -> None:
         """Refuse shards that were given other data by assignment.
@@ -119,6 +142,10 @@ class Edits:
         if known is None or known.whole is not whole or known.mine is not mine:
             known = self._parts[shard] = _Part(whole, like=shard)
         known.take_over()
+
+
+def _axes(parameter: DTensor) -> tuple[str, ...]:
+    return parameter.device_mesh.mesh_dim_names or ()
 
 
 class _Part:

@@ -85,7 +85,7 @@ class Engine:
         self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
         is_watched = plan.environment.debug
         self._watch = BranchWatch(self._modules(composed.units), timeout=timeout) if is_watched else None
-        self._edits = Edits(module)
+        self._edits = Edits(module, units=self._all_units)
         self._fast = FastPath(module, units=self._units, root=self._root, plan=plan) if fast else None
         self._window = Window(
             {**composed.units, "the root": composed.root},

@@ -68,7 +68,7 @@ def shape_for(*, world_size: int, shards: bool, replicate: int, tensor_parallel:
     """
     if world_size % tensor_parallel:
         raise TopologyError(
-            f"tensor_parallel={tensor_parallel} asks for {tensor_parallel} ranks to share each layer, but {world_size} ranks "
+            f"tensor_parallel={tensor_parallel} asks for {tensor_parallel} ranks to share each layer, but {_ranks(world_size)} "
             f"cannot be divided by {tensor_parallel}. Use one of tensor_parallel={_divisors(world_size)}, or start another "
             f"number of ranks (a multiple of {tensor_parallel})."
         )
@@ -84,6 +84,10 @@ def shape_for(*, world_size: int, shards: bool, replicate: int, tensor_parallel:
             f"{replicate * tensor_parallel})."
         )
     return MeshShape(dp_replicate=replicate, dp_shard=data_parallel // replicate, tp=tensor_parallel)
+
+
+def _ranks(number: int) -> str:
+    return f"{number} ranks" if number != 1 else "1 rank"
 
 
 def _divisors(number: int) -> list[int]:

@@ -29,6 +29,7 @@ from meshbolt.errors import ConfigError
 from meshbolt.mesh import build_mesh
 from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
+from meshbolt.strategies.announcing import say_what_is_divided
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import refuse_foreign
@@ -36,10 +37,9 @@ from meshbolt.strategies.compat import (
     connect_ranks,
     default_backend,
     plain_optimizer,
-    ranks_are_connected,
-    reduce_over_ranks,
     set_rank_zero_only,
 )
+from meshbolt.strategies.data_parallel import DataParallelRanks
 from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
 from meshbolt.strategies.examples import Example
 from meshbolt.strategies.loaders import checked_loader
@@ -49,7 +49,7 @@ from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
 
 
-class MeshCore:
+class MeshCore(DataParallelRanks):
     """The part of a strategy that does not depend on whose loop runs it; stands before Lightning's class in the bases."""
 
     is_distributed = True
@@ -235,12 +235,6 @@ class MeshCore:
         return self.parallel_devices[local_rank]
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Which part of the samples this rank sees, by its place on the data-parallel axes."""
-        shape = self.plan.mesh
-        return {"num_replicas": shape.data_parallel_size, "rank": shape.data_parallel_rank(dist.get_rank())}
-
-    @property
     def plan(self) -> Plan:
         """The resolved plan of this run."""
         if self._plan is None:
@@ -272,6 +266,8 @@ class MeshCore:
         if self._mesh is None:
             self._mesh = build_mesh(self.plan.mesh, device_type=self.root_device.type, timeout=self._timeout)
             self._saving.connect(self.plan, timeout=self._timeout)
+            self._take_places(timeout=self._timeout)
+        self._draw_alike()
 
     def _connect_ranks(self) -> None:
         self._set_ranks()
@@ -299,10 +295,6 @@ class MeshCore:
         """Return what all ranks must have alike beside the plan."""
         return {}
 
-    def _reachable(self) -> dist.ProcessGroup | None:
-        """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to."""
-        return dist.group.WORLD if ranks_are_connected() else None
-
     def barrier(self, *_args: Any, **_kwargs: Any) -> None:
         """Wait for all ranks."""
         if (group := self._reachable()) is None:
@@ -322,15 +314,10 @@ class MeshCore:
         dist.broadcast_object_list(box, src, group=group)
         return box[0]
 
-    def _reduce(self, value: Any, group: Any, reduce_op: Any) -> Any:
-        """Reduce a value over the ranks that see different samples; what is not a tensor stays as it is."""
-        if not isinstance(value, torch.Tensor) or (everybody := self._reachable()) is None:
-            return value
-        return reduce_over_ranks(value, group or everybody, reduce_op)
-
     def process_dataloader(self, dataloader: Any) -> Any:
         """Check that the loaders of all ranks agree."""
-        return checked_loader(dataloader, group=self._control_group)
+        self._seed_workers(dataloader)
+        return checked_loader(dataloader, group=self._control_group, ranks=self.data_parallel_size)
 
     # The sharded module -----------------------------------------------------------------------------------------------
 
@@ -352,6 +339,8 @@ class MeshCore:
                 timeout=self._timeout,
                 example=example,
             )
+            say_what_is_divided(self._engines[module])
+        self._count_samples_once(module)
         return self._engines[module]
 
     @contextmanager
@@ -472,5 +461,4 @@ class MeshCore:
         if loaded.random_state and loaded.same_ranks:
             restore_random_state(loaded.random_state, self.root_device)
         elif loaded.random_state:
-            coordinate = self.plan.mesh.data_parallel_rank(dist.get_rank())
-            branch_random_state(loaded.random_state, coordinate, self.root_device)
+            branch_random_state(loaded.random_state, self.data_parallel_rank, self.root_device)

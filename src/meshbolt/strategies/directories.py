@@ -110,7 +110,7 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
     """Return what `save_directory` takes to write a checkpoint; a collective of all ranks.
 
     Of this rank, its shards, its random state, those buffers that differ from rank 0's, and those that a run which resumes has
-    others for.
+    others for; of ranks that see the same samples, one saves the latter three.
 
     Args:
         state: this rank's.
@@ -129,6 +129,8 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
     resumed = {key: value for key, value in state.resumed.items() if key in buffers}
     own = {_RANDOM: state.random_state, **_stored_apart(buffers, resumed, ranks=ranks, failing=failing)}
     coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
+    if dist.get_rank() % plan.mesh.tp:
+        own = {}  # the first of those that share a coordinate, and are in the same state, saves it
     return {
         "tensors": {
             **held,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from meshbolt import compat
 from meshbolt.engine import Engine
 
 ENTRIES = ("forward", "generate")
@@ -46,6 +47,9 @@ def _outside_of_units(module: nn.Module) -> Iterator[nn.Module]:
 def _redirected(method: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
     @functools.wraps(method)
     def entered(*args: Any, **kwargs: Any) -> Any:
+        if compat.current_pass() >= 0:
+            # A block is recomputed for its backward, which has gathered what it needs.
+            return method(*args, **kwargs)
         return engine.call(method, *args, **kwargs)
 
     entered._meshbolt_entry = True  # type: ignore[attr-defined]
@@ -59,13 +63,23 @@ class Entry(nn.Module):
     strategy returns, but only where that is not the user's module itself.
     """
 
-    def __init__(self, module: nn.Module, engine: Engine) -> None:
+    def __init__(self, module: nn.Module, engine: Engine, *, look: Callable[..., None]) -> None:
+        """Stand for a module.
+
+        Args:
+            module: the user's, sharded.
+            engine: runs it.
+            look: is shown the module and what it is about to be called with.
+        """
         super().__init__()
         self.module = module
         self._engine = engine
+        self._look = look
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the root's parameters gathered."""
+        if not self._engine.inside:
+            self._look(self.module, args, kwargs)
         return self._engine.call(self.module, *args, **kwargs)
 
 

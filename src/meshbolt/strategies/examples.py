@@ -41,9 +41,9 @@ def example_of(module: nn.Module) -> Example:
         if isinstance(dummy, Mapping) and dummy:
             return called(**_without_values(dummy))
         raise ConfigError(
-            f"{type(module).__name__} has no registered plan and none of its own, and to find one its forward has to be called. Set "
-            "example_input_array on the module (a tensor, or a tuple or dictionary of the forward's arguments), or give a plan: "
-            "TensorParallel(plan={pattern: style})."
+            f"{type(module).__name__} has no registered plan and none of its own, and to find one its forward has to be called. "
+            "Set example_input_array on the module (a tensor, or a tuple or dictionary of the forward's arguments), or give a "
+            "plan: TensorParallel(plan={pattern: style})."
         )
 
     return call

@@ -115,7 +115,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         engine = self._compose(module, example=example_of(module))
         self.precision.attach(engine)
         redirect_entries(module, engine)
-        return Entry(module, engine)
+        return Entry(module, engine, look=self._look_at_call)
 
     @override
     def setup_module_and_optimizers(

@@ -20,12 +20,15 @@ _BATCH, _END, _ERROR = 1, 0, -1
 MOST_RANKS_WATCHED = 64
 
 
-def checked_loader(loader: Any, *, group: dist.ProcessGroup | None, position: Position | None = None) -> Any:
+def checked_loader(
+    loader: Any, *, group: dist.ProcessGroup | None, ranks: int | None = None, position: Position | None = None
+) -> Any:
     """Check a loader before it is used, and watch it while it is.
 
     Args:
         loader: this rank's; any iterable.
         group: of all ranks, for tensors on the CPU; None where there is one rank only.
+        ranks: how many see different samples; None: all.
         position: of a training loader, where in its epochs it is.
 
     Raises:
@@ -35,10 +38,11 @@ def checked_loader(loader: Any, *, group: dist.ProcessGroup | None, position: Po
         return loader if position is None else AgreedLoader(loader, group=None, position=position)
     same, values = same_on_all_ranks((_length(loader), _num_samples(loader)), group=group)
     lengths, samples = [value[0] for value in values], values[0][1]
-    if samples is not None and samples < group.size():
+    ranks = ranks or group.size()
+    if samples is not None and samples < ranks:
         raise TopologyError(
-            f"The dataset has {samples} samples for {group.size()} data-parallel ranks, so some ranks would have none of "
-            f"their own, only copies. Use at least {group.size()} samples, or fewer ranks."
+            f"The dataset has {samples} samples for {ranks} data-parallel ranks, so some ranks would have none of "
+            f"their own, only copies. Use at least {ranks} samples, or fewer ranks."
         )
     sized = all(isinstance(length, int) for length in lengths)
     if sized and not same:

@@ -46,13 +46,14 @@ class Predicting:
         self._has_stream = False
         self._last: Callable[[], Any] | None = None
 
-    def loader(self, loader: Any, *, limit: float, group: dist.ProcessGroup | None) -> Any:
+    def loader(self, loader: Any, *, limit: float, group: dist.ProcessGroup | None, ranks: int) -> Any:
         """Check a loader, and return it such that every rank makes as many steps as the others.
 
         Args:
             loader: this rank's.
             limit: the Trainer's `limit_predict_batches`: a number of batches, or a share as a float.
             group: of all ranks, for tensors on the CPU; None where there is one rank only.
+            ranks: how many see different samples.
 
         Raises:
             TopologyError: some ranks have no batch at all.
@@ -63,11 +64,11 @@ class Predicting:
         known = [length for length in lengths if length is not None]
         self._has_stream |= len(known) < len(lengths)
         if len(known) < len(lengths) or len(set(known)) == 1:
-            return checked_loader(loader, group=group)
+            return checked_loader(loader, group=group, ranks=ranks)
         if min(known) == 0:
             raise TopologyError(
                 f"Some ranks have nothing to predict: {known} batches by rank, while a forward needs every rank. Use at "
-                f"least {group.size()} samples, smaller batches, or fewer ranks."
+                f"least {ranks} samples, smaller batches, or fewer ranks."
             )
         self._uneven = known
         own = _share(known[group.rank()], limit)

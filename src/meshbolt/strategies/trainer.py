@@ -127,7 +127,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._written: set[str] = set()
         trainer = self._module().trainer
         self._connect()
-        self._position = Position(trainer, ranks=self.plan.mesh.data_parallel_size, device=self.root_device)
+        self._position = Position(trainer, ranks=self.data_parallel_size, device=self.root_device)
         look_before_dividing(trainer, self._check_samples)
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
@@ -185,22 +185,24 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         """Check that the loaders of all ranks agree, begin where a checkpoint was saved, and predict each sample once."""
-        trainer = self._module().trainer
+        trainer, group, ranks = self._module().trainer, self._control_group, self.data_parallel_size
+        self._seed_workers(dataloader)
         if trainer.state.fn == TrainerFn.PREDICTING:
             limit = trainer.limit_predict_batches
-            return self._predicting.loader(dataloader, limit=limit, group=self._control_group)
+            return self._predicting.loader(dataloader, limit=limit, group=group, ranks=ranks)
         if not trainer.training:
             return super().process_dataloader(dataloader)
         self._position.take_loader(dataloader)
-        return checked_loader(dataloader, group=self._control_group, position=self._position)
+        return checked_loader(dataloader, group=group, ranks=ranks, position=self._position)
 
     def _check_samples(self, dataloader: Any) -> None:
         if self._module().trainer.state.fn == TrainerFn.PREDICTING:
-            check_there_are_enough(len(dataloader.sampler), ranks=self.plan.mesh.data_parallel_size)
+            check_there_are_enough(len(dataloader.sampler), ranks=self.data_parallel_size)
 
     @override
     def on_train_start(self) -> None:
         """Begin to train, and to watch for signals that end the job."""
+        self._count_samples_once(self._module())
         self._position.on_train_start()
         self._has_begun = self._is_training = True
         self._fits += 1
@@ -227,6 +229,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's training_step with the root's parameters gathered."""
         module = self._module()
+        self._look_at_step("training_step", args)
         with self.precision_plugin.train_step_context():
             output = self.engine.call(module.training_step, *args, **kwargs)
         refuse_skipped_batch(module, output)
@@ -235,18 +238,21 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's validation_step with the root's parameters gathered."""
+        self._look_at_step("validation_step", args)
         with self.precision_plugin.val_step_context():
             return self.engine.call(self._module().validation_step, *args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's test_step with the root's parameters gathered."""
+        self._look_at_step("test_step", args)
         with self.precision_plugin.test_step_context():
             return self.engine.call(self._module().test_step, *args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's predict_step with the root's parameters gathered."""
+        self._look_at_step("predict_step", args)
 
         def take() -> Any:
             with self.precision_plugin.predict_step_context():

@@ -1,18 +1,19 @@
 """Tensor parallelism: single layers divided among the ranks of the `tp` axis, under modules that know nothing of it.
 
-May import: `errors` and `compat`. `setting.py` is what users write, `plans.py` decides which layer is divided how, by the styles of
-`styles.py`; `divide.py` divides parameters and shows them to a layer's forward as split tensors (`split.py`), on which torch's
-functions follow `rules/`; `layout.py` is their arithmetic, `exchange.py` what travels, over an `axis.py`. Read `split.py` first.
+May import: `errors` and `compat`. `setting.py` is what users write, `plans.py` decides which layer is divided how, by what
+`families.py` knows and the styles of `styles.py`; `divide.py` divides parameters and shows them to a layer's forward as split
+tensors (`split.py`), on which torch's functions follow `rules/`; `layout.py` is their arithmetic, `exchange.py` what travels,
+over an `axis.py`. Read `split.py` first.
 """
 
-from meshbolt.tensor.divide import Division, let_splits_through, shard_dim
+from meshbolt.tensor.divide import Division, let_splits_through, plain_leaves, shard_dim
 from meshbolt.tensor.plans import TensorPlan, choose_plan
-from meshbolt.tensor.rules import elementwise, products, reductions, tokens, views
+from meshbolt.tensor.rules import elementwise, heads, products, reductions, tokens, views
 from meshbolt.tensor.setting import NODE, TensorParallel
 from meshbolt.tensor.split import SplitTensor, gathered
 from meshbolt.tensor.trace import trace_styles
 
-RULES = (elementwise, products, reductions, tokens, views)
+RULES = (elementwise, heads, products, reductions, tokens, views)
 """Modules of rules: importing them fills the table."""
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "choose_plan",
     "gathered",
     "let_splits_through",
+    "plain_leaves",
     "shard_dim",
     "trace_styles",
 ]

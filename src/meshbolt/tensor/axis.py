@@ -32,7 +32,7 @@ class Axis:
         """
         self.size, self.rank, self._group = group.size(), group.rank(), group
         self._is_gloo = dist.get_backend(group) == "gloo"
-        self._entered: tuple[Any, int, Any] | None = None
+        self._entered: tuple[Any, Any, Any] | None = None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over the ranks, in place where it is contiguous, and return the sum."""
@@ -78,21 +78,29 @@ class Axis:
             failure: why.
             operands: the split tensors it was called on.
         """
+        if all(operand.along_sequence for operand in operands):
+            # Gathering what a layer's sum was left divided for makes up the message that plain tensor parallelism sends.
+            return
         warnings.warn(
             f"{operation} is computed on whole tensors, gathered over the tensor-parallel ranks, which is right and slow: "
             f"{failure}. Leave the layers around it out of the plan of TensorParallel, or write it another way.",
             stacklevel=5,
         )
 
-    def remembered(self, tensor: Any, version: int) -> Any:
-        """Return what was made of this very tensor the last time one was remembered, or None."""
-        if self._entered is not None and self._entered[0] is tensor and self._entered[1] == version:
+    def remembered(self, tensor: Any, state: Any) -> Any:
+        """Return what was made of this very tensor the last time one was remembered, or None.
+
+        Args:
+            tensor: whole or split.
+            state: what else has to be as it was then, for what was made to be right again.
+        """
+        if self._entered is not None and self._entered[0] is tensor and self._entered[1] == state:
             return self._entered[2]
         return None
 
-    def remember(self, tensor: Any, version: int, made: Any) -> None:
-        """Keep what was made of a tensor, until the next one."""
-        self._entered = (tensor, version, made)
+    def remember(self, tensor: Any, state: Any, made: Any) -> None:
+        """Keep what was made of a tensor, until the next one, or until its gradient is here."""
+        self._entered = (tensor, state, made)
 
     def forget(self) -> None:
         """Let go of what is remembered."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from meshbolt.compat import distributed_part, divided_placement
+from meshbolt.compat import distributed_part, divided_placement, local_in_graph
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import own_part
 from meshbolt.tensor.layout import Layout
-from meshbolt.tensor.split import SplitTensor, gathered
-from meshbolt.tensor.styles import ParallelModule
+from meshbolt.tensor.split import SplitTensor, gathered, like
+from meshbolt.tensor.styles import ParallelModule, is_conv1d
 
 
 class Division:
@@ -51,6 +53,10 @@ class Division:
         Args:
             module: the user's whole module, before it is sharded.
         """
+        for child in module.modules():
+            if isinstance(child, nn.TransformerEncoder):
+                # In evaluation it would make nested tensors, for a kernel that does not know of divided weights.
+                child.use_nested_tensor = False
         for name, entry in self._plan.items():
             _watch(module.get_submodule(name), entry, axis=self.axis, sequence=self._sequence and entry.sums)
 
@@ -107,16 +113,24 @@ def _owner(name: str, key: str) -> tuple[str, str]:
 def _watch(module: nn.Module, entry: ParallelModule, *, axis: Axis, sequence: bool) -> None:
     held: list[list[tuple[dict[str, Any], str, Any]]] = []
     sequence_dim = entry.sequence_dim if sequence else None
+    flattens = sequence and is_conv1d(module)
 
-    def show(*_: Any) -> None:
-        swapped = []
+    def show(_: nn.Module, args: Any) -> None:
+        swapped: list[tuple[dict[str, Any], str, Any]] = []
+        samples = math.prod(args[0].shape[:-2]) if flattens and args else 1
+        where = 0 if flattens else sequence_dim
+        dtype: torch.dtype | None = None
         for key, layout in entry.layouts.items():
-            inner, _, own_key = key.rpartition(".")
-            places = (module.get_submodule(inner) if inner else module)._parameters
+            inner, own_key = _owner("", key)
+            places: dict[str, Any] = (module.get_submodule(inner) if inner else module)._parameters
             whole = places[own_key]
-            local = whole.to_local() if isinstance(whole, DTensor) else whole
+            local = local_in_graph(whole) if isinstance(whole, DTensor) else whole
+            if dtype is not None and local.dtype != dtype and not torch.is_autocast_enabled(local.device.type):
+                # A bias in sections is whole over the data-parallel ranks: it has not been cast by a gather as its weight has.
+                local = local.to(dtype)
+            dtype = local.dtype
             swapped.append((places, own_key, whole))
-            places[own_key] = SplitTensor(local, layout, axis, sequence_dim=sequence_dim)  # type: ignore[assignment]
+            places[own_key] = SplitTensor(local, layout, axis, sequence_dim=where, samples=samples)
         held.append(swapped)
 
     def hide(_: nn.Module, __: Any, output: Any) -> Any:
@@ -156,6 +170,20 @@ def let_splits_through(unit: nn.Module) -> None:
     unit.register_forward_hook(split_outputs)
 
 
+def plain_leaves(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Take arguments apart into leaves without split tensors, for what saves them as ordinary ones.
+
+    Args:
+        tree: arguments in any nesting.
+
+    Returns:
+        The leaves, split tensors as this rank's parts; and a function that makes the arguments of leaves again.
+    """
+    plain, splits = _plain(tree)
+    leaves, structure = tree_flatten(plain)
+    return leaves, lambda again: _split_again(tree_unflatten(list(again), structure), splits)
+
+
 def _plain(tree: Any) -> tuple[Any, Mapping[int, SplitTensor]]:
     leaves, structure = tree_flatten(tree)
     splits = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, SplitTensor)}
@@ -169,7 +197,7 @@ def _split_again(tree: Any, splits: Mapping[int, SplitTensor]) -> Any:
         return tree
     leaves, structure = tree_flatten(tree)
     for index, split in splits.items():
-        leaves[index] = SplitTensor(leaves[index], split.division, split.axis, sources=split.sources)
+        leaves[index] = like(split, leaves[index])
     return tree_unflatten(leaves, structure)
 
 

@@ -6,12 +6,14 @@ Recomputation in Large Transformer Models" (2022), section 4).
 
 | forward | backward |
 |---|---|
-| `enter`: nothing; what follows computes a part on every rank | sum over the ranks |
-| `total`: sum over the ranks of what each computed | nothing |
-| `whole`: gather the parts | this rank's part |
-| `whole_for_parts`: gather the parts, of which each rank computes a part of the result | sum over the ranks, each its part |
-| `total_in_parts`: sum over the ranks, each its part | gather the parts |
-| `part`: this rank's part of what is whole | gather the parts |
+| `enter`: nothing; what follows computes a part on every rank | `total` |
+| `total`: sum over the ranks of what each computed | `enter` |
+| `whole`: gather the parts | `part` |
+| `part`: this rank's part of what is whole | `whole` |
+| `whole_for_parts`: gather the parts, of which each rank computes a part of the result | `total_in_parts` |
+| `total_in_parts`: sum over the ranks, each its part | `whole_for_parts` |
+
+Backward is made of the same steps, so that gradients of gradients are right too.
 """
 
 from __future__ import annotations
@@ -23,28 +25,33 @@ from torch import Tensor
 from torch.autograd import Function
 
 from meshbolt.tensor.axis import Axis
-from meshbolt.tensor.layout import Layout
+from meshbolt.tensor.layout import Layout, local_shape
 
 
 def own_part(whole: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """Return this rank's part of a whole tensor, outside of any gradient's bookkeeping of its own; a view where it can be."""
-    if layout.sections == 1:
+    """Return this rank's part of a whole tensor, outside of any gradient's bookkeeping of its own; a view where it can be.
+
+    Raises:
+        SplitLostError: the ranks do not divide it.
+    """
+    if layout.sections == 1 and whole.shape[layout.dim] % axis.size == 0:
         length = whole.shape[layout.dim] // axis.size
         return whole.narrow(layout.dim, axis.rank * length, length)
-    split = whole.unflatten(layout.dim, (layout.sections, axis.size, -1))
+    local_shape(whole.shape, layout, axis.size)  # which raises where they cannot
+    split: Tensor = whole.unflatten(layout.dim, (layout.sections, axis.size, -1))
     return split.select(layout.dim + 1, axis.rank).flatten(layout.dim, layout.dim + 1)
 
 
 def all_parts(whole: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """Return every rank's part, (ranks, *part)."""
-    split = whole.unflatten(layout.dim, (layout.sections, axis.size, -1))
+    split: Tensor = whole.unflatten(layout.dim, (layout.sections, axis.size, -1))
     return split.movedim(layout.dim + 1, 0).flatten(layout.dim + 1, layout.dim + 2)
 
 
 def joined(parts: Tensor, layout: Layout) -> Tensor:
     """Return the whole of the parts that `all_parts` returns."""
     dim = layout.dim + 1
-    split = parts.unflatten(dim, (layout.sections, -1))
+    split: Tensor = parts.unflatten(dim, (layout.sections, -1))
     return split.movedim(0, dim).flatten(layout.dim, layout.dim + 2).contiguous()
 
 
@@ -52,8 +59,8 @@ def enter(axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Let whole tensors into a computation of which every rank does a part; their gradients are added up, in one message."""
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return tensors
-    entered: tuple[Tensor, ...] = _Enter.apply(axis, *tensors)  # type: ignore[no-untyped-call]
-    return entered
+    entered = iter(_Enter.apply(axis, *(t for t in tensors if t.requires_grad)))  # type: ignore[no-untyped-call]
+    return tuple(next(entered) if tensor.requires_grad else tensor for tensor in tensors)
 
 
 def total(part: Tensor, axis: Axis) -> Tensor:
@@ -81,7 +88,11 @@ def total_in_parts(addend: Tensor, layout: Layout, axis: Axis) -> Tensor:
 
 
 def part(tensor: Tensor, layout: Layout, axis: Axis) -> Tensor:
-    """Return this rank's part of a whole tensor."""
+    """Return this rank's part of a whole tensor.
+
+    Raises:
+        SplitLostError: the ranks do not divide it.
+    """
     if not (tensor.requires_grad and torch.is_grad_enabled()):
         return own_part(tensor, layout, axis)
     out: Tensor = _Part.apply(tensor, layout, axis)  # type: ignore[no-untyped-call]
@@ -90,60 +101,73 @@ def part(tensor: Tensor, layout: Layout, axis: Axis) -> Tensor:
 
 class _Enter(Function):
     @staticmethod
-    def forward(ctx: Any, axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Change nothing."""
         ctx.axis = axis
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Add the gradients up."""
+        # What was entered is not read again once its gradient is here.
+        ctx.axis.forget()
         if len(gradients) == 1:
-            # A gradient that autograd may use elsewhere is not written to.
-            return None, ctx.axis.sum(gradients[0].clone(memory_format=torch.contiguous_format))
-        flat = ctx.axis.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        sizes = [gradient.numel() for gradient in gradients]
-        return (None, *(s.view(g.shape) for s, g in zip(flat.split(sizes), gradients, strict=True)))
+            return None, total(gradients[0], ctx.axis)
+        flat = total(torch.cat([gradient.reshape(-1) for gradient in gradients]), ctx.axis)
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        return (None, *(p.view(g.shape).to(g.dtype) for p, g in zip(pieces, gradients, strict=True)))
 
 
 class _Total(Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, part: Tensor, axis: Axis) -> Tensor:
+        """Add up; a tensor that autograd may use elsewhere is not written to."""
+        ctx.axis = axis
         return axis.sum(part.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Hand the gradient to every rank's addend."""
+        return enter(ctx.axis, gradient)[0], None
 
 
 class _Whole(Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, layout: Layout, axis: Axis, partial: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, part: Tensor, layout: Layout, axis: Axis, partial: bool) -> Tensor:
+        """Gather."""
         ctx.layout, ctx.axis, ctx.partial = layout, axis, partial
         return joined(axis.gather(part), layout)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Take this rank's part, of the sum where each rank has computed with its own."""
         if ctx.partial:
-            return ctx.axis.sum_parts(all_parts(gradient, ctx.layout, ctx.axis)), None, None, None
-        return own_part(gradient, ctx.layout, ctx.axis), None, None, None
+            ctx.axis.forget()
+            return total_in_parts(gradient, ctx.layout, ctx.axis), None, None, None
+        return part(gradient, ctx.layout, ctx.axis), None, None, None
 
 
 class _TotalInParts(Function):
     @staticmethod
-    def forward(ctx: Any, addend: Tensor, layout: Layout, axis: Axis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, addend: Tensor, layout: Layout, axis: Axis) -> Tensor:
+        """Add up and keep this rank's part."""
         ctx.layout, ctx.axis = layout, axis
         return axis.sum_parts(all_parts(addend, layout, axis))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return joined(ctx.axis.gather(gradient), ctx.layout), None, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Gather."""
+        return whole_for_parts(gradient, ctx.layout, ctx.axis), None, None
 
 
 class _Part(Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, layout: Layout, axis: Axis) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: Tensor, layout: Layout, axis: Axis) -> Tensor:
+        """Keep this rank's part."""
         ctx.layout, ctx.axis = layout, axis
         return own_part(tensor, layout, axis)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return joined(ctx.axis.gather(gradient), ctx.layout), None, None
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Gather."""
+        return whole(gradient, ctx.layout, ctx.axis), None, None

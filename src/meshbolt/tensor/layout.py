@@ -49,7 +49,7 @@ class Layout:
 
     def moved(self, dim: int) -> Layout:
         """Return the same split of another dim."""
-        return replace(self, dim=dim)
+        return self if dim == self.dim else Layout(dim, self.sections)
 
 
 def local_shape(shape: Sequence[int], layout: Layout, ranks: int) -> tuple[int, ...]:
@@ -66,7 +66,41 @@ def local_shape(shape: Sequence[int], layout: Layout, ranks: int) -> tuple[int, 
 
 def whole_shape(shape: Sequence[int], layout: Layout, ranks: int) -> tuple[int, ...]:
     """Return the shape of the whole, of which a part has this shape."""
-    return (*shape[: layout.dim], shape[layout.dim] * ranks, *shape[layout.dim + 1 :])
+    sizes = list(shape)
+    sizes[layout.dim] *= ranks
+    return tuple(sizes)
+
+
+def whole_strides(part: Sequence[int], strides: Sequence[int], layout: Layout, ranks: int) -> tuple[int, ...]:
+    """Return the strides of the whole, were it in memory as a part is: dims that lie outside of the split one are wider apart.
+
+    Of a split dim with one element a rank, torch may have forgotten where it lay; then it is taken to lie right inside of the
+    dim that has the same stride, as it does in views of a contiguous tensor.
+
+    Args:
+        part: shape of a rank's part.
+        strides: of that part.
+        layout: how the whole is split.
+        ranks: of the axis.
+    """
+    own = strides[layout.dim]
+    outside = [s > own or (s == own and dim != layout.dim and part[dim] > 1) for dim, s in enumerate(strides)]
+    return tuple(s * ranks if is_outside else s for s, is_outside in zip(strides, outside, strict=True))
+
+
+def dim_from_front(dim: int, dims: int) -> int:
+    """Return a dim, which may be counted from the back, counted from the front.
+
+    Args:
+        dim: as the caller of an operation wrote it.
+        dims: how many there are.
+
+    Raises:
+        SplitLostError: there is no such dim.
+    """
+    if not -dims <= dim < dims:
+        raise SplitLostError(f"there is no dim {dim} among {dims}")
+    return dim % dims
 
 
 def resolved_shape(shape: Sequence[int], wanted: Sequence[int]) -> tuple[int, ...]:
@@ -166,10 +200,12 @@ def narrowed(size: int, layout: Layout, start: int, length: int, ranks: int) -> 
         ranks: of the axis.
 
     Raises:
-        SplitLostError: the range is not of whole sections.
+        SplitLostError: the range is not of whole sections, or not in the dim.
     """
     if (start, length) == (0, size):
         return layout, 0, size // ranks
+    if start < 0 or start + length > size:
+        raise SplitLostError(f"there are no elements {start} to {start + length} in a dim of {size}")
     section = size // layout.sections
     if start % section or length % section or not length:
         step = math.gcd(math.gcd(start, length), size)

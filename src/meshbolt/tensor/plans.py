@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.tensor.families import KNOWN, Styles
 from meshbolt.tensor.setting import TensorParallel
 from meshbolt.tensor.styles import ParallelModule, check_heads, parallel_module
 
 TRACED = "traced"
 """Not a registered plan, but one that is found by looking at the forward."""
 
-Styles = Mapping[str, str]
-"""From module names to styles."""
+OWN_PLAN = "_tp_plan"
+"""The plan that a Hugging Face model brings, and the name under which it can be asked for."""
+
+Trace = Callable[[], tuple[Styles, Mapping[str, str]]]
+"""Finds styles by looking at a forward, and says why layers are left out."""
 
 _HEADS = ("num_heads", "n_head", "n_heads", "nhead", "num_attention_heads")
+_OUTPUTS = (
+    *("head", "lm_head", "output", "classifier", "decoder", "score", "embed_out", "fc_out", "output_projection"),
+    *("generator_lm_head", "vocab_projector"),
+)
 _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head")
 
 
@@ -58,83 +67,19 @@ class TensorPlan:
         return [*lines, *(f"{pattern}: whole, {reason}" for pattern, reason in reasons)]
 
 
-@dataclass(frozen=True)
-class Family:
-    """Layers that are found by the names of their children, wherever they stand.
-
-    Attributes:
-        children: paths of the layers inside of their common module, and their styles.
-        optional: likewise, of layers that some of the family do not have.
-    """
-
-    children: Styles
-    optional: Styles = field(default_factory=dict)
-
-    def styles_in(self, module: nn.Module) -> dict[str, str]:
-        """Return the styles of all layers of the family, by name in the module."""
-        found: dict[str, str] = {}
-        for name, child in module.named_modules():
-            layers = {path: _submodule(child, path) for path in self.children}
-            if not all(_is_layer(layer) for layer in layers.values()):
-                continue
-            prefix = f"{name}." if name else ""
-            found.update({prefix + path: style for path, style in self.children.items()})
-            found.update({prefix + p: s for p, s in self.optional.items() if _is_layer(_submodule(child, p))})
-        return found
-
-
-def _mlp(first: str, second: str, *more: str) -> Family:
-    return Family({first: "colwise", second: "rowwise", **dict.fromkeys(more, "colwise")})
-
-
-def _separate(query: str, key: str, value: str, out: str) -> Family:
-    return Family({query: "colwise", key: "colwise", value: "colwise", out: "rowwise"})
-
-
-FAMILIES: Mapping[str, tuple[Family, ...]] = MappingProxyType(
-    {
-        "byte_gpt": (
-            Family({"attention.qkv": "colwise/3", "attention.out": "rowwise", "widen": "colwise", "narrow": "rowwise"}),
-            Family({"tokens": "rowwise", "head": "colwise_gather", "blocks.0.attention.qkv": "colwise/3"}),
-        ),
-        "llama": (
-            _separate("q_proj", "k_proj", "v_proj", "o_proj"),
-            _mlp("gate_proj", "down_proj", "up_proj"),
-        ),
-        "gpt2": (
-            Family({"c_attn": "colwise/3", "c_proj": "rowwise"}),
-            _mlp("c_fc", "c_proj"),
-        ),
-        "bert": (
-            _separate("self.query", "self.key", "self.value", "output.dense"),
-            _mlp("intermediate.dense", "output.dense"),
-        ),
-        "vit": (
-            _separate("attention.query", "attention.key", "attention.value", "output.dense"),
-            _mlp("intermediate.dense", "output.dense"),
-            _separate("q_proj", "k_proj", "v_proj", "o_proj"),
-            Family({"qkv": "colwise/3", "proj": "rowwise"}),
-            _mlp("fc1", "fc2"),
-        ),
-        "transformer_layers": (
-            Family({"self_attn": "heads"}, {"multihead_attn": "heads"}),
-            _mlp("linear1", "linear2"),
-        ),
-    }
-)
-"""Registered plans."""
-
 _FROM_HUGGING_FACE = MappingProxyType(
     {
         "colwise": "colwise",
         "rowwise": "rowwise",
-        "colwise_rep": "colwise_gather",
-        "colwise_gather_output": "colwise_gather",
-        "embedding_rowwise": "rowwise",
-        "vocab_rowwise": "rowwise",
+        "colwise_rep": "colwise_gather?",
+        "colwise_gather_output": "colwise_gather?",
+        "embedding_rowwise": "rowwise?",
+        "vocab_rowwise": "rowwise?",
         "rowwise_split_input": "rowwise",
+        "rowwise_rep": "rowwise",
         "replicated_with_grad_allreduce": "replicate",
         "replicated": "replicate",
+        "replicate": "replicate",
         "sequence_parallel": "replicate",
     }
 )
@@ -145,7 +90,7 @@ def choose_plan(
     setting: TensorParallel,
     *,
     ranks: int,
-    trace: Callable[[], tuple[Styles, Mapping[str, str]]],
+    trace: Trace,
 ) -> TensorPlan:
     """Decide what is divided.
 
@@ -159,66 +104,119 @@ def choose_plan(
         ConfigError: the plan does not fit the module; names the pattern or the layer, and what would do.
         UnsupportedError: the model's own plan asks for what there is not.
     """
-    name, styles, left_out = _styles(module, setting, trace)
-    tied = _tied_to(module, styles)
+    chosen = _chosen(module, setting, trace)
+    _check_heads(module, chosen.styles, ranks)
+    left_out = dict(chosen.left_out)
     modules: dict[str, ParallelModule] = {}
     for path, child in module.named_modules():
-        style = styles.get(path)
+        style = chosen.styles.get(path)
         if style is None:
             continue
-        if setting.loss_parallel and style == "colwise_gather":
+        if style == "colwise_gather" and setting.loss_parallel and _is_head(path):
             style = "colwise"
-        if (entry := parallel_module(path, child, style, ranks=ranks)) is not None:
-            modules[path] = entry
-    if not modules:
+        try:
+            entry = parallel_module(path, child, style, ranks=ranks)
+        except ConfigError as error:
+            if path not in chosen.optional:
+                raise
+            left_out[path] = error.args[0].partition(". ")[0]
+            continue
+        if entry is not None:
+            modules[path] = _in_its_place(module, path, entry)
+    _settle_tied(module, modules, left_out, optional=chosen.optional)
+    if not any(path not in chosen.optional for path in modules):
         raise ConfigError(
-            f"tensor_parallel={ranks} found nothing to divide in {type(module).__name__} (plan {name!r}). Name its layers in "
-            "TensorParallel(plan={pattern: style}), or leave tensor_parallel out."
+            f"tensor_parallel={ranks} found nothing to divide in {type(module).__name__} (plan {chosen.name!r}). Name its layers "
+            "in TensorParallel(plan={pattern: style}), or leave tensor_parallel out."
         )
-    _check_tied(module, modules, tied)
-    _check_heads(module, modules, ranks)
-    if setting.loss_parallel and not any(styles.get(path) in ("colwise_gather",) for path in modules):
-        _check_head(module, modules)
-    return TensorPlan(name, modules, _sequence(setting), left_out)
+    if setting.loss_parallel:
+        _check_head(module, modules, left_out)
+    return TensorPlan(chosen.name, modules, setting.sequence_parallel is not False, left_out)
 
 
-def _sequence(setting: TensorParallel) -> bool:
-    return setting.sequence_parallel is not False
+@dataclass(frozen=True)
+class _Chosen:
+    """Styles before they are looked at one by one.
+
+    Attributes:
+        name: of the plan.
+        styles: by name of the module.
+        optional: names of modules that need not be divided.
+        left_out: names of modules that stay whole, and why.
+    """
+
+    name: str
+    styles: Styles
+    optional: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
-def _styles(
-    module: nn.Module, setting: TensorParallel, trace: Callable[[], tuple[Styles, Mapping[str, str]]]
-) -> tuple[str, Styles, Mapping[str, str]]:
+def _chosen(module: nn.Module, setting: TensorParallel, trace: Trace) -> _Chosen:
     plan = setting.plan
     if not isinstance(plan, str):
-        return "mapping", _matched(module, plan), {}
+        return _Chosen("mapping", _matched(module, plan))
     if plan == TRACED:
-        return plan, *trace()
-    if plan != "auto":
-        if plan not in FAMILIES:
+        return _traced(trace)
+    if plan == OWN_PLAN:
+        own = _own_plan(module)
+        if own is None:
             raise ConfigError(
-                f"There is no registered plan {plan!r}.{_did_you_mean(plan, FAMILIES)} Registered: {', '.join(FAMILIES)}; or give "
-                "a mapping from patterns of module names to styles, or 'auto'."
+                f"TensorParallel(plan={OWN_PLAN!r}) asks for the plan that a Hugging Face model brings, and "
+                f"{type(module).__name__} holds no model with one. Use 'auto', one of {', '.join(KNOWN)}, or a mapping."
             )
-        return plan, _registered(module, plan), {}
-    found = {name: styles for name in FAMILIES if (styles := _registered(module, name))}
-    if found:
-        merged: dict[str, str] = {}
-        for styles in found.values():
+        return _with_optional(f"the model's {OWN_PLAN}", own)
+    if plan != "auto":
+        if plan not in KNOWN:
+            raise ConfigError(
+                f"There is no registered plan {plan!r}.{_did_you_mean(plan, KNOWN)} Registered: {', '.join(KNOWN)}; or give "
+                f"a mapping from patterns of module names to styles, {OWN_PLAN!r} for what the model itself brings, or 'auto'."
+            )
+        return _with_optional(plan, KNOWN[plan].styles_in(module))
+    return _known(module) or _traced(trace)
+
+
+def _traced(trace: Trace) -> _Chosen:
+    styles, left_out = trace()
+    return _Chosen(TRACED, styles, left_out=left_out)
+
+
+def _known(module: nn.Module) -> _Chosen | None:
+    """Return what registered plans find, and what the model's own plan has besides; None for nothing."""
+    found = {name: styles for name, known in KNOWN.items() if (styles := known.styles_in(module))}
+    try:
+        own = _own_plan(module)
+    except UnsupportedError:
+        if not found:
+            raise
+        own = None  # a part of the model that stays whole
+    merged: dict[str, str] = {}
+    names = []
+    # The plan that knows most of the module comes first, and gives it its name.
+    for name, styles in sorted(found.items(), key=lambda item: -len(item[1])):
+        if styles.keys() - merged.keys():
+            names.append(name)
             merged = {**styles, **merged}
-        return " + ".join(found), merged, {}
-    if (own := _own_plan(module)) is not None:
-        return "the model's _tp_plan", own, {}
-    return TRACED, *trace()
+    if own and any(style != "replicate" for path, style in own.items() if path not in merged):
+        names.append(f"the model's {OWN_PLAN}")
+        merged = {**own, **merged}
+    return _with_optional(" + ".join(names), merged) if merged else None
 
 
-def _registered(module: nn.Module, name: str) -> dict[str, str]:
-    styles: dict[str, str] = {}
-    for family in FAMILIES[name]:
-        for path, style in family.styles_in(module).items():
-            styles.setdefault(path, style)
-    # A row-parallel layer alone would only cost time: it is the columns before it that bring something.
-    return styles if any(style.startswith(("colwise", "heads")) for style in styles.values()) else {}
+def _with_optional(name: str, styles: Styles) -> _Chosen:
+    plain = {path: style.removesuffix("?") for path, style in styles.items()}
+    return _Chosen(name, plain, frozenset(path for path, style in styles.items() if style.endswith("?")))
+
+
+def _in_its_place(module: nn.Module, path: str, entry: ParallelModule) -> ParallelModule:
+    """Return a parallel module whose sequence is where its surroundings have it: first, around attention without batch_first."""
+    if not entry.sums or entry.style == "heads":
+        return entry
+    while path:
+        path = path.rpartition(".")[0]
+        for child in module.get_submodule(path).modules():
+            if isinstance(child, nn.MultiheadAttention):
+                return entry if child.batch_first else replace(entry, sequence_dim=0)
+    return entry
 
 
 def _matched(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
@@ -274,8 +272,8 @@ def _translated(pattern: str, style: Any, model: nn.Module) -> str:
     known = _FROM_HUGGING_FACE.get(style)
     if known is None:
         raise UnsupportedError(
-            f"The _tp_plan of {type(model).__name__} gives {pattern!r} the style {style!r}, which is not supported. Give a plan of "
-            "your own, TensorParallel(plan={pattern: style}), that leaves such layers out."
+            f"The _tp_plan of {type(model).__name__} gives {pattern!r} the style {style!r}, which is not supported. Give a plan "
+            "of your own, TensorParallel(plan={pattern: style}), that leaves such layers out."
         )
     return known
 
@@ -285,44 +283,70 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
-def _tied_to(module: nn.Module, styles: Styles) -> dict[str, list[str]]:
-    """Return, by the name of a parameter's first place, all its places, for parameters in several modules."""
+def _settle_tied(
+    module: nn.Module, modules: dict[str, ParallelModule], left_out: dict[str, str], *, optional: frozenset[str]
+) -> None:
+    """Divide parameters that are in several modules in all of them alike, or in none."""
+    for names in _tied(module):
+        places = {name: _place(name, modules) for name in names}
+        layouts = {name: modules[at].layouts[key] if at else None for name, (at, key) in places.items()}
+        if len(set(layouts.values())) == 1:
+            continue
+        divided = {name: at for name, (at, _) in places.items() if at}
+        if all(name.endswith(".bias") for name in divided):
+            # A column-parallel layer takes its part of a whole bias in its forward.
+            for at in divided.values():
+                kept = {key: layout for key, layout in modules[at].layouts.items() if key != "bias"}
+                modules[at] = replace(modules[at], layouts=kept)
+            continue
+        if set(divided.values()) <= optional:
+            whole = next(name for name in names if name not in divided or layouts[name] != layouts[next(iter(divided))])
+            for at in divided.values():
+                del modules[at]
+                left_out[at] = f"its weight is also {whole}, which is not divided so"
+            continue
+        words = ", ".join(
+            f"{name} {'whole' if layout is None else f'by dim {layout.dim}'}" for name, layout in layouts.items()
+        )
+        raise ConfigError(
+            f"One parameter of {type(module).__name__} is in several modules, and the plan divides it differently: {words}. "
+            "Give all of them a style ('rowwise' for an Embedding goes with 'colwise_gather' for the head that shares its "
+            "weight), or none."
+        )
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """Return, for parameters in several modules, all their names."""
     places: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
-    return {names[0]: names for names in places.values() if len(names) > 1}
+    return [names for names in places.values() if len(names) > 1]
 
 
-def _check_tied(module: nn.Module, modules: Mapping[str, ParallelModule], tied: Mapping[str, list[str]]) -> None:
-    layouts = {f"{n}.{k}" if n else k: layout for n, entry in modules.items() for k, layout in entry.layouts.items()}
-    for names in tied.values():
-        found = {name: layouts.get(name) for name in names}
-        if len(set(found.values())) > 1:
-            words = ", ".join(
-                f"{name} {'whole' if lay is None else f'by dim {lay.dim}'}" for name, lay in found.items()
-            )
-            raise ConfigError(
-                f"One parameter of {type(module).__name__} is in several modules, and the plan divides it differently: {words}. "
-                "Give all of them a style ('rowwise' for an Embedding goes with 'colwise_gather' for the head that shares its "
-                "weight), or none."
-            )
+def _place(name: str, modules: Mapping[str, ParallelModule]) -> tuple[str, str]:
+    """Return the parallel module that divides a parameter, and the parameter's name in it; two empty strings for none."""
+    for at, entry in modules.items():
+        key = name[len(at) + 1 :] if at else name
+        if name.startswith(f"{at}." if at else "") and key in entry.layouts:
+            return at, key
+    return "", ""
 
 
-def _check_heads(module: nn.Module, modules: Mapping[str, ParallelModule], ranks: int) -> None:
+def _check_heads(module: nn.Module, styles: Styles, ranks: int) -> None:
     """Refuse attention whose heads the ranks do not divide, as far as modules say how many they have."""
-    looked_at: set[str] = set()
-    for name, entry in modules.items():
-        if entry.gathers or not entry.style.startswith("colwise"):
-            continue
-        owner = name.rpartition(".")[0]
-        if owner in looked_at:
-            continue
-        looked_at.add(owner)
+    owners = dict.fromkeys(path.rpartition(".")[0] for path, style in styles.items() if _leaves_heads_divided(style))
+    for owner in owners:
         parent = module.get_submodule(owner)
-        for names, what in ((_HEADS, "heads"), (_KEY_VALUE_HEADS, "key/value heads")):
-            heads = _number(parent, names)
-            if heads is not None and _is_attention(parent):
-                check_heads(owner, heads, ranks, what=what)
+        if not _is_attention(parent):
+            continue
+        counts = {"heads": _number(parent, _HEADS), "key/value heads": _number(parent, _KEY_VALUE_HEADS)}
+        known = {what: count for what, count in counts.items() if count}
+        for what, count in known.items():
+            check_heads(owner, count, ranks, what=what, fitting=math.gcd(*known.values()))
+
+
+def _leaves_heads_divided(style: str) -> bool:
+    return style.startswith("colwise") and not style.startswith("colwise_gather")
 
 
 def _number(module: nn.Module, names: Iterable[str]) -> int | None:
@@ -342,23 +366,15 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-def _check_head(module: nn.Module, modules: Mapping[str, ParallelModule]) -> None:
-    last = [name for name, entry in modules.items() if entry.style.startswith("colwise")]
-    if not last or not any(name.rpartition(".")[2] in ("head", "lm_head", "output", "classifier") for name in last):
-        raise ConfigError(
-            f"TensorParallel(loss_parallel=True) leaves logits divided by classes, and no head of {type(module).__name__} is in "
-            "the plan. Add it to the plan with the style 'colwise', or leave loss_parallel out."
-        )
+def _check_head(module: nn.Module, modules: Mapping[str, ParallelModule], left_out: Mapping[str, str]) -> None:
+    if any(_is_head(path) and entry.style.startswith("colwise") for path, entry in modules.items()):
+        return
+    reason = next((f" ({path} stays whole: {why})" for path, why in left_out.items() if _is_head(path)), "")
+    raise ConfigError(
+        f"TensorParallel(loss_parallel=True) leaves logits divided by classes, and no head of {type(module).__name__} is in the "
+        f"plan{reason}. Add it to a mapping with the style 'colwise', or leave loss_parallel out."
+    )
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        child = module._modules.get(part)
-        if child is None:
-            return None
-        module = child
-    return module
-
-
-def _is_layer(module: nn.Module | None) -> bool:
-    return module is not None and bool(module._parameters)
+def _is_head(path: str) -> bool:
+    return path.rpartition(".")[2] in _OUTPUTS

@@ -11,6 +11,8 @@ DTensor's dispatch costs a hundred, forward and backward: hence it stands here.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,11 +31,20 @@ Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 _RULES: dict[Any, Rule] = {}
 _PLACES = (torch, torch.Tensor, F, torch._C._nn, torch.special, torch.linalg)
-# Of torch's getters and the like, what the whole tensor answers.
+# What the whole tensor answers.
 _FACTS = frozenset(
     getattr(torch.Tensor, name)
-    for name in ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
-) | {torch.is_floating_point, torch.is_complex, torch.numel, torch.Tensor.__len__}
+    for name in (
+        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex"),
+        *("is_signed", "get_device", "__len__"),
+    )
+) | {torch.is_floating_point, torch.is_complex, torch.is_signed, torch.numel}
+# Attributes that this rank's part answers; a gradient's history is the part's.
+_OF_PART = frozenset(("grad_fn", "is_leaf", "requires_grad", "retains_grad", "_version", "output_nr"))
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+# Names that torch takes from numpy's users.
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x2": "other"}
+_OTHER_NAMES = _NUMPY_NAMES.keys() | {"input", "out"}
 
 
 class SplitTensor(torch.Tensor):
@@ -44,14 +55,19 @@ class SplitTensor(torch.Tensor):
         division: which dim is split, and how.
         axis: the ranks that hold the parts.
         sequence_dim: of a parameter, the dim of a layer's output that is to be left split, None for none.
+        samples: of a parameter whose layer flattens its input, the number of sequences in that.
+        along_sequence: of an activation, it is split for sequence parallelism only: each rank could have the whole as well.
         sources: names of the layers it comes from, where a module is being looked at.
     """
 
     local: Tensor
+    _shape: torch.Size
     division: Layout
     axis: Axis
-    sequence_dim: int | None
-    sources: frozenset[str]
+    sequence_dim: int | None = None
+    samples: int = 1
+    along_sequence: bool = False
+    sources: frozenset[str] = frozenset()
 
     @staticmethod
     def __new__(
@@ -61,6 +77,8 @@ class SplitTensor(torch.Tensor):
         axis: Axis,
         *,
         sequence_dim: int | None = None,
+        samples: int = 1,
+        along_sequence: bool = False,
         sources: frozenset[str] = frozenset(),
     ) -> SplitTensor:
         """Stand for the whole of which this rank has a part.
@@ -70,40 +88,84 @@ class SplitTensor(torch.Tensor):
             layout: of the whole.
             axis: the ranks.
             sequence_dim: as the attribute.
+            samples: as the attribute.
+            along_sequence: as the attribute.
             sources: as the attribute.
         """
+        shape = torch.Size(whole_shape(local.shape, layout, axis.size))
         made: SplitTensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            whole_shape(local.shape, layout, axis.size),
+            shape,
             dtype=local.dtype,
             device=local.device,
             requires_grad=local.requires_grad,
         )
-        made.local, made.division, made.axis = local, layout, axis
-        made.sequence_dim, made.sources = sequence_dim, sources
+        made.local, made.division, made.axis, made._shape = local, layout, axis, shape
+        # Most are activations, for which the class says the rest.
+        if sequence_dim is not None:
+            made.sequence_dim, made.samples = sequence_dim, samples
+        if along_sequence:
+            made.along_sequence = True
+        if sources:
+            made.sources = sources
         return made
 
-    def __repr__(self, *_: Any, **__: Any) -> str:
+    # What is asked most often is answered without a way through torch.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """The whole's."""
+        return self._shape
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        """How many dims there are."""
+        return len(self._shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """The part's, and the whole's."""
+        return self.local.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the part is."""
+        return self.local.device
+
+    def dim(self) -> int:
+        """Return how many dims there are."""
+        return len(self._shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the whole's shape, or its size along a dim."""
+        return self._shape if dim is None else self._shape[dim]
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Return what is where."""
         return f"SplitTensor({tuple(self.shape)}, {self.division} over {self.axis.size} ranks, local={self.local!r})"
+
+    def __format__(self, specification: str) -> str:
+        """Return what is where: whoever prints on one rank must not wait for the others."""
+        return format(repr(self), specification)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do on parts what a function of torch is to do on wholes."""
         given = kwargs or {}
+        _refuse_strays(args)
         rule = _RULES.get(func)
-        if rule is not None:
-            try:
-                result = rule(func, args, given)
-            except SplitLostError as failure:
-                return _on_wholes(func, args, given, failure)
-            return result if not _NOTED else _with_all_sources(result, args, given)
-        if func in _FACTS or getattr(func, "__name__", "") == "__get__":
-            return _fact(func, args, given)
-        return _on_wholes(func, args, given, SplitLostError("it is not among the operations that keep a split"))
+        if rule is None:
+            return _without_rule(func, args, given)
+        try:
+            if given and not _OTHER_NAMES.isdisjoint(given):
+                args, given = _usual_names(args, given)
+            result = rule(func, args, given)
+        except SplitLostError as failure:
+            return _on_wholes(func, args, given, failure)
+        return result if not _NOTED else _with_all_sources(result, args, given)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse what reaches a tensor past torch's functions."""
         raise UnsupportedError(
             f"{func} reached an activation that is split over tensor-parallel ranks by a way that cannot be followed, such as a "
@@ -121,7 +183,8 @@ def rule(*names: str, also: Iterable[Any] = ()) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for name in names:
-            found = [getattr(place, name) for place in _PLACES if callable(getattr(place, name, None))]
+            places = (torch.Tensor,) if name.startswith("__") else _PLACES
+            found = [getattr(place, name) for place in places if callable(getattr(place, name, None))]
             if not found:
                 raise AssertionError(f"torch has no {name}.")
             _RULES.update(dict.fromkeys(found, function))
@@ -148,34 +211,113 @@ def like(
         of: what else it was computed from.
     """
     sources = split.sources.union(*(other.sources for other in of)) if split.sources else split.sources
-    return SplitTensor(local, layout or split.division, split.axis, sources=sources)
+    kept = layout or split.division
+    return SplitTensor(local, kept, split.axis, along_sequence=split.along_sequence, sources=sources)
 
 
 def gathered(value: Any) -> Any:
     """Return a value with whole tensors in the place of split ones, for what every rank computes alike."""
     if isinstance(value, SplitTensor):
+        _refuse_strays((value,))
         return whole(value.local, value.division, value.axis)
     if isinstance(value, Tensor):
         return value
     return tree_map_only(SplitTensor, gathered, value)
 
 
-def _fact(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments by their names.
+
+    Args:
+        names: of a function's parameters, in their order.
+        args: given by place.
+        kwargs: given by name.
+
+    Raises:
+        SplitLostError: there are others.
+    """
+    found = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or any(key not in names or key in found for key in kwargs):
+        raise SplitLostError("its arguments are written in a way that is not followed")
+    found.update(kwargs)
+    return found
+
+
+def _usual_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments as they are called in torch, with the first one in its place."""
+    if kwargs.get("out") is not None:
+        raise SplitLostError("it writes into a tensor that it is given")
+    kwargs = {_NUMPY_NAMES.get(key, key): value for key, value in kwargs.items() if key != "out"}
+    if not args and "input" in kwargs and "condition" not in kwargs:
+        args = (kwargs.pop("input"),)
+    return args, kwargs
+
+
+def _refuse_strays(operands: Iterable[Any]) -> None:
+    """Refuse tensors that are handed to a torch.autograd.Function, or come out of one: its gradients would not reach the parts.
+
+    Inside of such a function nothing that is computed has a history, and gradients are disabled.
+    """
+    graded = torch.is_grad_enabled()
+    for value in operands:
+        if type(value) is SplitTensor and value.local.requires_grad is not graded:
+            lost = _came_out_of_function(value) if graded else _is_inside_function()
+            if lost:
+                raise UnsupportedError(
+                    f"A tensor of shape {tuple(value.shape)}, split over tensor-parallel ranks, was handed to a "
+                    "torch.autograd.Function, which cannot be followed. Leave the layers around it out of the plan of "
+                    "TensorParallel."
+                )
+
+
+def _came_out_of_function(value: SplitTensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return value.grad_fn is not None
+
+
+def _is_inside_function() -> bool:
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        if frame.f_code is _APPLY:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _without_rule(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        return _attribute(func, args, kwargs)
+    if name in ("__set__", "__delete__") and isinstance(args[0], SplitTensor):
+        raise UnsupportedError(
+            f"{getattr(func.__self__, '__name__', 'An attribute')!r} of an activation that is split over tensor-parallel ranks "
+            "was written to. Leave the layers around it out of the plan of TensorParallel."
+        )
+    if func in _FACTS:
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+    return _on_wholes(func, args, kwargs, SplitLostError("it is not among the operations that keep a split"))
+
+
+def _attribute(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     name = getattr(getattr(func, "__self__", None), "__name__", "")
-    if name in ("grad_fn", "is_leaf", "requires_grad"):
-        return getattr(args[0].local, name)
-    if name in ("data", "T", "mT", "H", "mH", "real", "imag", "grad"):
-        if name in ("T", "mT"):
-            return args[0].transpose(-2, -1)
-        return _on_wholes(func, args, kwargs, SplitLostError("it is not among the operations that keep a split"))
+    split = args[0]
+    if name in _OF_PART:
+        return getattr(split.local, name)
+    if name in ("T", "H", "mT", "mH"):
+        if (name in ("T", "H") and split.dim() != 2) or (name in ("H", "mH") and split.is_complex()):
+            return _on_wholes(func, args, kwargs, SplitLostError("it is not among the operations that keep a split"))
+        return split.transpose(-2, -1)
+    if name in ("data", "real", "imag", "grad"):
+        found = getattr(split.local, name)
+        return None if found is None else like(split, found)
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
 
 
 def _on_wholes(func: Any, args: Any, kwargs: Mapping[str, Any], failure: SplitLostError) -> Any:
     name = getattr(func, "__name__", str(func))
-    written = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-    if (written and args and isinstance(args[0], SplitTensor)) or isinstance(kwargs.get("out"), Tensor):
+    if _writes_into_split(func, name, args, kwargs):
         raise UnsupportedError(
             f"{name} writes into an activation that is split over tensor-parallel ranks, which cannot be done: {failure}. Write "
             f"the operation without changing its input, or leave the layers around it out of the plan of TensorParallel."
@@ -183,6 +325,26 @@ def _on_wholes(func: Any, args: Any, kwargs: Mapping[str, Any], failure: SplitLo
     splits = splits_in(args, kwargs)
     splits[0].axis.report(name, failure, splits)
     return func(*gathered(tuple(args)), **gathered(dict(kwargs)))
+
+
+def _writes_into_split(func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a split tensor would have to be changed, or watched: a gathered one is another tensor."""
+    first = args[0] if args else kwargs.get("input")
+    if splits_in(kwargs.get("out")):
+        return True
+    if not isinstance(first, SplitTensor):
+        return False
+    written = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+    return written or name == "register_post_accumulate_grad_hook" or _asks_in_place(func, args, kwargs)
+
+
+def _asks_in_place(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    if getattr(func, "__module__", None) != F.__name__:
+        return bool(kwargs.get("inplace"))
+    try:
+        return bool(inspect.signature(func).bind(*args, **kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError):
+        return False
 
 
 _NOTED: list[None] = []

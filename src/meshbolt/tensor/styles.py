@@ -78,9 +78,10 @@ def _of_kind(module: nn.Module, style: str, sections: int) -> ParallelModule | N
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module) if style == "heads" else None
     if isinstance(module, nn.Embedding):
-        return (
-            ParallelModule("rowwise", {"weight": Layout(0)}, sums=True) if (style, sections) == ("rowwise", 1) else None
-        )
+        reads_rows_only = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        if (style, sections) != ("rowwise", 1) or not reads_rows_only:
+            return None
+        return ParallelModule("rowwise", {"weight": Layout(0)}, sums=True)
     outputs = 0 if isinstance(module, nn.Linear) else 1 if is_conv1d(module) else None
     if outputs is None or style == "heads":
         return None
@@ -99,9 +100,8 @@ def _attention(module: nn.MultiheadAttention) -> ParallelModule | None:
     projections = {"in_proj_weight": Layout(0, 3), "in_proj_bias": Layout(0, 3)}
     projections |= {f"{letter}_proj_weight": Layout(0) for letter in "qkv"}
     own = {key: layout for key, layout in projections.items() if getattr(module, key) is not None}
-    return ParallelModule(
-        "heads", {**own, "out_proj.weight": Layout(1)}, sums=True, sequence_dim=1 if module.batch_first else 0
-    )
+    # torch's function has the sequence first, also where the module's inputs have the batch first.
+    return ParallelModule("heads", {**own, "out_proj.weight": Layout(1)}, sums=True, sequence_dim=0)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -110,12 +110,27 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(weight, "ndim", 0) == 2
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer that can be divided by outputs or inputs."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def width_in(layer: nn.Module) -> int:
+    """Return the number of inputs of a linear layer."""
+    return layer.get_parameter("weight").shape[0 if is_conv1d(layer) else 1]
+
+
+def width_out(layer: nn.Module) -> int:
+    """Return the number of outputs of a linear layer."""
+    return layer.get_parameter("weight").shape[1 if is_conv1d(layer) else 0]
+
+
 def _fitting(module: nn.Module) -> str:
     if isinstance(module, nn.MultiheadAttention):
         return "Use 'heads', which needs a MultiheadAttention without add_bias_kv and add_zero_attn."
     if isinstance(module, nn.Embedding):
-        return "Use 'rowwise' for an Embedding."
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "Use 'rowwise' for an Embedding, which needs one without max_norm, scale_grad_by_freq and sparse."
+    if is_linear(module):
         return "Use 'colwise', 'colwise_gather' or 'rowwise'."
     return "Styles are for Linear, Embedding, MultiheadAttention and GPT-2's Conv1D: name the layers inside of it."
 
@@ -134,16 +149,24 @@ def _check_divides(name: str, module: nn.Module, key: str, layout: Layout, ranks
         )
 
 
-def check_heads(name: str, heads: int, ranks: int, *, what: str = "heads") -> None:
+def check_heads(name: str, heads: int, ranks: int, *, what: str = "heads", fitting: int | None = None) -> None:
     """Refuse attention whose heads the ranks do not divide.
+
+    Args:
+        name: of the attention.
+        heads: how many it has.
+        ranks: that are to share them.
+        what: kind of heads, for the message.
+        fitting: a number whose divisors are numbers of ranks that would do; None: `heads`.
 
     Raises:
         ConfigError: they do not.
     """
     if heads % ranks:
         raise ConfigError(
-            f"{name!r} has {heads} {what}, which {ranks} ranks cannot share evenly. Use tensor_parallel={divisors(heads)}, "
-            f"give it a multiple of {ranks} {what}, or leave it out of the plan ('replicate')."
+            f"{name!r} has {heads} {what}, which {ranks} ranks cannot share evenly. Use "
+            f"tensor_parallel={divisors(fitting or heads)}, give it a multiple of {ranks} {what}, or leave it out of the plan "
+            "('replicate')."
         )
 
 

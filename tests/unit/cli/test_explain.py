@@ -65,6 +65,18 @@ def test_the_tables_show_values_and_where_they_are_from(config: Path, capsys: py
     assert "trainer.devices" not in given, "what the plan tells is not told twice"
 
 
+def test_a_mapping_takes_a_line_for_each_of_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    setting = "{size: 2, plan: {b.*.up: colwise, b.*.down: rowwise}}"
+    mesh = f"{{class_path: meshbolt.MeshStrategy, init_args: {{tensor_parallel: {setting}}}}}"
+    path.write_text(f"trainer: {{strategy: {mesh}, accelerator: cpu, devices: 2}}")
+    assert run(["explain", str(path)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    at = next(index for index, line in enumerate(lines) if line.startswith("tensor_parallel.plan"))
+    assert lines[at].startswith("tensor_parallel.plan b.*.up: colwise ")
+    assert lines[at + 1] == "b.*.down: rowwise"
+
+
 def test_json_says_the_same_to_programs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["explain", str(config), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

@@ -52,6 +52,26 @@ def test_a_plain_value_and_a_field_are_both_traced_to_where_they_stand(plan: Any
     assert rows["mesh.dp_shard"].origin == "follows from world_size and zero"
 
 
+def test_tensor_parallelism_is_traced_in_all_forms_that_it_is_written_in(plan: Any) -> None:
+    preset = plan(strategy="tensor_parallel", devices="4", num_nodes="2")
+    assert preset["tensor_parallel.size"][1:] == ("node", "preset tensor_parallel, f: trainer.strategy")
+    assert preset["zero.stage"][1:] == (0, "preset tensor_parallel, f: trainer.strategy")
+    assert (preset["mesh.dp_replicate"].value, preset["mesh.tp"].value) == (2, 4)
+    assert preset["mesh.tp"].origin == "follows from world_size, zero and tensor_parallel"
+
+    written = "f: trainer.strategy.init_args.tensor_parallel"
+    number = plan(strategy=MESH % "tensor_parallel: 2", devices="4")
+    assert number["tensor_parallel.size"][1:] == (2, written)
+    fields = plan(strategy=MESH % "tensor_parallel: {size: 2, plan: {a.*: colwise}}", devices="4")
+    assert fields["tensor_parallel.size"][1:] == (2, f"{written}.size")
+    assert fields["tensor_parallel.plan"][1:] == ({"a.*": "colwise"}, f"{written}.plan")
+    kind = "{class_path: meshbolt.TensorParallel, init_args: {size: 2, loss_parallel: true}}"
+    of_class = plan(strategy=MESH % f"tensor_parallel: {kind}", devices="4")
+    assert of_class["tensor_parallel.loss_parallel"][1:] == (True, f"{written}.init_args.loss_parallel")
+    assert of_class["tensor_parallel.plan"][1:] == ("auto", "default")
+    assert [rows["mesh.tp"].value for rows in (number, fields, of_class)] == [2, 2, 2]
+
+
 def test_a_setting_beside_a_plain_one_is_the_default(plan: Any) -> None:
     rows = plan(strategy=MESH % "zero: 1")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshbolt import Recompute, Zero
+from meshbolt import Recompute, TensorParallel, Zero
 from meshbolt.config import Settings
 from meshbolt.errors import ConfigError, UnsupportedError
 
@@ -20,6 +20,14 @@ DEFAULTS = {
 def test_plain_values_and_their_dataclasses_are_the_same():
     plain = Settings.from_arguments(**{**DEFAULTS, "zero": 2, "recompute": "full"})
     assert plain == Settings.from_arguments(**{**DEFAULTS, "zero": Zero(stage=2), "recompute": Recompute("full")})
+    sizes = [Settings.from_arguments(**{**DEFAULTS, "tensor_parallel": value}) for value in (2, TensorParallel(2))]
+    assert sizes[0] == sizes[1]
+
+
+def test_what_is_written_is_what_was_given():
+    for given in (2, "node", TensorParallel(2, plan={"a": "colwise"})):
+        settings = Settings.from_arguments(**{**DEFAULTS, "tensor_parallel": given})
+        assert settings.written() == {"zero": "3", "tensor_parallel": repr(given)}
 
 
 @pytest.mark.parametrize("asked", [{"pipeline_parallel": 4}, {"offload": "cpu"}])

@@ -5,122 +5,145 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import enter, own_part, part
-from meshbolt.tensor.layout import Layout, SplitLostError
-from meshbolt.tensor.split import SplitTensor, gathered, like, rule
+from meshbolt.tensor.layout import Layout, SplitLostError, whole_shape, whole_strides
+from meshbolt.tensor.split import SplitTensor, gathered, like, named, rule
+
+_OF_ELEMENTS = """
+abs absolute neg negative positive sign sgn square reciprocal exp exp2 expm1 log
+log1p log2 log10 sqrt rsqrt sin cos tan asin acos atan sinh cosh tanh sigmoid
+erf erfc erfinv logit relu gelu silu elu selu celu leaky_relu mish softplus
+hardtanh relu6 hardswish hardsigmoid hardshrink softshrink logsigmoid softsign tanhshrink
+threshold clamp clamp_min clamp_max clip nan_to_num isnan isinf isfinite isclose round
+floor ceil trunc fix frac angle conj resolve_conj resolve_neg
+add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow
+maximum minimum fmax fmin rsub atan2 hypot logaddexp xlogy copysign
+masked_fill addcmul addcdiv lerp eq ne lt le gt ge greater less not_equal
+logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_xor bitwise_not
+__pow__ __eq__ __ne__ __radd__ __rsub__ __rmul__ __rdiv__ __rtruediv__ __rpow__
+__floordiv__ __rfloordiv__ __rmod__ __and__ __or__ __xor__ __invert__
+contiguous clone detach float double half bfloat16 bool long int cpu cuda
+"""
+_IN_PLACE = """
+add_ sub_ mul_ div_ neg_ pow_ clamp_ clamp_min_ clamp_max_ masked_fill_ relu_ sigmoid_
+tanh_ exp_ sqrt_ rsqrt_ square_ abs_ zero_ fill_ copy_ addcmul_ addcdiv_ lerp_
+silu_ leaky_relu_ elu_ hardtanh_ celu_ selu_ logical_not_ floor_divide_ remainder_
+__iadd__ __isub__ __imul__ __itruediv__ __idiv__ __ipow__ __ifloordiv__ __imod__
+__iand__ __ior__ __ixor__
+"""
 
 
-@rule(
-    *(
-        "abs",
-        "neg",
-        "exp",
-        "exp2",
-        "expm1",
-        "log",
-        "log1p",
-        "log2",
-        "sqrt",
-        "rsqrt",
-        "reciprocal",
-        "sin",
-        "cos",
-        "tanh",
-    ),
-    *(
-        "sigmoid",
-        "erf",
-        "sign",
-        "square",
-        "relu",
-        "gelu",
-        "silu",
-        "elu",
-        "selu",
-        "celu",
-        "leaky_relu",
-        "mish",
-        "softplus",
-    ),
-    *(
-        "hardtanh",
-        "relu6",
-        "hardswish",
-        "hardsigmoid",
-        "logsigmoid",
-        "softsign",
-        "tanhshrink",
-        "clamp",
-        "clip",
-        "nan_to_num",
-    ),
-    *(
-        "isnan",
-        "isinf",
-        "isfinite",
-        "logical_not",
-        "round",
-        "floor",
-        "ceil",
-        "trunc",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-    ),
-    *("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "pow", "maximum", "minimum", "rsub"),
-    *(
-        "where",
-        "masked_fill",
-        "addcmul",
-        "addcdiv",
-        "lerp",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "logical_and",
-        "logical_or",
-    ),
-    *("__radd__", "__rsub__", "__rmul__", "__rdiv__", "__rtruediv__", "__rpow__", "__and__", "__or__", "__invert__"),
-    *("contiguous", "clone", "detach", "float", "double", "half", "bfloat16", "bool", "empty_like"),
-    also=(torch.Tensor.__pos__,),
-)
+@rule(*_OF_ELEMENTS.split())
 def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Apply the function to the parts."""
+    if not kwargs and len(args) <= 2 and (result := _simply(func, *args)) is not None:
+        return result
     split, local_args, local_kwargs = parts_of(args, kwargs)
-    return _wrapped(split, func(*local_args, **local_kwargs))
+    result = func(*local_args, **local_kwargs)
+    if result is split.local:
+        return split  # changed in place
+    return like(split, result, split.division.moved(result.dim() - split.dim() + split.division.dim))
 
 
-@rule("to", "type_as")
+def _simply(func: Any, first: Any, second: Any = None) -> SplitTensor | None:
+    """Return the result for the operands that most calls have, in less time; None for others."""
+    if type(first) is not SplitTensor:
+        return None
+    if second is None:
+        local = func(first.local)
+    elif type(second) is SplitTensor:
+        alike = first.division == second.division and first._shape == second._shape
+        if not alike or first.along_sequence != second.along_sequence:
+            return None
+        local = func(first.local, second.local)
+    elif isinstance(second, Tensor):
+        if second.dim() > first.dim():
+            return None
+        local = func(first.local, *_cut_all([second], first, first.dim() - first.division.dim))
+    else:
+        local = func(first.local, second)
+    return like(first, local)
+
+
+@rule("where")
+def where(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Choose element by element."""
+    if len(args) + len(kwargs) < 3:
+        raise SplitLostError("it asks for the places that are not zero")
+    return elementwise(func, args, kwargs)
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a tensor that is split like another."""
+    if kwargs.get("requires_grad"):
+        raise SplitLostError("its result would have a gradient of its own")
+    return elementwise(func, args, kwargs)
+
+
+@rule("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor")
+def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a whole tensor, of the same dtype where the split one is."""
+    split, *others = args
+    if not isinstance(split, SplitTensor) or any(
+        isinstance(value, SplitTensor) for value in [*others, *kwargs.values()]
+    ):
+        raise SplitLostError("it is made of a split one")
+    return func(split.local, *others, **kwargs)
+
+
+@rule("to", "type_as", "type")
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take another dtype or device, or those of another tensor."""
-    first, *others = args
-    others = [other.local if isinstance(other, SplitTensor) else other for other in others]
-    if not isinstance(first, SplitTensor):
-        return func(first, *others, **kwargs)
-    return like(first, func(first.local, *others, **kwargs))
+    first = args[0]
+    args = tuple(value.local if isinstance(value, SplitTensor) else value for value in args)
+    kwargs = {key: value.local if isinstance(value, SplitTensor) else value for key, value in kwargs.items()}
+    result = func(*args, **kwargs)
+    return like(first, result) if isinstance(first, SplitTensor) and isinstance(result, Tensor) else result
 
 
-@rule(
-    *("add_", "sub_", "mul_", "div_", "neg_", "clamp_", "masked_fill_", "relu_", "sigmoid_", "tanh_", "exp_", "pow_"),
-    *("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"),
-)
+@rule("is_contiguous", "stride")
+def in_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Say how the whole would lie in memory."""
+    split = args[0]
+    if func is torch.Tensor.is_contiguous:
+        return func(split.local, *args[1:], **kwargs)
+    strides = whole_strides(split.local.shape, split.local.stride(), split.division, split.axis.size)
+    dim = named(("self", "dim"), args, kwargs).get("dim")
+    return strides if dim is None else strides[dim]
+
+
+@rule("register_hook", "retain_grad")
+def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Watch the gradient, which is split as the tensor is."""
+    split = args[0]
+    if func is torch.Tensor.retain_grad:
+        return split.local.retain_grad()
+    hook = named(("self", "hook"), args, kwargs)["hook"]
+
+    def on_part(gradient: Tensor) -> Any:
+        changed = hook(like(split, gradient))
+        if changed is None or isinstance(changed, SplitTensor):
+            return None if changed is None else changed.local
+        return own_part(changed, split.division, split.axis)
+
+    return split.local.register_hook(on_part)
+
+
+@rule(*_IN_PLACE.split())
 def in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Change the part of the first operand."""
     target = args[0]
     if not isinstance(target, SplitTensor):
-        return func(*gathered(args), **gathered(kwargs))
+        raise SplitLostError("it writes what is split into a whole tensor")
     split, local_args, local_kwargs = parts_of(args, kwargs)
     if split is not target:
         raise SplitLostError("its operands are split differently")
-    changed = func(*local_args, **local_kwargs)
-    if changed.shape != target.local.shape:
-        raise AssertionError("An operation in place has changed a shape.")
-    target.local = changed
+    target.local = func(*local_args, **local_kwargs)
     return target
 
 
@@ -135,10 +158,12 @@ def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SplitTensor
     """
     operands = [*args, *kwargs.values()]
     splits = [value for value in operands if isinstance(value, SplitTensor)]
-    first = max(splits, key=lambda split: split.dim())
+    first = max(splits, key=SplitTensor.dim)
     behind = first.dim() - first.division.dim
     for other in splits:
         if (other.dim() - other.division.dim, other.division.sections) != (behind, first.division.sections):
+            if any(split.along_sequence for split in splits):
+                return parts_of(*_whole_sequences(args, kwargs, splits))
             raise SplitLostError(f"its operands are split differently, {first.division} and {other.division}")
         if other.shape[other.division.dim] != first.shape[first.division.dim]:
             raise SplitLostError("its operands have different sizes at the split dim")
@@ -153,53 +178,78 @@ def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SplitTensor
     return first, [local(value) for value in args], {key: local(value) for key, value in kwargs.items()}
 
 
+def _whole_sequences(args: Any, kwargs: Any, splits: list[SplitTensor]) -> tuple[Any, Any]:
+    """Return the arguments with one split left: what is split along the sequence gives way to what is split otherwise."""
+    kept = min(splits, key=lambda split: split.along_sequence)
+
+    def changed(value: Any) -> Any:
+        gives_way = isinstance(value, SplitTensor) and value.along_sequence and value is not kept
+        return gathered(value) if gives_way else value
+
+    return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
+
+
 def _cut_all(plain: list[Tensor], first: SplitTensor, behind: int) -> list[Tensor]:
-    if first.dim() < max(tensor.dim() for tensor in plain) and any(
-        tensor.dim() > first.dim() and first.division.dim != first.dim() - behind for tensor in plain
-    ):
-        raise SplitLostError("an operand has more dims")
-    has_dim = [tensor.dim() >= behind and tensor.shape[tensor.dim() - behind] != 1 for tensor in plain]
-    for tensor, has in zip(plain, has_dim, strict=True):
-        if has and tensor.shape[tensor.dim() - behind] != first.shape[first.division.dim]:
-            raise RuntimeError(
-                f"Tensors of the shapes {tuple(first.shape)} and {tuple(tensor.shape)} cannot be broadcast together."
-            )
-    if not first.axis.exchanges and any(has and t.requires_grad for t, has in zip(plain, has_dim, strict=True)):
-        raise SplitLostError("it meets a whole tensor that has a gradient")
-    shared = iter(enter(first.axis, *(t for t, has in zip(plain, has_dim, strict=True) if not has)))
-    return [
-        part(tensor, Layout(tensor.dim() - behind, first.division.sections), first.axis) if has else next(shared)
-        for tensor, has in zip(plain, has_dim, strict=True)
-    ]
+    size, sections, axis = first.shape[first.division.dim], first.division.sections, first.axis
+    cut: list[Tensor] = []
+    shared: list[int] = []
+    for place, tensor in enumerate(plain):
+        dim = tensor.dim() - behind
+        if dim < 0 or tensor.shape[dim] == 1:
+            shared.append(place)
+        elif tensor.shape[dim] != size:
+            raise SplitLostError("its operands have different sizes at the split dim")
+        elif tensor.requires_grad and not axis.exchanges:
+            raise SplitLostError("it meets a whole tensor that has a gradient")
+        else:
+            tensor = part(tensor, Layout(dim, sections), axis)
+        cut.append(tensor)
+    for place, entered in zip(shared, enter(axis, *(plain[place] for place in shared)), strict=True):
+        cut[place] = entered
+    return cut
 
 
-def _wrapped(split: SplitTensor, result: Any) -> Any:
-    dim = result.dim() - (split.dim() - split.division.dim)
-    return like(split, result, split.division.moved(dim))
-
-
-@rule("dropout", "dropout_", "feature_alpha_dropout_", "alpha_dropout_")
+@rule("dropout")
 def dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Drop what one process would drop: the mask is drawn for the whole tensor, on every rank from the same random state."""
-    if getattr(func, "__name__", "") != "dropout":
-        raise SplitLostError("only dropout() keeps a split")
-    named = dict(zip(("input", "p", "training", "inplace"), args, strict=False)) | kwargs
-    split: SplitTensor = named["input"]
-    probability = named.get("p", 0.5)
-    if func is torch.dropout and "train" in named:
-        named["training"] = named["train"]
-    if not named.get("training", True) or probability == 0:
+    """Drop what one process would drop: the mask is drawn for the whole tensor, on every rank from the same random state.
+
+    Of a turned tensor with one element a rank along the split dim, it may be another process's mask, as good as any: torch
+    draws in the order of memory, which the part does not tell then (`whole_strides`).
+    """
+    names = ("input", "p", "training", "inplace") if func is F.dropout else ("input", "p", "train")
+    given = named(names, args, kwargs)
+    split, probability = given["input"], given.get("p", 0.5)
+    if not isinstance(split, SplitTensor) or not 0 <= probability <= 1:
+        raise SplitLostError("its arguments are not a tensor and a probability")
+    if not given.get("training", given.get("train", True)) or probability == 0:
         return split
-    return like(split, split.local * drawn_noise(split, probability))
+    noise = drawn_noise(split.local, split.division, split.axis, probability)
+    if given.get("inplace"):
+        split.local.mul_(noise)
+        return split
+    return like(split, split.local * noise)
 
 
-def drawn_noise(split: SplitTensor, probability: float) -> Tensor:
-    """Return this rank's part of what dropout multiplies a tensor with."""
-    if probability >= 1:
-        return torch.zeros_like(split.local)
-    order = sorted(range(split.dim()), key=lambda dim: -split.local.stride(dim))
-    noise = split.local.new_empty([split.shape[dim] for dim in order])
-    # In the order of memory, in which torch draws.
-    noise = noise.permute([order.index(dim) for dim in range(split.dim())])
-    noise.bernoulli_(1 - probability).div_(1 - probability)
-    return own_part(noise, split.division, split.axis)
+def drawn_noise(local: Tensor, layout: Layout, axis: Axis, probability: float) -> Tensor:
+    """Return this rank's part of what dropout multiplies a whole tensor with.
+
+    Args:
+        local: this rank's part of the tensor.
+        layout: of the whole.
+        axis: the ranks.
+        probability: of being dropped.
+    """
+    shape = whole_shape(local.shape, layout, axis.size)
+    strides = whole_strides(local.shape, local.stride(), layout, axis.size)
+    # Drawn is in the order of memory, which torch knows for its own copies of a tensor.
+    strides = torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+    noise = torch.empty_strided(shape, strides, dtype=local.dtype, device=local.device)
+    if probability == 1:
+        noise.zero_()
+    elif noise.is_cuda:
+        # There, torch draws in a way of its own.
+        kept = torch.native_dropout(noise.zero_(), probability, True)[1]
+        return own_part(kept, layout, axis).to(noise.dtype).div_(1 - probability)
+    else:
+        noise.bernoulli_(1 - probability).div_(1 - probability)
+    return own_part(noise, layout, axis)

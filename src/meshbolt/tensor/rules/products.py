@@ -2,7 +2,7 @@
 
 | operands | what it is | forward | backward |
 |---|---|---|---|
-| whole times a weight split by columns (outputs) | column-parallel layer | nothing | sum, once for all layers that read the same |
+| whole times a weight split by columns (outputs) | column-parallel layer | nothing | sum, once for all that read the same |
 | split times a weight split by rows (inputs) | row-parallel layer | sum | nothing |
 | both split alike in a batch dim | attention by heads | nothing | nothing |
 
@@ -13,7 +13,7 @@ Under sequence parallelism the first gathers what it reads, and the second keeps
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import enter, part, total, total_in_parts, whole_for_parts
 from meshbolt.tensor.layout import Layout, SplitLostError
 from meshbolt.tensor.rules.elementwise import drawn_noise
-from meshbolt.tensor.split import SplitTensor, gathered, like, rule
+from meshbolt.tensor.split import SplitTensor, gathered, like, named, rule
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -32,20 +32,25 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 @rule("linear")
 def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply with a layer's weight, (outputs, inputs)."""
-    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-    weight = named["weight"]
+    given = named(("input", "weight", "bias"), args, kwargs)
+    read, weight, bias = given["input"], given["weight"], given.get("bias")
     if not isinstance(weight, SplitTensor):
-        raise SplitLostError("a layer that is not in the plan reads a split activation")
-    by_columns = weight.division.dim == 0
-    return parallel_layer(named["input"], weight, named.get("bias"), F.linear, by_columns=by_columns)
+        if not isinstance(read, SplitTensor) or read.division.dim == read.dim() - 1:
+            raise SplitLostError("a layer that is not in the plan reads a split activation")
+        # The end of what is divided along the sequence: such a layer is every rank's own.
+        return func(gathered(read), weight, gathered(bias))
+    if weight.dim() != 2:
+        raise SplitLostError("its weight is not a matrix")
+    return parallel_layer(read, weight, bias, F.linear, by_columns=weight.division.dim == 0)
 
 
 @rule("addmm")
 def addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply with a layer's weight, (inputs, outputs), as layers of GPT-2's kind do."""
-    if len(args) != 3 or kwargs or not isinstance(args[2], SplitTensor):
+    given = named(("input", "mat1", "mat2"), args, kwargs)
+    bias, read, weight = (given[name] for name in ("input", "mat1", "mat2"))
+    if not isinstance(weight, SplitTensor) or bias.dim() != 1:
         raise SplitLostError("it is not the product of a layer in the plan")
-    bias, read, weight = args
 
     def product(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.mm(read, weight) if bias is None else torch.addmm(bias, read, weight)
@@ -65,9 +70,7 @@ def parallel_layer(read: Any, weight: SplitTensor, bias: Any, product: Product, 
     """
     axis, sections = weight.axis, weight.division.sections
     if by_columns:
-        mine = bias.local if isinstance(bias, SplitTensor) else bias
-        if mine is not None and not isinstance(bias, SplitTensor):
-            mine = part(mine, Layout(0, sections), axis)
+        mine = _bias_part(bias, weight)
         out = product(entered(read, axis), weight.local, mine)
         return SplitTensor(out, Layout(out.dim() - 1, sections), axis, sources=weight.sources)
     last = read.dim() - 1
@@ -82,61 +85,89 @@ def parallel_layer(read: Any, weight: SplitTensor, bias: Any, product: Product, 
     return summed(product(read.local, weight.local, None), weight, gathered(bias))
 
 
+def _bias_part(bias: Any, weight: SplitTensor) -> Tensor | None:
+    if bias is None:
+        return None
+    layout = Layout(0, weight.division.sections)
+    if not isinstance(bias, SplitTensor):
+        return part(bias, layout, weight.axis)
+    if bias.division != layout:
+        raise SplitLostError("its weight and its bias are split differently")
+    return bias.local
+
+
 def summed(addend: Tensor, weight: SplitTensor, bias: Tensor | None = None) -> Any:
     """Return the sum over the ranks of what each computed, left split along the sequence where the layer is to do that."""
     dim = weight.sequence_dim
-    if dim is not None and addend.dim() == 3 and addend.shape[dim] % weight.axis.size == 0:
-        layout = Layout(dim)
+    if dim is not None and _has_sequence(addend, dim) and addend.shape[dim] % (weight.axis.size * weight.samples) == 0:
+        layout = Layout(dim, weight.samples)
         out = total_in_parts(addend, layout, weight.axis)
         if bias is not None:
             out = out + enter(weight.axis, bias)[0]
-        return SplitTensor(out, layout, weight.axis)
+        return SplitTensor(out, layout, weight.axis, along_sequence=True)
     out = total(addend, weight.axis)
     return out if bias is None else out + bias
 
 
+def _has_sequence(addend: Tensor, dim: int) -> bool:
+    return addend.dim() in (2, 3) and dim < addend.dim() - 1
+
+
 def entered(read: Any, axis: Axis) -> Tensor:
-    """Return a layer's whole input for a computation of which every rank does a part; once for all layers that read it."""
-    version = read._version if isinstance(read, Tensor) and not isinstance(read, SplitTensor) else 0
-    if isinstance(read, SplitTensor):
-        version = read.local._version
-    elif not (read.requires_grad and torch.is_grad_enabled()):
-        return read
-    if (known := axis.remembered(read, version)) is not None:
-        return known
-    made = whole_for_parts(read.local, read.division, axis) if isinstance(read, SplitTensor) else enter(axis, read)[0]
-    axis.remember(read, version, made)
+    """Return a layer's whole input for a computation of which every rank does a part; once for all layers that read it.
+
+    Args:
+        read: whole or split.
+        axis: the ranks.
+    """
+    graded = torch.is_grad_enabled()
+    local = read.local if isinstance(read, SplitTensor) else read
+    if not isinstance(read, SplitTensor) and not (graded and read.requires_grad):
+        return local
+    # Tensors of inference mode do not count how often they were written to.
+    state = None if local.is_inference() else (graded, local.requires_grad, local._version)
+    if state is not None and (known := axis.remembered(read, state)) is not None:
+        found: Tensor = known
+        return found
+    made = whole_for_parts(local, read.division, axis) if isinstance(read, SplitTensor) else enter(axis, local)[0]
+    if state is not None:
+        axis.remember(read, state, made)
     return made
 
 
-@rule("matmul", "bmm", "mm", "__rmatmul__", "baddbmm")
+@rule("matmul", "bmm", "mm", "__rmatmul__")
 def matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply matrices of a batch."""
     name = getattr(func, "__name__", "")
-    addend, first, second = args if name == "baddbmm" else (None, *args)
+    given = named(("input", "other" if "matmul" in name else "mat2"), args, kwargs)
+    first, second = given.values()
     if name == "__rmatmul__":
         first, second = second, first
-    if kwargs:
-        raise SplitLostError("it has factors")
-    if min(first.dim(), second.dim()) < 2:
-        raise SplitLostError("it multiplies vectors")
-    product = _product(first, second)
-    return product if addend is None else product + addend
+    return _product(first, second)
+
+
+@rule("baddbmm")
+def baddbmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Multiply matrices of a batch, and add."""
+    given = named(("input", "batch1", "batch2", "beta", "alpha"), args, kwargs)
+    product, beta = _product(given["batch1"], given["batch2"]), given.get("beta", 1)
+    product = product * given["alpha"] if given.get("alpha", 1) != 1 else product
+    # Where nothing of it counts, what is added may be anything, NaN too.
+    return product if beta == 0 else torch.add(product, given["input"], alpha=beta)
 
 
 def _product(first: Any, second: Any) -> Any:
     split = first if isinstance(first, SplitTensor) else second
+    if min(first.dim(), second.dim()) < 2:
+        raise SplitLostError("it multiplies vectors")
+    if not isinstance(split, SplitTensor):
+        raise SplitLostError("it is what is added that is split")
     behind = split.dim() - split.division.dim
     if behind <= 2:
         raise SplitLostError("the matrices themselves are split")
-    parts = [_batch_part(operand, split, behind) for operand in (first, second)]
-    out = torch.matmul(*parts)
-    return like(
-        split,
-        out,
-        split.division.moved(out.dim() - behind),
-        of=[t for t in (first, second) if isinstance(t, SplitTensor)],
-    )
+    out = torch.matmul(*(_batch_part(operand, split, behind) for operand in (first, second)))
+    splits = [t for t in (first, second) if isinstance(t, SplitTensor)]
+    return like(split, out, split.division.moved(out.dim() - behind), of=splits)
 
 
 def _batch_part(operand: Any, split: SplitTensor, behind: int) -> Tensor:
@@ -146,113 +177,132 @@ def _batch_part(operand: Any, split: SplitTensor, behind: int) -> Tensor:
         if not same or operand.shape[operand.division.dim] != split.shape[split.division.dim]:
             raise SplitLostError("its operands are split differently")
         return operand.local
-    if operand.dim() < behind or operand.shape[operand.dim() - behind] == 1:
+    if operand.dim() < behind or operand.shape[-behind] == 1:
         return enter(split.axis, operand)[0]
+    if operand.shape[-behind] != split.shape[split.division.dim]:
+        raise SplitLostError("its operands have different sizes at the split dim")
     return part(operand, Layout(operand.dim() - behind, split.division.sections), split.axis)
 
 
 @rule("einsum")
 def einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply along named dims; the split one has to be kept."""
+    if not args or kwargs or not isinstance(args[0], str):
+        raise SplitLostError("its equation is not written in letters")
     equation, *operands = args
     operands = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        raise SplitLostError("its equation does not name the dims of the result")
-    terms, result = equation.replace(" ", "").split("->")
-    named = list(zip(terms.split(","), operands, strict=True))
-    splits = [
-        (letters[operand.division.dim], operand) for letters, operand in named if isinstance(operand, SplitTensor)
-    ]
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    letters = terms.split(",")
+    if not arrow or "." in equation or len(letters) != len(operands):
+        raise SplitLostError("its equation does not name all dims")
+    pairs = list(zip(letters, operands, strict=True))
+    splits = [(own[operand.division.dim], operand) for own, operand in pairs if isinstance(operand, SplitTensor)]
     letter, first = splits[0]
-    if letter not in result or any(
-        other != letter or t.division.sections != first.division.sections for other, t in splits
-    ):
+    alike = all(own == letter and t.division.sections == first.division.sections for own, t in splits)
+    if letter not in result or not alike or any(own.count(letter) > 1 for own in letters):
         raise SplitLostError("the split dim is summed over, or its operands are split differently")
-    parts = []
-    for letters, operand in named:
-        if isinstance(operand, SplitTensor):
-            parts.append(operand.local)
-        elif letter in letters:
-            parts.append(part(operand, Layout(letters.index(letter), first.division.sections), first.axis))
-        else:
-            parts.append(enter(first.axis, operand)[0])
+    parts = [_letter_part(own, operand, letter, first) for own, operand in pairs]
     layout = Layout(result.index(letter), first.division.sections)
     return like(first, torch.einsum(equation, *parts), layout, of=[t for _, t in splits])
+
+
+def _letter_part(letters: str, operand: Any, letter: str, first: SplitTensor) -> Tensor:
+    """Return this rank's part of an operand along the dim of a letter."""
+    size = first.shape[first.division.dim]
+    dim = letters.find(letter)
+    if not isinstance(operand, SplitTensor) and (dim < 0 or operand.shape[dim] == 1):
+        return enter(first.axis, operand)[0]
+    if operand.shape[dim] != size:
+        raise SplitLostError("its operands have different sizes at the split dim")
+    return (
+        operand.local
+        if isinstance(operand, SplitTensor)
+        else part(operand, Layout(dim, first.division.sections), first.axis)
+    )
 
 
 @rule("scaled_dot_product_attention")
 def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Attend, every rank with its heads (or its samples)."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    named = dict(zip(names, args, strict=False)) | kwargs
-    query, key, value = (named[name] for name in ("query", "key", "value"))
-    split = next(t for t in (query, key, value) if isinstance(t, SplitTensor))
-    behind = split.dim() - split.division.dim
-    if behind <= 2 or split.division.sections != 1:
-        raise SplitLostError("positions or features are split, not heads")
-    _check_heads(query, key, value, behind, grouped=bool(named.get("enable_gqa")))
-    parts = [_heads(tensor, split.axis, behind) for tensor in (query, key, value)]
-    mask = named.get("attn_mask")
-    if isinstance(mask, SplitTensor) or (isinstance(mask, Tensor) and mask.dim() >= behind):
-        mask = _heads(mask, split.axis, behind)
-    elif isinstance(mask, Tensor):
-        mask = enter(split.axis, mask)[0]
-    probability = named.get("dropout_p", 0.0)
-    options = {key: value for key, value in named.items() if key in ("is_causal", "scale", "enable_gqa")}
-    layout = split.division
-    if probability:
-        out = _attention_with_dropout(*parts, mask, split, query, probability, **options)
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = named(names, args, kwargs)
+    tensors = [given[name] for name in ("query", "key", "value")]
+    splits = [t for t in tensors if isinstance(t, SplitTensor)]
+    if not splits:
+        raise SplitLostError("only its mask is split")
+    behind = splits[0].dim() - splits[0].division.dim
+    _check_heads(tensors, behind, grouped=bool(given.get("enable_gqa")))
+    axis, mask, probability = splits[0].axis, given.get("attn_mask"), given.get("dropout_p", 0.0)
+    parts = dict(zip(("query", "key", "value"), (_heads(tensor, axis, behind) for tensor in tensors), strict=True))
+    if mask is not None:
+        parts["attn_mask"] = _mask(mask, tensors[0], axis, behind)
+    given = {key: value for key, value in given.items() if key != "dropout_p"} | parts
+    if not probability:
+        out = F.scaled_dot_product_attention(**given)
+    elif probability < 0 or probability > 1 or (mask is not None and given.get("is_causal")):
+        raise SplitLostError("its arguments do not fit together")
     else:
-        out = F.scaled_dot_product_attention(*parts, attn_mask=mask, **options)
-    sources = [t for t in (query, key, value) if isinstance(t, SplitTensor)]
-    return like(split, out, layout.moved(out.dim() - behind), of=sources)
+        out = _attention_with_dropout(given, probability, behind, axis)
+    return like(splits[0], out, Layout(out.dim() - behind), of=splits)
 
 
-def _check_heads(query: Any, key: Any, value: Any, behind: int, *, grouped: bool) -> None:
-    tensors = [t for t in (query, key, value) if isinstance(t, SplitTensor)]
-    if any(t.dim() - t.division.dim != behind or t.division.sections != 1 for t in tensors):
+def _check_heads(tensors: Sequence[Any], behind: int, *, grouped: bool) -> None:
+    splits = [t for t in tensors if isinstance(t, SplitTensor)]
+    if behind <= 2:
+        raise SplitLostError("positions or features are split, not heads")
+    if any(t.dim() - t.division.dim != behind or t.division.sections != 1 for t in splits):
         raise SplitLostError("queries, keys and values are split differently")
-    sizes = {t.shape[t.dim() - behind] for t in (query, key, value)}
-    if len(sizes) > 1 and not (grouped and behind == 3):
+    if any(t.dim() < behind for t in tensors):
+        raise SplitLostError("queries, keys and values have different numbers of dims")
+    if len({t.shape[-behind] for t in tensors}) > 1 and not (grouped and behind == 3):
         raise SplitLostError("queries, keys and values have different numbers of heads")
 
 
 def _heads(tensor: Any, axis: Axis, behind: int) -> Tensor:
     if isinstance(tensor, SplitTensor):
-        if tensor.dim() - tensor.division.dim != behind or tensor.division.sections != 1:
-            raise SplitLostError("queries, keys, values and mask are split differently")
         return tensor.local
-    if tensor.shape[tensor.dim() - behind] == 1:
+    if tensor.shape[-behind] == 1:
         return enter(axis, tensor)[0]
     return part(tensor, Layout(tensor.dim() - behind), axis)
 
 
-def _attention_with_dropout(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    split: SplitTensor,
-    whole_query: Any,
-    probability: float,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attend as torch's plain path does; what is dropped is drawn for all heads."""
-    if enable_gqa:
-        repeats = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-    root = math.sqrt(scale if scale is not None else 1 / math.sqrt(query.shape[-1]))
-    scores = (query * root) @ (key * root).transpose(-2, -1)
-    if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(dim=-1)
-    behind = split.dim() - split.division.dim
-    layout = Layout(weights.dim() - behind)
-    noise = drawn_noise(SplitTensor(weights.detach(), layout, split.axis), probability)
-    out: Tensor = (weights * noise) @ value
-    return out
+def _mask(mask: Any, query: Any, axis: Axis, behind: int) -> Tensor:
+    if isinstance(mask, SplitTensor):
+        if mask.division != Layout(mask.dim() - behind):
+            raise SplitLostError("its mask is split differently")
+        return mask.local
+    if mask.dim() < behind or mask.shape[-behind] == 1:
+        return enter(axis, mask)[0]
+    if mask.shape[-behind] != query.shape[-behind]:
+        raise SplitLostError("its mask is of another number of heads")
+    return part(mask, Layout(mask.dim() - behind), axis)
+
+
+def _attention_with_dropout(given: Mapping[str, Any], probability: float, behind: int, axis: Axis) -> Tensor:
+    """Attend as torch's plain path does on a CPU; what is dropped is drawn for all heads."""
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    mask, kind = given.get("attn_mask"), query.device.type
+    is_cast = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if is_cast else query.dtype
+    exact = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    with torch.autocast(kind, enabled=False):
+        query, key, value = (tensor.to(dtype).to(exact) for tensor in (query, key, value))
+        if given.get("enable_gqa"):
+            key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        scores = _scores(query, key, given.get("scale"))
+        if given.get("is_causal"):
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+        # Who attends to nothing gets zeros, not 0 / 0.
+        nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
+        weights = scores.masked_fill(nothing, 0).softmax(dim=-1).masked_fill(nothing, 0)
+        noise = drawn_noise(weights.detach(), Layout(weights.dim() - behind), axis, probability)
+        out: Tensor = (weights * noise) @ value
+    return out.to(dtype)
+
+
+def _scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    root = math.sqrt(abs(scale))
+    return (query * math.copysign(root, scale)) @ (key.transpose(-2, -1) * root)

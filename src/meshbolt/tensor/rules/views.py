@@ -2,78 +2,116 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from meshbolt.tensor.exchange import part
-from meshbolt.tensor.layout import Layout, SplitLostError, local_shape, narrowed, resolved_shape, viewed
-from meshbolt.tensor.split import SplitTensor, like, rule
+from meshbolt.tensor.exchange import part, total
+from meshbolt.tensor.layout import (
+    Layout,
+    SplitLostError,
+    dim_from_front,
+    local_shape,
+    narrowed,
+    resolved_shape,
+    viewed,
+)
+from meshbolt.tensor.split import SplitTensor, like, named, rule
+
+_MOVES = ("input", "source", "destination")
+_RANGE = ("input", "dim", "start", "length")
 
 
 @rule("view", "reshape")
 def view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Look at the same elements in another shape."""
     split, *sizes = args
-    if kwargs.get("dtype") is not None or (sizes and isinstance(sizes[0], torch.dtype)):
+    sizes = sizes or [kwargs.get("shape", kwargs.get("size"))]
+    if kwargs.get("dtype") is not None or isinstance(sizes[0], torch.dtype):
         raise SplitLostError("it looks at the elements as another dtype")
-    return _viewed(func, split, _sizes(sizes or [kwargs.get("shape", kwargs.get("size"))]))
+    return _viewed(func, split, _sizes(sizes))
 
 
 @rule("flatten")
 def flatten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Join dims."""
-    named = {"start_dim": 0, "end_dim": -1} | dict(zip(("input", "start_dim", "end_dim"), args, strict=False)) | kwargs
-    split = named["input"]
-    start, end = named["start_dim"] % split.dim(), named["end_dim"] % split.dim()
+    given = {"start_dim": 0, "end_dim": -1} | named(("input", "start_dim", "end_dim"), args, kwargs)
+    split = given["input"]
+    start, end = (dim_from_front(given[key], split.dim()) for key in ("start_dim", "end_dim"))
     sizes = list(split.shape)
-    return _viewed(torch.reshape, split, (*sizes[:start], _product(sizes[start : end + 1]), *sizes[end + 1 :]))
+    return _viewed(torch.reshape, split, (*sizes[:start], math.prod(sizes[start : end + 1]), *sizes[end + 1 :]))
 
 
 @rule("unflatten")
 def unflatten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Divide a dim into several."""
-    named = dict(zip(("input", "dim", "sizes"), args, strict=False)) | kwargs
-    split, dim = named["input"], named["dim"] % named["input"].dim()
-    inner = resolved_shape([split.shape[dim]], tuple(named["sizes"]))
+    given = named(("input", "dim", "sizes"), args, kwargs)
+    split = given["input"]
+    dim = dim_from_front(given["dim"], split.dim())
+    inner = resolved_shape([split.shape[dim]], tuple(given["sizes"]))
+    if math.prod(inner) != split.shape[dim]:
+        raise SplitLostError(f"{inner} are not the sizes of a dim of {split.shape[dim]}")
     return _viewed(torch.reshape, split, (*split.shape[:dim], *inner, *split.shape[dim + 1 :]))
 
 
 @rule("view_as", "reshape_as")
 def view_as(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Look at the same elements in another tensor's shape."""
-    return _viewed(torch.reshape, args[0], tuple(args[1].shape))
+    split, other = named(("self", "other"), args, kwargs).values()
+    if not isinstance(split, SplitTensor):
+        raise SplitLostError("a whole tensor would take the shape of a split one")
+    own = torch.Tensor.view if func is torch.Tensor.view_as else torch.reshape
+    return _viewed(own, split, tuple(other.shape))
 
 
-def _viewed(func: Any, split: SplitTensor, sizes: Sequence[int]) -> SplitTensor:
-    wanted = resolved_shape(split.shape, sizes)
-    layout = viewed(split.shape, split.division, wanted, split.axis.size)
-    return like(split, func(split.local, local_shape(wanted, layout, split.axis.size)), layout)
+def _viewed(func: Any, split: SplitTensor, sizes: tuple[int, ...]) -> SplitTensor:
+    layout, shape = _view_plan(split.shape, split.division, sizes, split.axis.size)
+    return like(split, func(split.local, shape), layout)
+
+
+@functools.lru_cache(maxsize=4096)
+def _view_plan(shape: torch.Size, layout: Layout, sizes: tuple[int, ...], ranks: int) -> tuple[Layout, tuple[int, ...]]:
+    wanted = resolved_shape(shape, sizes)
+    found = viewed(shape, layout, wanted, ranks)
+    return found, local_shape(wanted, found, ranks)
 
 
 def _sizes(sizes: Sequence[Any]) -> tuple[int, ...]:
-    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, torch.Size)) else tuple(sizes)
+    """Return sizes, or numbers of dims, that are given one by one or as a sequence."""
+    listed = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
+    if listed is None or (len(sizes) == 1 and listed[0] is None):
+        raise SplitLostError("its arguments are written in a way that is not followed")
+    return tuple(map(int, listed))
 
 
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
-@rule("transpose", "swapaxes", "swapdims", "t", "adjoint")
+@rule("transpose", "swapaxes", "swapdims")
 def transpose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Exchange two dims."""
-    split, *dims = args
-    if getattr(func, "__name__", "") in ("t", "adjoint"):
-        dims = [-2, -1]
-    for names in (("dim0", "dim1"), ("axis0", "axis1")):
-        dims += [kwargs[name] for name in names if name in kwargs]
-    first, second = (dim % split.dim() for dim in dims)
-    moved = {first: second, second: first}.get(split.division.dim, split.division.dim)
+    if not kwargs and len(args) == 3:
+        return _transposed(*args)
+    kwargs = {key.replace("axis", "dim"): value for key, value in kwargs.items()}
+    split, *dims = named(("input", "dim0", "dim1"), args, kwargs).values()
+    return _transposed(split, *dims)
+
+
+@rule("t", "adjoint")
+def turned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Exchange the dims of a matrix, or of matrices."""
+    split = args[0]
+    if split.dim() < 2 or split.is_complex() or (split.dim() > 2 and "adjoint" not in getattr(func, "__name__", "")):
+        raise SplitLostError("it is more or less than to exchange two dims")
+    return _transposed(split, -2, -1)
+
+
+def _transposed(split: SplitTensor, first: int, second: int) -> SplitTensor:
+    dim, dims = split.division.dim, split.dim()
+    first, second = dim_from_front(first, dims), dim_from_front(second, dims)
+    moved = second if dim == first else first if dim == second else dim
     return like(split, split.local.transpose(first, second), split.division.moved(moved))
 
 
@@ -81,14 +119,16 @@ def transpose(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def permute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Order the dims anew."""
     split, *dims = args
-    order = [dim % split.dim() for dim in _sizes(dims or [kwargs["dims"]])]
+    order = [dim_from_front(dim, split.dim()) for dim in _sizes(dims or [kwargs.get("dims")])]
+    if len(order) != split.dim():
+        raise SplitLostError("it does not name every dim")
     return like(split, split.local.permute(order), split.division.moved(order.index(split.division.dim)))
 
 
 @rule("movedim", "moveaxis")
 def movedim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Move dims elsewhere."""
-    split, source, destination = (*args, *kwargs.values())
+    split, source, destination = (named(_MOVES, args, kwargs)[key] for key in _MOVES)
     # A tensor whose sizes are the numbers of its dims shows where each goes.
     numbered = torch.empty([*range(1, split.dim() + 1)], device="meta").movedim(source, destination)
     moved = split.local.movedim(source, destination)
@@ -98,17 +138,22 @@ def movedim(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @rule("unsqueeze")
 def unsqueeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Insert a dim of one element."""
-    split, dim = (*args, *kwargs.values())
-    at = dim % (split.dim() + 1)
-    return like(split, split.local.unsqueeze(at), split.division.moved(split.division.dim + (at <= split.division.dim)))
+    given = named(("input", "dim"), args, kwargs)
+    return _unsqueezed(given["input"], dim_from_front(given["dim"], given["input"].dim() + 1))
+
+
+def _unsqueezed(split: SplitTensor, dim: int) -> SplitTensor:
+    moved = split.division.moved(split.division.dim + (dim <= split.division.dim))
+    return like(split, split.local.unsqueeze(dim), moved)
 
 
 @rule("squeeze")
 def squeeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Remove dims of one element."""
-    split, *given = (*args, *kwargs.values())
-    dims = range(split.dim()) if not given else given[0] if isinstance(given[0], (tuple, list)) else [given[0]]
-    gone = sorted({dim % split.dim() for dim in dims if split.shape[dim] == 1})
+    given = named(("input", "dim"), args, kwargs)
+    split, dims = given["input"], given.get("dim", range(given["input"].dim()))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = sorted({dim for dim in (dim_from_front(dim, split.dim()) for dim in dims) if split.shape[dim] == 1})
     kept = split.local.squeeze(gone) if gone else split.local.view_as(split.local)
     return like(split, kept, split.division.moved(split.division.dim - sum(dim < split.division.dim for dim in gone)))
 
@@ -117,37 +162,89 @@ def squeeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Repeat dims of one element without copies."""
     split, *sizes = args
-    wanted = list(_sizes(sizes or [kwargs.get("size")]))
-    dim = split.division.dim + len(wanted) - split.dim()
-    if wanted[dim] not in (-1, split.shape[split.division.dim]):
-        raise SplitLostError("it gives the split dim another size")
-    wanted[dim] = -1
-    return like(split, split.local.expand(wanted), split.division.moved(dim))
+    return _expanded(split, _sizes(sizes or [kwargs.get("size")]))
 
 
 @rule("expand_as")
 def expand_as(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Repeat dims of one element as another tensor has them."""
-    if not isinstance(args[0], SplitTensor):
+    split, other = named(("self", "other"), args, kwargs).values()
+    if not isinstance(split, SplitTensor):
         raise SplitLostError("a whole tensor would take the shape of a split one")
-    return expand(torch.Tensor.expand, (args[0], *args[1].shape), {})
+    return _expanded(split, tuple(other.shape))
+
+
+def _expanded(split: SplitTensor, sizes: tuple[int, ...]) -> SplitTensor:
+    dim = split.division.dim + len(sizes) - split.dim()
+    if len(sizes) < split.dim() or sizes[dim] not in (-1, split.shape[split.division.dim]):
+        raise SplitLostError("it gives the split dim another size")
+    own = (*sizes[:dim], -1, *sizes[dim + 1 :])
+    return like(split, split.local.expand(own), split.division.moved(dim))
 
 
 @rule("repeat_interleave")
 def repeat_interleave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Repeat each element along a dim."""
-    named = dict(zip(("input", "repeats", "dim"), args, strict=False)) | kwargs
-    split, dim = named["input"], named.get("dim")
-    if not isinstance(named["repeats"], int) or dim is None:
+    given = named(("input", "repeats", "dim", "output_size"), args, kwargs)
+    split, repeats, dim = given["input"], given["repeats"], given.get("dim")
+    if not isinstance(split, SplitTensor) or not isinstance(repeats, int) or dim is None:
         raise SplitLostError("only one number of repeats along a dim keeps a split")
-    return like(split, split.local.repeat_interleave(named["repeats"], dim=dim))
+    return like(split, split.local.repeat_interleave(repeats, dim=dim_from_front(dim, split.dim())))
+
+
+@rule("repeat", "tile")
+def repeat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Repeat a whole tensor along dims."""
+    split, *times = args
+    repeats = _sizes(times or [kwargs.get("repeats", kwargs.get("dims"))])
+    dim = split.division.dim + len(repeats) - split.dim()
+    if len(repeats) < split.dim() or repeats[dim] != 1:
+        raise SplitLostError("it repeats the split dim")
+    return like(split, split.local.repeat(repeats), split.division.moved(dim))
+
+
+@rule("flip", "roll")
+def other_order(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Order the elements of dims anew."""
+    split, *others = args
+    if getattr(func, "__name__", "") == "flip":
+        dims = _sizes(others or [kwargs.get("dims")])
+    else:
+        dims = _sizes([named(("input", "shifts", "dims"), args, kwargs).get("dims")])
+    if not dims or split.division.dim in [dim_from_front(dim, split.dim()) for dim in dims]:
+        raise SplitLostError("it orders the split dim anew")
+    return like(split, func(split.local, *others, **kwargs))
+
+
+@rule("pad")
+def pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Put elements around those of the last dims."""
+    given = named(("input", "pad", "mode", "value"), args, kwargs)
+    split, around = given["input"], given["pad"]
+    reached = split.dim() - len(around) // 2
+    if split.division.dim >= reached or given.get("mode", "constant") != "constant":
+        raise SplitLostError("it puts elements around those of the split dim")
+    return like(split, func(split.local, *args[1:], **kwargs))
+
+
+@rule("index_select")
+def index_select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Take the numbered elements of a dim."""
+    given = named(("input", "dim", "index"), args, kwargs)
+    split, index = given["input"], given["index"]
+    if not isinstance(split, SplitTensor) or isinstance(index, SplitTensor):
+        raise SplitLostError("its index is split")
+    if dim_from_front(given["dim"], split.dim()) == split.division.dim:
+        raise SplitLostError("it takes elements of the split dim")
+    return like(split, split.local.index_select(given["dim"], index))
 
 
 @rule("narrow")
 def narrow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take a range of a dim."""
-    split, dim, start, length = (*args, *(kwargs[key] for key in ("dim", "start", "length") if key in kwargs))
-    return _narrowed(split, dim % split.dim(), int(start), int(length))
+    split, dim, start, length = (named(_RANGE, args, kwargs)[key] for key in _RANGE)
+    dim, start = dim_from_front(dim, split.dim()), int(start)
+    return _narrowed(split, dim, start + split.shape[dim] if start < 0 else start, int(length))
 
 
 def _narrowed(split: SplitTensor, dim: int, start: int, length: int) -> SplitTensor:
@@ -160,32 +257,39 @@ def _narrowed(split: SplitTensor, dim: int, start: int, length: int) -> SplitTen
 @rule("chunk", "split", "unsafe_chunk", "unsafe_split", "split_with_sizes", "tensor_split")
 def divide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Divide a dim into several tensors."""
-    keys = ("input", "how", "dim")
-    named = dict(zip(keys, args, strict=False))
-    named.update({"dim" if key == "dim" else "how": value for key, value in kwargs.items()})
-    split, how, dim = named["input"], named["how"], named.get("dim", 0)
-    dim %= split.dim()
+    given = named(
+        ("input", "how", "dim"), args, {key if key == "dim" else "how": value for key, value in kwargs.items()}
+    )
+    split, how = given["input"], given["how"]
+    dim = dim_from_front(given.get("dim", 0), split.dim())
     if isinstance(how, Tensor):
         raise SplitLostError("it divides at places that a tensor says")
-    # torch itself says where, for every function that there is.
-    lengths = [len(piece) for piece in func(torch.empty(split.shape[dim], device="meta"), how)]
-    starts = [sum(lengths[:number]) for number in range(len(lengths))]
-    return tuple(_narrowed(split, dim, start, length) for start, length in zip(starts, lengths, strict=True))
+    ranges = _ranges(func, split.shape[dim], how if isinstance(how, int) else tuple(how))
+    return tuple(_narrowed(split, dim, start, length) for start, length in ranges)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ranges(func: Any, size: int, how: Any) -> list[tuple[int, int]]:
+    """Return where the pieces begin, and how long they are; torch itself says so, for every function that there is."""
+    lengths = [len(piece) for piece in func(torch.empty(size, device="meta"), how)]
+    return [(sum(lengths[:number]), length) for number, length in enumerate(lengths)]
 
 
 @rule("unbind", also=(torch.Tensor.__iter__,))
 def unbind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the slices along a dim, which is lost."""
-    split, dim = (*args, *kwargs.values()) if len(args) + len(kwargs) > 1 else (args[0], 0)
-    pieces = tuple(_selected(split, dim % split.dim(), index) for index in range(split.shape[dim]))
-    return iter(pieces) if getattr(func, "__name__", "") == "__iter__" else pieces
+    given = named(("input", "dim"), args, kwargs)
+    split = given["input"]
+    dim = dim_from_front(given.get("dim", 0), split.dim())
+    pieces = tuple(_selected(split, dim, index) for index in range(split.shape[dim]))
+    return iter(pieces) if func is torch.Tensor.__iter__ else pieces
 
 
 @rule("select")
 def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return one slice along a dim, which is lost."""
-    split, dim, index = (*args, *(kwargs[key] for key in ("dim", "index") if key in kwargs))
-    return _selected(split, dim % split.dim(), int(index))
+    given = named(("input", "dim", "index"), args, kwargs)
+    return _selected(given["input"], dim_from_front(given["dim"], given["input"].dim()), int(given["index"]))
 
 
 def _selected(split: SplitTensor, dim: int, index: int) -> SplitTensor:
@@ -203,21 +307,62 @@ def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(split, SplitTensor):
         raise SplitLostError("its index is split")
     entries = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(entry, (Tensor, list, bool)) for entry in entries):
+    if not all(
+        entry is None or entry is Ellipsis or isinstance(entry, slice) or _is_number(entry) for entry in entries
+    ):
         raise SplitLostError("it indexes with tensors")
     given = sum(entry is not None and entry is not Ellipsis for entry in entries)
-    rest = [slice(None)] * (split.dim() - given)
-    at = entries.index(Ellipsis) if Ellipsis in entries else len(entries)
-    entries = [*entries[:at], *rest, *entries[at + 1 :]]
+    places = [place for place, entry in enumerate(entries) if entry is Ellipsis]
+    if given > split.dim() or len(places) > 1:
+        raise SplitLostError("it has too many indices")
+    at = places[0] if places else len(entries)
+    entries = [*entries[:at], *[slice(None)] * (split.dim() - given), *entries[at + 1 :]]
+    if (moved := _kept_by(entries, split.division.dim)) is not None:
+        return like(split, split.local[tuple(entries)], split.division.moved(moved))
+    own = _entry_of(entries, split.division.dim)
+    if split.along_sequence and split.division.sections == 1 and _is_number(entries[own]):
+        return _element(split, int(entries[own]))[tuple(entries[:own] + entries[own + 1 :])]
     out, dim = split, 0
     for entry in entries:
         if entry is None:
-            out, dim = unsqueeze(None, (out, dim), {}), dim + 1
+            out, dim = _unsqueezed(out, dim), dim + 1
         elif isinstance(entry, slice):
             out, dim = _sliced(out, dim, entry), dim + 1
         else:
             out = _selected(out, dim, int(entry))
     return out
+
+
+def _entry_of(entries: Sequence[Any], dim: int) -> int:
+    """Return which entry of an index is that of a dim."""
+    return [place for place, entry in enumerate(entries) if entry is not None][dim]
+
+
+def _element(split: SplitTensor, index: int) -> Tensor:
+    """Return one place of the sequence, such as that of a class token; only that travels."""
+    dim, axis = split.division.dim, split.axis
+    owner, place = divmod(dim_from_front(index, split.shape[dim]), split.local.shape[dim])
+    mine = split.local.select(dim, place)
+    if axis.rank != owner:
+        # Still a part of the graph, so that every rank's backward sends the same messages.
+        mine = mine.masked_fill(torch.ones((), dtype=torch.bool, device=mine.device), 0)
+    return total(mine, axis)
+
+
+def _kept_by(entries: Sequence[Any], dim: int) -> int | None:
+    """Return where a dim is after indexing that takes all of it; None where it takes less."""
+    given = after = 0
+    for entry in entries:
+        if entry is not None:
+            if given == dim:
+                return after if isinstance(entry, slice) and entry == slice(None) else None
+            given += 1
+        after += entry is None or isinstance(entry, slice)
+    return None
+
+
+def _is_number(entry: Any) -> bool:
+    return type(entry) is int or (isinstance(entry, numbers.Integral) and not isinstance(entry, bool))
 
 
 def _sliced(split: SplitTensor, dim: int, entry: slice) -> SplitTensor:
@@ -228,21 +373,26 @@ def _sliced(split: SplitTensor, dim: int, entry: slice) -> SplitTensor:
         return _narrowed(split, dim, start, max(stop - start, 0))
     if dim == split.division.dim:
         raise SplitLostError("it takes some elements of the split dim and leaves others")
-    return like(split, split.local[(*[slice(None)] * dim, entry)])
+    index = (*[slice(None)] * dim, entry)
+    return like(split, split.local[index])
 
 
 @rule("cat", "concat", "concatenate")
 def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Join tensors along a dim."""
-    tensors, dim = _joining(args, kwargs)
-    first = next(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
-    dim %= first.dim()
-    if dim != first.division.dim:
-        return like(first, torch.cat(_alike(tensors, first), dim), of=_splits(tensors))
+    given = named(("tensors", "dim"), args, kwargs)
+    # torch lets flat tensors without elements be among others, as empty caches are.
+    tensors = [tensor for tensor in given["tensors"] if tensor.dim() != 1 or tensor.numel()]
     pieces = _splits(tensors)
-    runs = {piece.shape[dim] // piece.division.sections for piece in pieces if piece.division.dim == dim}
-    if len(pieces) < len(tensors) or len(runs) > 1 or any(piece.division.dim != dim for piece in pieces):
+    if not pieces or any(piece.dim() != pieces[0].dim() for piece in tensors):
+        raise SplitLostError("it joins tensors of different numbers of dims")
+    first, dim = pieces[0], dim_from_front(given.get("dim", 0), pieces[0].dim())
+    if dim != first.division.dim:
+        return like(first, torch.cat(_alike(tensors, first), dim), of=pieces)
+    if len(pieces) < len(tensors) or any(piece.division.dim != dim for piece in pieces):
         raise SplitLostError("it joins, at the split dim, what is not split alike")
+    if len({piece.shape[dim] // piece.division.sections for piece in pieces}) > 1:
+        raise SplitLostError("it joins, at the split dim, sections of different lengths")
     sections = sum(piece.division.sections for piece in pieces)
     return like(first, torch.cat([piece.local for piece in pieces], dim), Layout(dim, sections), of=pieces)
 
@@ -250,18 +400,12 @@ def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @rule("stack")
 def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Join tensors along a new dim."""
-    tensors, dim = _joining(args, kwargs)
-    first = next(tensor for tensor in tensors if isinstance(tensor, SplitTensor))
-    dim %= first.dim() + 1
+    given = named(("tensors", "dim"), args, kwargs)
+    tensors = list(given["tensors"])
+    first = _splits(tensors)[0]
+    dim = dim_from_front(given.get("dim", 0), first.dim() + 1)
     layout = first.division.moved(first.division.dim + (dim <= first.division.dim))
     return like(first, torch.stack(_alike(tensors, first), dim), layout, of=_splits(tensors))
-
-
-def _joining(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], int]:
-    named = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
-    # torch takes an empty tensor without further dims for nothing.
-    tensors = [tensor for tensor in named["tensors"] if isinstance(tensor, SplitTensor) or tensor.shape != (0,)]
-    return tensors, named.get("dim", 0)
 
 
 def _splits(tensors: Sequence[Any]) -> list[SplitTensor]:
@@ -272,6 +416,8 @@ def _alike(tensors: Sequence[Any], first: SplitTensor) -> list[Tensor]:
     """Return the parts of tensors that are split alike, or whole."""
     parts = []
     for tensor in tensors:
+        if tensor.dim() != first.dim() or tensor.shape[first.division.dim] != first.shape[first.division.dim]:
+            raise SplitLostError("it joins tensors of different sizes")
         if not isinstance(tensor, SplitTensor):
             parts.append(part(tensor, first.division, first.axis))
         elif tensor.division == first.division:

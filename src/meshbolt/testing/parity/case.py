@@ -78,7 +78,9 @@ class Case:
         if isinstance(asked, Mapping):
             size = getattr(asked.get("tensor_parallel", 1), "size", asked.get("tensor_parallel", 1))
         else:
-            size = asked().settings.tensor_parallel.size if callable(asked) else NODE if asked == "tensor_parallel" else 1
+            size = (
+                asked().settings.tensor_parallel.size if callable(asked) else NODE if asked == "tensor_parallel" else 1
+            )
         return self.ranks if size == NODE else int(size)
 
     @property

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from meshbolt import MeshStrategy
 from meshbolt.errors import ConfigError
 from meshbolt.plugins import MixedPrecision
+from meshbolt.tensor import TensorParallel
 from meshbolt.testing.parity.case import Case
 
 
@@ -68,4 +70,28 @@ def test_float16_goes_through_meshbolts_plugin_since_lightning_rewrites_the_flag
 def test_a_strategy_is_a_name_or_arguments_or_a_function() -> None:
     assert case(strategy="zero1").make_strategy(dict) == "zero1"
     assert case(strategy={"zero": 1}).make_strategy(dict) == {"zero": 1}
-    assert case(strategy=lambda: "made").make_strategy(dict) == "made"
+    made = MeshStrategy(zero=2)
+    assert case(strategy=lambda: made).make_strategy(dict) is made
+
+
+@pytest.mark.parametrize(
+    ("strategy", "sharing"),
+    [
+        ("zero1", 1),
+        ({"zero": 1}, 1),
+        ({"tensor_parallel": 2}, 2),
+        ({"tensor_parallel": TensorParallel(2)}, 2),
+        ({"tensor_parallel": TensorParallel("node")}, 4),
+        ("tensor_parallel", 4),
+        (lambda: MeshStrategy(tensor_parallel=2), 2),
+    ],
+)
+def test_ranks_that_share_layers_see_the_same_samples(strategy: Any, sharing: int) -> None:
+    asked = case(strategy=strategy, ranks=4)
+    assert (asked.sharing, asked.data_ranks) == (sharing, 4 // sharing)
+    assert [asked.batch(1, rank) for rank in range(4 // sharing)] == list(range(4 // sharing, 8 // sharing))
+
+
+def test_ranks_that_cannot_share_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="2 ranks are to share each layer, which 3 ranks cannot do"):
+        case(strategy={"tensor_parallel": 2}, ranks=3)

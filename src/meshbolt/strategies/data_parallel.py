@@ -1,0 +1,235 @@
+"""Which ranks see different samples, and which the same: what a strategy reduces, gathers, seeds and checks by it.
+
+Ranks that share layers (the `tp` axis) are one to the data: they see the same samples, count once in every mean and sum, and
+draw the same random numbers, so that what each computes by itself is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from torch import nn
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from meshbolt.config import Plan
+from meshbolt.engine.debug import SameBatch
+from meshbolt.engine.random_state import collect_random_state, restore_random_state
+from meshbolt.mesh import MeshAxis, data_parallel_group
+from meshbolt.strategies.compat import ranks_are_connected, reduce_over_ranks
+
+
+class DataParallelRanks:
+    """The part of a strategy that knows which ranks see different samples; stands before `MeshCore`'s other bases."""
+
+    _plan: Plan | None
+    _mesh: DeviceMesh | None
+    _samples_group: dist.ProcessGroup | None = None
+    _same_batch: SameBatch | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The resolved plan of this run."""
+        raise NotImplementedError
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        raise NotImplementedError
+
+    @property
+    def data_parallel_size(self) -> int:
+        """The number of ranks that see different samples: all of them, divided by those that share each layer.
+
+        Example:
+            >>> samples_in_a_step = batch_size * trainer.strategy.data_parallel_size
+        """
+        return self.plan.mesh.data_parallel_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which part of the samples this rank sees; the same number on all ranks that share layers.
+
+        Example:
+            >>> own = itertools.islice(samples, strategy.data_parallel_rank, None, strategy.data_parallel_size)
+        """
+        return self.plan.mesh.data_parallel_rank(dist.get_rank())
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup | None:
+        """The group of the ranks that see different samples with this one's share of the layers; None before set-up.
+
+        Example:
+            >>> accuracy = torchmetrics.Accuracy("binary", process_group=fabric.strategy.data_parallel_group)
+        """
+        return self._samples_group
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which part of the samples this rank sees, as `DistributedSampler` takes it.
+
+        Example:
+            >>> sampler = DistributedSampler(dataset, **trainer.strategy.distributed_sampler_kwargs)
+        """
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    # What is put together over ranks ----------------------------------------------------------------------------------
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        """Return a tensor of every rank that sees different samples, stacked, (data_parallel_size, *tensor.shape).
+
+        Args:
+            tensor: of one shape on all ranks.
+            group: other ranks to gather from; Lightning gives all of them where the user gives none.
+            sync_grads: let gradients flow back.
+        """
+        if group in (None, dist.group.WORLD) and self._copies > 1:
+            # torch's own cannot send gradients back along some of the ranks under gloo.
+            with torch.set_grad_enabled(sync_grads and torch.is_grad_enabled()):
+                return _Gathered.apply(tensor, self._samples_group)  # type: ignore[no-any-return, no-untyped-call]
+        return super().all_gather(tensor, group=group, sync_grads=sync_grads)  # type: ignore[misc,no-any-return]
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return what all ranks decide together, those that share layers included.
+
+        Args:
+            decision: this rank's.
+            all: every rank has to say yes; else one is enough.
+        """
+        votes = torch.tensor(int(decision), device=self.root_device)
+        if (everybody := self._reachable()) is not None:
+            votes = reduce_over_ranks(votes, everybody, dist.ReduceOp.SUM)
+        return bool(votes == self.world_size) if all else bool(votes)  # type: ignore[attr-defined]
+
+    def _reachable(self) -> dist.ProcessGroup | None:
+        """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to."""
+        return dist.group.WORLD if ranks_are_connected() else None
+
+    def _reduce(self, value: Any, group: Any, reduce_op: Any) -> Any:
+        """Reduce a value over the ranks that see different samples; what is not a tensor stays as it is."""
+        if not isinstance(value, torch.Tensor) or (everybody := self._reachable()) is None:
+            return value
+        if group not in (None, dist.group.WORLD):
+            return reduce_over_ranks(value, group, reduce_op)
+        if everybody is dist.group.WORLD:
+            return reduce_over_ranks(value, self._samples_group or everybody, reduce_op)
+        # After an exception only a group of all ranks is fresh, in which each sample counts as often as layers are shared.
+        result = reduce_over_ranks(value, everybody, reduce_op)
+        sums = str(reduce_op).rpartition(".")[2].lower() == "sum"
+        return result.div_(self._copies, rounding_mode=_whole(result)) if sums else result
+
+    @property
+    def _copies(self) -> int:
+        return 1 if self._plan is None else self._plan.mesh.tp
+
+    # Ranks that see the same samples ----------------------------------------------------------------------------------
+
+    def _take_places(self, *, timeout: Any) -> None:
+        """Make the groups by which samples are counted, once the mesh is there; all ranks together."""
+        if self._mesh is None or self._samples_group is not None:
+            return
+        self._samples_group = data_parallel_group(self._mesh, timeout=timeout)
+        if self._copies > 1:
+            axis = self._mesh.get_group(MeshAxis.TP.value)
+            self._same_batch = SameBatch(axis, device=self.root_device, always=self.plan.environment.debug)
+
+    def _draw_alike(self) -> None:
+        """Let ranks that share layers go on from the random state of the first of them: seeds of their own would part them."""
+        if self._mesh is None or self._copies == 1:
+            return
+        box = [collect_random_state(self.root_device)]
+        dist.broadcast_object_list(box, group=self._mesh.get_group(MeshAxis.TP.value), group_src=0)
+        restore_random_state(box[0], self.root_device)
+
+    def _look_at_step(self, name: str, args: tuple[Any, ...]) -> None:
+        """Compare a batch with those of the ranks that share layers: the first of each loader, in debug mode all.
+
+        Args:
+            name: of the step that takes it.
+            args: what the step takes: the batch, and where it has them the numbers of the batch and of its loader.
+
+        Raises:
+            TopologyError: they differ; on each of these ranks.
+        """
+        if self._same_batch is not None:
+            index = args[1] if len(args) > 1 else None
+            what = name if index is None else f"{name} at batch {index}"
+            self._same_batch.check(what, args, kind=(name, *args[2:]), is_first=index == 0)
+
+    def _look_at_call(self, module: nn.Module, *args: Any) -> None:
+        """Compare what a module is called with, as `_look_at_step`: the first time, in debug mode every time."""
+        if self._same_batch is not None:
+            self._same_batch.check(
+                f"the forward of {type(module).__name__}", args, kind=(id(module), module.training), is_first=False
+            )
+
+    def _seed_workers(self, loader: Any) -> None:
+        """Let workers of ranks that share layers draw the same numbers, where Lightning seeds workers by the rank."""
+        if self._copies == 1 or not int(os.environ.get("PL_SEED_WORKERS", 0)) or not hasattr(loader, "worker_init_fn"):
+            return
+        known = loader.worker_init_fn
+        if known is None or getattr(known, "func", None) is pl_worker_init_function:
+            loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=self.data_parallel_rank)
+
+    def _count_samples_once(self, module: nn.Module) -> None:
+        """Let metrics and synchronised batch norms of a module look at the ranks that see different samples.
+
+        Args:
+            module: the user's. What was given a group, or a way to gather, keeps it.
+        """
+        for part in module.modules():
+            if isinstance(part, Metric) and (part.dist_sync_fn is None or isinstance(part.dist_sync_fn, _GatherOver)):
+                own = part.process_group is not None or self._copies == 1
+                part.dist_sync_fn = None if own else _GatherOver(self._samples_group)
+            elif isinstance(part, nn.SyncBatchNorm) and part.process_group is None and self._copies > 1:
+                part.process_group = self._samples_group
+
+
+def _whole(tensor: torch.Tensor) -> Any:
+    return None if tensor.is_floating_point() else "trunc"
+
+
+class _Gathered(Function):
+    """The tensors of a group's ranks, stacked; each rank's gradient is the sum over them of what each has for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: Any) -> torch.Tensor:
+        """Gather."""
+        ctx.group, tensor = group, tensor.contiguous()
+        gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+        dist.all_gather(gathered, tensor, group=group)
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """Add up, and keep this rank's part."""
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[ctx.group.rank()], None
+
+
+class _GatherOver:
+    """How a metric gathers its state; an object that may be copied with the metric, which a group may not."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+
+    def __call__(self, result: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
+        return gather_all_tensors(result, group or self._group)
+
+    def __deepcopy__(self, _memo: Any) -> _GatherOver:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _forget, ()
+
+
+def _forget() -> None:
+    """Stand in the place of a group where a metric is unpickled: there it gathers as metrics do."""
