@@ -299,4 +299,16 @@ CONTENDERS: dict[str, Callable[[Job], Timing]] = {
     **{f"deepspeed{stage}": (lambda job, stage=stage: deepspeed(job, stage=stage)) for stage in (1, 2, 3)},
     **{f"zero{stage}": (lambda job, stage=stage: meshbolt(job, stage=stage)) for stage in (0, 1, 2, 3)},
 }
-OWN_PROCESS_GROUP = ("tp", "tp_sequence", "tp_lightning", "lightning_fsdp2", "zero0", "zero1", "zero2", "zero3", "deepspeed1", "deepspeed2", "deepspeed3")
+OWN_PROCESS_GROUP = (
+    "tp",
+    "tp_sequence",
+    "tp_lightning",
+    "lightning_fsdp2",
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "deepspeed1",
+    "deepspeed2",
+    "deepspeed3",
+)

@@ -17,7 +17,8 @@ class Environment:
     """The settings that come from environment variables.
 
     Attributes:
-        debug: `MESHBOLT_DEBUG=1` checks, before every unit is gathered, that all ranks gather the same one.
+        debug: `MESHBOLT_DEBUG=1` checks, before every unit is gathered, that all ranks gather the same one, and that ranks
+            which share layers see the same batches and draw the same random numbers.
         fast_path: `MESHBOLT_FAST_PATH=0` switches the faster collectives for gloo off; by default they are used where
             they are proved equal.
     """

@@ -59,7 +59,9 @@ class _Attention:
             qkv = F.linear(x, weight, bias).view(batch, length, 3, heads, width)
             query, key, value = qkv.permute(2, 0, 3, 1, 4)
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            out = F.linear(mixed.transpose(1, 2).reshape(batch, length, -1), layer.out.weight.chunk(self.parts, 1)[part])
+            out = F.linear(
+                mixed.transpose(1, 2).reshape(batch, length, -1), layer.out.weight.chunk(self.parts, 1)[part]
+            )
             added = out if added is None else added + out
         return added + layer.out.bias.to(added.dtype)
 

@@ -62,7 +62,9 @@ ROWS = [
 SAMPLE = [("bf16-mixed", 2, 4, 3), ("16-mixed", 1, 2, 1)]
 
 
-@pytest.mark.parametrize(("precision", "zero", "ranks", "window"), [row if row in SAMPLE else full(*row) for row in ROWS])
+@pytest.mark.parametrize(
+    ("precision", "zero", "ranks", "window"), [row if row in SAMPLE else full(*row) for row in ROWS]
+)
 def test_ranks_round_where_the_sums_written_by_hand_do(precision, zero, ranks, window):
     compare(case_of(precision, zero, ranks, window))
 

@@ -5,7 +5,9 @@ With A the bytes of an activation (batch x time x width), a block of attention a
 | | forward | backward |
 |---|---|---|
 | plain | 2 sums of A | 2 sums of A: one where attention, one where the perceptron begins |
-| sequence parallel | 2 gathers and 2 sums in parts of A | 2 sums in parts and 2 gathers of A, and one sum for each vector (a norm's weights, a bias) that meets parts |
+| sequence parallel | 2 gathers and 2 sums in parts of A | 2 sums in parts and 2 gathers of A, and a sum a vector |
+
+(A vector: a norm's weights, or a bias, that meets parts.)
 
 Source: Shoeybi et al. (2019), section 3; Korthikanti et al. (2022), section 4.2. A style on each of query, key and value, and on
 gate and up, does not send more: their common input is entered once.
@@ -14,7 +16,7 @@ gate and up, does not send more: their common input is entered once.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -72,7 +74,7 @@ class Net(nn.Module):
 class Sent(TorchDispatchMode):
     """Counts collectives of more than one rank: by kind, and the bytes of the whole tensor."""
 
-    KINDS = {"allreduce_": "sum", "_allgather_base_": "gather", "alltoall_base_": "parts"}
+    KINDS: ClassVar = {"allreduce_": "sum", "_allgather_base_": "gather", "alltoall_base_": "parts"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,19 +30,21 @@ def local_in_graph(tensor: DTensor) -> torch.Tensor:
 
     A third of the time of `DTensor.to_local`, which works out again what the placements already say.
     """
+    if torch.compiler.is_compiling():
+        return tensor.to_local()
     local: torch.Tensor = _Local.apply(tensor)  # type: ignore[no-untyped-call]
     return local
 
 
 class _Local(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: DTensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: DTensor) -> torch.Tensor:
         """Return the part, as another tensor of the same memory."""
         ctx.spec = tensor._spec
         return tensor._local_tensor.view_as(tensor._local_tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> DTensor:
         """Return the gradient of the part as one of the whole."""
         return DTensor(gradient, ctx.spec, requires_grad=gradient.requires_grad)
 

@@ -30,7 +30,17 @@ from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis
-from meshbolt.tensor import Division, TensorPlan, choose_plan, let_splits_through, plain_leaves, shard_dim, trace_styles
+from meshbolt.tensor import (
+    Axis,
+    Division,
+    TensorPlan,
+    choose_plan,
+    for_compiled,
+    let_splits_through,
+    plain_leaves,
+    shard_dim,
+    trace_styles,
+)
 from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
 Hook = Callable[[torch.Tensor], None]
@@ -45,6 +55,7 @@ class Composition:
         units: the inner units by their name in the user's module.
         whole: parameters that stay whole on every data-parallel rank.
         tensor: which layers are divided; None where none is.
+        tensor_axis: over which ranks.
         hooks: what is to be called with each of those when its gradient has been averaged.
     """
 
@@ -52,6 +63,7 @@ class Composition:
     units: Mapping[str, FSDPModule]
     whole: frozenset[nn.Parameter]
     tensor: TensorPlan | None
+    tensor_axis: Axis | None
     hooks: Mapping[nn.Parameter, Sequence[Hook]]
 
 
@@ -81,7 +93,10 @@ def compose(
     _check_same_on_all_ranks(module)
     keep_norms = _norms_to_keep(plan)
     tensor = _choose_tensor_plan(module, plan, example)
-    whole = _sections_in_one_dim(module, tensor) if tensor is not None and plan.stage.shards else frozenset()
+    whole: frozenset[nn.Parameter] = frozenset()
+    if tensor is not None and plan.stage.shards:
+        whole = _sections_in_one_dim(module, tensor)
+        _check_sections(module, tensor, shards=plan.mesh.dp_shard)
     planned: list[UnitPlan] = []
     agree_on_error(
         lambda: planned.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms, also_whole=whole))
@@ -90,13 +105,13 @@ def compose(
     _check_same_units(units)
     division = None
     if tensor is not None:
-        division = Division(tensor.modules, mesh=mesh[MeshAxis.TP.value], sequence=tensor.sequence)
+        division = Division(tensor, mesh=mesh[MeshAxis.TP.value])
         division.watch(module)
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
-    compile_blocks(blocks, enabled=plan.settings.compile)
+    compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
     composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device)
-    return dataclasses.replace(composition, tensor=tensor)
+    return dataclasses.replace(composition, tensor=tensor, tensor_axis=division.axis if division else None)
 
 
 def _choose_tensor_plan(module: nn.Module, plan: Plan, example: Callable[[nn.Module], Any] | None) -> TensorPlan | None:
@@ -119,13 +134,30 @@ def _choose_tensor_plan(module: nn.Module, plan: Plan, example: Callable[[nn.Mod
 
 
 def _sections_in_one_dim(module: nn.Module, tensor: TensorPlan) -> frozenset[nn.Parameter]:
-    """Return the parameters whose only dim is divided in sections: a rank's part of them is not one run, which could be sharded."""
+    """Return the parameters whose only dim is divided in sections: a rank's part is not one run, which could be sharded."""
     return frozenset(
         parameter
         for name, entry in tensor.modules.items()
         for key, layout in entry.layouts.items()
         if layout.sections > 1 and (parameter := module.get_submodule(name).get_parameter(key)).dim() == 1
     )
+
+
+def _check_sections(module: nn.Module, tensor: TensorPlan, *, shards: int) -> None:
+    """Refuse weights of several sections that cannot be sharded along their other dim.
+
+    Raises:
+        ConfigError: there is one; on every rank.
+    """
+    for name, entry in tensor.modules.items():
+        for key, layout in entry.layouts.items():
+            shape = module.get_submodule(name).get_parameter(key).shape
+            if layout.sections > 1 and len(shape) > 1 and shape[1 - layout.dim] % shards:
+                raise ConfigError(
+                    f"{name}.{key} of {tuple(shape)} holds {layout.sections} projections that are divided one by one, so it is "
+                    f"sharded along its dim {1 - layout.dim}, which {shards} ranks do not divide. Use a number of data-parallel "
+                    f"ranks that divides {shape[1 - layout.dim]}, zero=0, or a plan that leaves the layer whole ('replicate')."
+                )
 
 
 def _shard(
@@ -172,7 +204,7 @@ def _shard(
             parameter.register_post_accumulate_grad_hook(hook)
     of_whole = {p: hooks[name] for name, p in module.named_parameters() if p in whole}
     in_order = {name: sharded[name] for name, _ in module.named_modules() if name in sharded}
-    return Composition(root=root, units=in_order, whole=whole, tensor=None, hooks=of_whole)
+    return Composition(root=root, units=in_order, whole=whole, tensor=None, tensor_axis=None, hooks=of_whole)
 
 
 def _norms_to_keep(plan: Plan) -> KeepNorms:

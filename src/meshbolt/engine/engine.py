@@ -77,7 +77,7 @@ class Engine:
         composed = compose(module, plan=plan, mesh=mesh, device=device, example=example)
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
-        self.tensor_plan = composed.tensor
+        self.tensor_plan, self._tensor_axis = composed.tensor, composed.tensor_axis
         self._replicated = ReplicatedParameters(
             (p for p in module.parameters() if p in composed.whole), group=data_parallel_group(mesh, timeout=timeout)
         )
@@ -327,8 +327,9 @@ class Engine:
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        if self.tensor_plan is not None:
+        if self._tensor_axis is not None:
             result = whole_of_splits(result)
+            self._tensor_axis.forget()
         if self._reentered:
             # Steps of manual optimisation: what follows them may have changed parameters, and the root is freed next.
             self._edits.keep(self._all_units)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +18,16 @@ from meshbolt.compat import tree_map
 from meshbolt.errors import ConfigError
 
 Example = Callable[[nn.Module], Any]
+Convert = Callable[[Any], Any]
 _LOGGING = ("log", "log_dict", "print")
 
 
-def example_of(module: nn.Module) -> Example:
+def example_of(module: nn.Module, convert: Convert) -> Example:
     """Return a call of a module's forward, on the inputs that it says itself are examples.
 
     Args:
         module: with `example_input_array`, as Lightning has it, or `dummy_inputs`, as Hugging Face does.
+        convert: gives a batch the dtypes of the run's precision.
 
     Raises:
         ConfigError: at the call, where it has neither.
@@ -33,13 +36,13 @@ def example_of(module: nn.Module) -> Example:
     def call(called: nn.Module) -> Any:
         array = getattr(module, "example_input_array", None)
         if array is not None:
-            inputs = _without_values(array)
+            inputs = convert(_without_values(array))
             if isinstance(inputs, Mapping):
                 return called(**inputs)
             return called(*inputs) if isinstance(inputs, tuple) else called(inputs)
         dummy = getattr(module, "dummy_inputs", None)
         if isinstance(dummy, Mapping) and dummy:
-            return called(**_without_values(dummy))
+            return called(**convert(_without_values(dummy)))
         raise ConfigError(
             f"{type(module).__name__} has no registered plan and none of its own, and to find one its forward has to be called. "
             "Set example_input_array on the module (a tensor, or a tuple or dictionary of the forward's arguments), or give a "
@@ -49,21 +52,22 @@ def example_of(module: nn.Module) -> Example:
     return call
 
 
-def example_of_run(trainer: pl.Trainer, module: pl.LightningModule) -> Example:
+def example_of_run(trainer: pl.Trainer, module: pl.LightningModule, convert: Convert) -> Example:
     """Return a call of the training_step on a batch like those of the run; without such, as `example_of`.
 
     Args:
         trainer: about to run; its loaders are not touched, only a dataset's first samples are read, at the call.
         module: its own.
+        convert: as for `example_of`.
     """
 
     def call(called: nn.Module) -> Any:
         batch = _first_batch(trainer) if getattr(module, "example_input_array", None) is None else None
         if batch is None:
-            return example_of(module)(called)
+            return example_of(module, convert)(called)
         with _silent(module):
             # The class's own: what somebody has put in its place, to watch, is not to see what has no values.
-            return type(module).training_step(module, _without_values(batch), 0)
+            return type(module).training_step(module, convert(_without_values(batch)), 0)
 
     return call
 
@@ -76,12 +80,13 @@ def _first_batch(trainer: pl.Trainer) -> Any:
     loader = source.dataloader() if source.is_defined() else None
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
-    before = _collect_rng_states(include_cuda=False)
+    # Whatever is drawn or counted to make a batch, is to be drawn and counted again for the first one of the run.
+    before, collate = _collect_rng_states(include_cuda=False), copy.copy(loader.collate_fn)
     try:
         if loader.batch_size is None:
-            return loader.collate_fn(loader.dataset[0])
+            return collate(loader.dataset[0])
         count = min(loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
-        return loader.collate_fn([loader.dataset[index] for index in range(count)])
+        return collate([loader.dataset[index] for index in range(count)])
     finally:
         _set_rng_states(before)
 

@@ -112,7 +112,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard a module, in place, and return what Fabric is to call in its place."""
-        engine = self._compose(module, example=example_of(module))
+        engine = self._compose(module, example=example_of(module, self.precision.convert_input))
         self.precision.attach(engine)
         redirect_entries(module, engine)
         return Entry(module, engine, look=self._look_at_call)

@@ -160,7 +160,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             if self._layer_sync is not None:
                 self.model = module = self._layer_sync.apply(module)  # type: ignore[assignment]
             self.precision_plugin.convert_module(module)
-            self._compose(module, example=example_of_run(trainer, module))
+            self._compose(module, example=example_of_run(trainer, module, self.precision_plugin.convert_input))
         redirect_entries(module, self.engine)
         if not module.automatic_optimization:
             follow_requires_grad(module, self.engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 import torch.distributed as dist
 
 from meshbolt.compat import gather_into, sum_into
+from meshbolt.errors import ConfigError
 from meshbolt.tensor.layout import SplitLostError
+
+_log = logging.getLogger(__name__)
 
 
 class Axis:
@@ -18,21 +22,26 @@ class Axis:
 
     Attributes:
         exchanges: operations may exchange activations over the ranks to keep a split; else they lose it.
+        insists: refuse sequences that the ranks do not divide, where they are to be divided.
         size: number of ranks.
         rank: this one's place among them.
     """
 
     exchanges = True
+    insists = False
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, insists: bool = False) -> None:
         """Take the group of the `tp` axis that this rank belongs to.
 
         Args:
             group: its ranks in the order of the axis.
+            insists: as the attribute.
         """
+        self.insists = insists
         self.size, self.rank, self._group = group.size(), group.rank(), group
         self._is_gloo = dist.get_backend(group) == "gloo"
         self._entered: tuple[Any, Any, Any] | None = None
+        self._told_length = False
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over the ranks, in place where it is contiguous, and return the sum."""
@@ -87,6 +96,31 @@ class Axis:
             stacklevel=5,
         )
 
+    def report_length(self, length: int) -> None:
+        """Take notice that activations are not divided along their sequence, since the ranks do not divide its length.
+
+        Args:
+            length: of the sequence.
+
+        Raises:
+            ConfigError: the user insists on it.
+        """
+        if self.insists:
+            raise ConfigError(
+                f"TensorParallel(sequence_parallel=True): a sequence of {length} cannot be shared evenly by {self.size} ranks. "
+                f"Pad sequences to a multiple of {self.size}, or take sequence_parallel='auto', which leaves such ones whole."
+            )
+        if torch.compiler.is_compiling() or self._told_length:
+            return
+        self._told_length = True
+        if dist.get_rank() == 0:
+            _log.warning(
+                "sequence_parallel='auto' leaves sequences whole whose length the %d tensor-parallel ranks do not divide, such "
+                "as one of %d: what lies between parallel layers is then on every rank.",
+                self.size,
+                length,
+            )
+
     def remembered(self, tensor: Any, state: Any) -> Any:
         """Return what was made of this very tensor the last time one was remembered, or None.
 
@@ -103,8 +137,9 @@ class Axis:
         self._entered = (tensor, state, made)
 
     def forget(self) -> None:
-        """Let go of what is remembered."""
-        self._entered = None
+        """Let go of what is remembered; a compiled backward cannot, and need not: what it was made of is not remembered there."""
+        if not torch.compiler.is_compiling():
+            self._entered = None
 
 
 class ImaginedAxis(Axis):
@@ -133,6 +168,9 @@ class ImaginedAxis(Axis):
     def sum_parts(self, parts: torch.Tensor) -> torch.Tensor:
         """Return a tensor of a part's shape."""
         return parts[0].clone()
+
+    def report_length(self, length: int) -> None:
+        """Take no notice: a run may have other lengths."""
 
     def largest(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the same shape."""

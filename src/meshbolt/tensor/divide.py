@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from meshbolt.compat import distributed_part, divided_placement, local_in_graph
+from meshbolt.compat import distributed_part, divided_placement
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import own_part
 from meshbolt.tensor.layout import Layout
-from meshbolt.tensor.split import SplitTensor, gathered, like
-from meshbolt.tensor.styles import ParallelModule, is_conv1d
+from meshbolt.tensor.part import Split
+from meshbolt.tensor.plans import TensorPlan
+from meshbolt.tensor.shown import owner_of, show_split
+from meshbolt.tensor.split import SplitObject, SplitTensor, like
 
 
 class Division:
     """A module's parallel layers, over the `tp` axis of a mesh."""
 
-    def __init__(self, plan: Mapping[str, ParallelModule], *, mesh: DeviceMesh, sequence: bool) -> None:
+    def __init__(self, plan: TensorPlan, *, mesh: DeviceMesh) -> None:
         """Take a plan; nothing is changed yet.
 
         Args:
-            plan: the parallel modules by their name.
+            plan: which layers are divided, and how.
             mesh: the `tp` axis.
-            sequence: leave activations split along the sequence between parallel layers.
         """
-        self._plan, self._mesh, self._sequence = plan, mesh, sequence
-        self.axis = Axis(mesh.get_group())
+        self._plan, self._mesh, self._sequence = plan.modules, mesh, plan.sequence
+        self.axis = Axis(mesh.get_group(), insists=plan.insists)
         self._made: dict[nn.Parameter, nn.Parameter] = {}
 
     def layouts(self, module: nn.Module) -> Mapping[nn.Parameter, Layout]:
@@ -58,7 +57,7 @@ class Division:
                 # In evaluation it would make nested tensors, for a kernel that does not know of divided weights.
                 child.use_nested_tensor = False
         for name, entry in self._plan.items():
-            _watch(module.get_submodule(name), entry, axis=self.axis, sequence=self._sequence and entry.sums)
+            show_split(module.get_submodule(name), entry, axis=self.axis, sequence=self._sequence and entry.sums)
 
     def divide(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Replace whole parameters by this rank's parts of them, as DTensors over the axis.
@@ -69,7 +68,7 @@ class Division:
         """
         for name, entry in self._plan.items():
             for key, layout in entry.layouts.items():
-                owner, own_key = _owner(name, key)
+                owner, own_key = owner_of(name, key)
                 if owner in modules:
                     self._divide(root.get_submodule(owner), own_key, layout)
 
@@ -105,43 +104,6 @@ def _sections(parameter: DTensor) -> int:
     return int(getattr(parameter.placements[0], "split_factor", 1))
 
 
-def _owner(name: str, key: str) -> tuple[str, str]:
-    inner, _, own_key = key.rpartition(".")
-    return ".".join(part for part in (name, inner) if part), own_key
-
-
-def _watch(module: nn.Module, entry: ParallelModule, *, axis: Axis, sequence: bool) -> None:
-    held: list[list[tuple[dict[str, Any], str, Any]]] = []
-    sequence_dim = entry.sequence_dim if sequence else None
-    flattens = sequence and is_conv1d(module)
-
-    def show(_: nn.Module, args: Any) -> None:
-        swapped: list[tuple[dict[str, Any], str, Any]] = []
-        samples = math.prod(args[0].shape[:-2]) if flattens and args else 1
-        where = 0 if flattens else sequence_dim
-        dtype: torch.dtype | None = None
-        for key, layout in entry.layouts.items():
-            inner, own_key = _owner("", key)
-            places: dict[str, Any] = (module.get_submodule(inner) if inner else module)._parameters
-            whole = places[own_key]
-            local = local_in_graph(whole) if isinstance(whole, DTensor) else whole
-            if dtype is not None and local.dtype != dtype and not torch.is_autocast_enabled(local.device.type):
-                # A bias in sections is whole over the data-parallel ranks: it has not been cast by a gather as its weight has.
-                local = local.to(dtype)
-            dtype = local.dtype
-            swapped.append((places, own_key, whole))
-            places[own_key] = SplitTensor(local, layout, axis, sequence_dim=where, samples=samples)
-        held.append(swapped)
-
-    def hide(_: nn.Module, __: Any, output: Any) -> Any:
-        for places, key, whole in held.pop() if held else ():
-            places[key] = whole
-        return gathered(output) if entry.gathers else None
-
-    module.register_forward_pre_hook(show)
-    module.register_forward_hook(hide, prepend=True, always_call=True)
-
-
 def let_splits_through(unit: nn.Module) -> None:
     """Let split activations pass the hooks of a sharded unit, which see ordinary tensors and put autograd's hooks on those.
 
@@ -170,6 +132,28 @@ def let_splits_through(unit: nn.Module) -> None:
     unit.register_forward_hook(split_outputs)
 
 
+def for_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that calls a compiled one with split tensors in the form that can be compiled.
+
+    Args:
+        forward: compiled.
+    """
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(SplitTensor, _as_object, (args, kwargs))
+        return tree_map_only(SplitObject, _as_tensor, forward(*args, **kwargs))
+
+    return called
+
+
+def _as_object(split: SplitTensor) -> SplitObject:
+    return SplitObject(split.local, split.division, split.axis, along_sequence=split.along_sequence)
+
+
+def _as_tensor(split: SplitObject) -> SplitTensor:
+    return SplitTensor(split.local, split.division, split.axis, along_sequence=split.along_sequence)
+
+
 def plain_leaves(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """Take arguments apart into leaves without split tensors, for what saves them as ordinary ones.
 
@@ -184,15 +168,15 @@ def plain_leaves(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     return leaves, lambda again: _split_again(tree_unflatten(list(again), structure), splits)
 
 
-def _plain(tree: Any) -> tuple[Any, Mapping[int, SplitTensor]]:
+def _plain(tree: Any) -> tuple[Any, Mapping[int, Split]]:
     leaves, structure = tree_flatten(tree)
-    splits = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, SplitTensor)}
+    splits = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, Split)}
     if not splits:
         return tree, splits
-    return tree_unflatten([leaf.local if isinstance(leaf, SplitTensor) else leaf for leaf in leaves], structure), splits
+    return tree_unflatten([leaf.local if isinstance(leaf, Split) else leaf for leaf in leaves], structure), splits
 
 
-def _split_again(tree: Any, splits: Mapping[int, SplitTensor]) -> Any:
+def _split_again(tree: Any, splits: Mapping[int, Split]) -> Any:
     if not splits:
         return tree
     leaves, structure = tree_flatten(tree)

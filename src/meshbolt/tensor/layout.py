@@ -112,7 +112,7 @@ def resolved_shape(shape: Sequence[int], wanted: Sequence[int]) -> tuple[int, ..
     """
     if -1 not in wanted:
         return tuple(wanted)
-    rest = math.prod(size for size in wanted if size != -1)
+    rest = math.prod([size for size in wanted if size != -1])
     inferred = math.prod(shape) // rest if rest else 0
     return tuple(inferred if size == -1 else size for size in wanted)
 
@@ -134,7 +134,7 @@ def viewed(shape: Sequence[int], layout: Layout, wanted: Sequence[int], ranks: i
     """
     group = _group_of(shape, layout.dim, wanted)
     first = group.old.index(layout.dim)
-    sections = layout.sections * math.prod(shape[dim] for dim in group.old[:first])
+    sections = layout.sections * math.prod([shape[dim] for dim in group.old[:first]])
     prefix = 1
     for dim in group.new:
         own, rest = divmod(sections, prefix)

@@ -43,12 +43,14 @@ class TensorPlan:
         name: of the plan: that of a registered one, "mapping", "the model's _tp_plan" or "traced".
         modules: by name, in the order of the module.
         sequence: whether activations between parallel layers are divided along the sequence.
+        insists: whether a sequence that the ranks do not divide is refused.
         left_out: layers that stay whole, by name, and why.
     """
 
     name: str
     modules: Mapping[str, ParallelModule]
     sequence: bool
+    insists: bool = field(default=False, kw_only=True)
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -131,7 +133,8 @@ def choose_plan(
         )
     if setting.loss_parallel:
         _check_head(module, modules, left_out)
-    return TensorPlan(chosen.name, modules, setting.sequence_parallel is not False, left_out)
+    sequence = setting.sequence_parallel
+    return TensorPlan(chosen.name, modules, sequence is not False, left_out, insists=sequence is True)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ class TensorParallel:
     Attributes:
         size: ranks that share each layer; "node": as many as one machine has.
         plan: "auto" (a registered plan, else the model's own `_tp_plan`, else one found by tracing the model), the name of a
-            registered plan, "_tp_plan" or "traced" for one of the others alone, or a mapping from patterns of module names to styles, such as
-            `{"layers.*.attention.query": "colwise", "layers.*.attention.out": "rowwise"}`.
+            registered plan, "_tp_plan" or "traced" for one of the others alone, or a mapping from patterns of module names to
+            styles, such as `{"layers.*.attention.query": "colwise", "layers.*.attention.out": "rowwise"}`.
         sequence_parallel: divide activations between parallel layers along the sequence; "auto": where the plan supports it
             and the length divides, True insists, False never does.
         loss_parallel: leave the logits divided by classes for the loss, where the head is in the plan.

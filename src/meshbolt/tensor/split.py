@@ -26,6 +26,7 @@ from meshbolt.errors import UnsupportedError
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import whole
 from meshbolt.tensor.layout import Layout, SplitLostError, whole_shape
+from meshbolt.tensor.part import Split, StrayError
 
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
@@ -47,27 +48,8 @@ _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x2": "other
 _OTHER_NAMES = _NUMPY_NAMES.keys() | {"input", "out"}
 
 
-class SplitTensor(torch.Tensor):
-    """This rank's part of a tensor, with the shape of the whole.
-
-    Attributes:
-        local: this rank's part, an ordinary tensor with a gradient's history.
-        division: which dim is split, and how.
-        axis: the ranks that hold the parts.
-        sequence_dim: of a parameter, the dim of a layer's output that is to be left split, None for none.
-        samples: of a parameter whose layer flattens its input, the number of sequences in that.
-        along_sequence: of an activation, it is split for sequence parallelism only: each rank could have the whole as well.
-        sources: names of the layers it comes from, where a module is being looked at.
-    """
-
-    local: Tensor
-    _shape: torch.Size
-    division: Layout
-    axis: Axis
-    sequence_dim: int | None = None
-    samples: int = 1
-    along_sequence: bool = False
-    sources: frozenset[str] = frozenset()
+class SplitTensor(Split, torch.Tensor):
+    """A split tensor as code that runs sees it: a `torch.Tensor`."""
 
     @staticmethod
     def __new__(
@@ -101,76 +83,154 @@ class SplitTensor(torch.Tensor):
             requires_grad=local.requires_grad,
         )
         made.local, made.division, made.axis, made._shape = local, layout, axis, shape
-        # Most are activations, for which the class says the rest.
-        if sequence_dim is not None:
-            made.sequence_dim, made.samples = sequence_dim, samples
-        if along_sequence:
-            made.along_sequence = True
-        if sources:
-            made.sources = sources
+        made.sequence_dim, made.samples = sequence_dim, samples
+        made.along_sequence, made.sources = along_sequence, sources
         return made
-
-    # What is asked most often is answered without a way through torch.
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """The whole's."""
-        return self._shape
-
-    @property
-    def ndim(self) -> int:  # type: ignore[override]
-        """How many dims there are."""
-        return len(self._shape)
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        """The part's, and the whole's."""
-        return self.local.dtype
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """Where the part is."""
-        return self.local.device
-
-    def dim(self) -> int:
-        """Return how many dims there are."""
-        return len(self._shape)
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return the whole's shape, or its size along a dim."""
-        return self._shape if dim is None else self._shape[dim]
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        """Return what is where."""
-        return f"SplitTensor({tuple(self.shape)}, {self.division} over {self.axis.size} ranks, local={self.local!r})"
-
-    def __format__(self, specification: str) -> str:
-        """Return what is where: whoever prints on one rank must not wait for the others."""
-        return format(repr(self), specification)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do on parts what a function of torch is to do on wholes."""
-        given = kwargs or {}
         _refuse_strays(args)
-        rule = _RULES.get(func)
-        if rule is None:
-            return _without_rule(func, args, given)
-        try:
-            if given and not _OTHER_NAMES.isdisjoint(given):
-                args, given = _usual_names(args, given)
-            result = rule(func, args, given)
-        except SplitLostError as failure:
-            return _on_wholes(func, args, given, failure)
-        return result if not _NOTED else _with_all_sources(result, args, given)
+        return follow(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuse what reaches a tensor past torch's functions."""
-        raise UnsupportedError(
+        sources = frozenset().union(*(value.sources for value in splits_in(args, kwargs)))
+        raise StrayError(
+            sources,
             f"{func} reached an activation that is split over tensor-parallel ranks by a way that cannot be followed, such as a "
-            "torch.autograd.Function or a compiled kernel. Leave the layers around it out of the plan of TensorParallel."
+            "torch.autograd.Function or a compiled kernel. Leave the layers around it out of the plan of TensorParallel.",
         )
+
+
+class SplitObject(Split):
+    """A split tensor as `torch.compile` sees it: an object with a tensor's methods, whose part is what is compiled."""
+
+    def __init__(
+        self,
+        local: Tensor,
+        layout: Layout,
+        axis: Axis,
+        *,
+        sequence_dim: int | None = None,
+        samples: int = 1,
+        along_sequence: bool = False,
+        sources: frozenset[str] = frozenset(),
+    ) -> None:
+        """Stand for the whole of which this rank has a part; the arguments are those of `SplitTensor`."""
+        self.local, self.division, self.axis = local, layout, axis
+        self._shape = torch.Size(whole_shape(local.shape, layout, axis.size))
+        self.sequence_dim, self.samples = sequence_dim, samples
+        self.along_sequence, self.sources = along_sequence, sources
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """The part's."""
+        return self.local.requires_grad
+
+    @property
+    def T(self) -> Any:  # type: ignore[override]  # noqa: N802 - torch's name
+        """The transposed matrix."""
+        return follow(torch.Tensor.transpose, (self, -2, -1), {})
+
+    mT = T  # noqa: N815 - torch's name
+
+    def __len__(self) -> int:
+        """Return the size of the first dim."""
+        return int(self._shape[0])
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return the slices along the first dim."""
+        return iter(follow(torch.Tensor.unbind, (self, 0), {}))
+
+    def numel(self) -> int:
+        """Return the number of elements of the whole."""
+        return self.local.numel() * self.axis.size
+
+    def is_floating_point(self) -> bool:
+        """Return whether the elements are floating-point numbers."""
+        return self.local.is_floating_point()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do on parts what a function of torch is to do on wholes."""
+        return follow(func, args, kwargs or {})
+
+
+TENSORS = (Tensor, Split)
+"""What is a tensor, whole or split."""
+
+
+def split_of(local: Tensor, layout: Layout, axis: Axis, **notes: Any) -> Split:
+    """Return a split tensor: where code is being compiled, an object that stands for it.
+
+    Args:
+        local: this rank's part.
+        layout: of the whole.
+        axis: the ranks.
+        notes: the other arguments of `SplitTensor`.
+    """
+    return (
+        SplitObject(local, layout, axis, **notes)
+        if torch.compiler.is_compiling()
+        else SplitTensor(local, layout, axis, **notes)
+    )
+
+
+def follow(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Do on parts what a function of torch is to do on wholes.
+
+    Args:
+        func: torch's.
+        args: by place; one of all arguments, at least, is split.
+        kwargs: by name.
+    """
+    rule = _RULES.get(func)
+    return _without_rule(func, args, kwargs) if rule is None else _by_rule(rule, func, args, kwargs)
+
+
+def _by_rule(rule: Rule, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    try:
+        if kwargs and not _OTHER_NAMES.isdisjoint(kwargs):
+            args, kwargs = _usual_names(args, kwargs)
+        result = rule(func, args, kwargs)
+    except SplitLostError as failure:
+        return _on_wholes(func, args, kwargs, failure)
+    return result if not _NOTED else _with_all_sources(result, args, kwargs)
+
+
+def add_methods() -> None:
+    """Give the object the methods of a tensor that there are rules for; once they are all there."""
+    functions = {getattr(func, "__name__", ""): None for func in _RULES}
+    methods = {name: name for name in functions} | _OPERATORS
+    for name, called in methods.items():
+        is_method = callable(getattr(torch.Tensor, called, None))
+        if is_method and name not in SplitObject.__dict__ and name not in Split.__dict__:
+            setattr(SplitObject, name, _method(getattr(torch.Tensor, called)))
+
+
+# Which of a tensor's methods Python's operators call.
+_OPERATORS = {
+    f"__{operator}__": method
+    for operator, method in {
+        **{name: name for name in ("add", "sub", "mul", "neg", "matmul", "lt", "le", "gt", "ge", "abs")},
+        "truediv": "div",
+        "mod": "remainder",
+    }.items()
+}
+
+
+def _method(func: Any) -> Any:
+    rule = _RULES.get(func)
+    if rule is None:
+        return lambda self, *args, **kwargs: follow(func, (self, *args), kwargs)
+
+    # Looked up before: a compiler does not find functions that are written in Python in the table.
+    def called(self: SplitObject, *args: Any, **kwargs: Any) -> Any:
+        return _by_rule(rule, func, (self, *args), kwargs)
+
+    return called
 
 
 def rule(*names: str, also: Iterable[Any] = ()) -> Callable[[Rule], Rule]:
@@ -194,14 +254,12 @@ def rule(*names: str, also: Iterable[Any] = ()) -> Callable[[Rule], Rule]:
     return register
 
 
-def splits_in(*trees: Any) -> list[SplitTensor]:
+def splits_in(*trees: Any) -> list[Split]:
     """Return the split tensors in arguments, nested ones too."""
-    return [leaf for tree in trees for leaf in tree_leaves(tree) if isinstance(leaf, SplitTensor)]
+    return [leaf for tree in trees for leaf in tree_leaves(tree) if isinstance(leaf, Split)]
 
 
-def like(
-    split: SplitTensor, local: Tensor, layout: Layout | None = None, *, of: Iterable[SplitTensor] = ()
-) -> SplitTensor:
+def like(split: Split, local: Tensor, layout: Layout | None = None, *, of: Iterable[Split] = ()) -> Split:
     """Return a result as a split tensor.
 
     Args:
@@ -212,17 +270,17 @@ def like(
     """
     sources = split.sources.union(*(other.sources for other in of)) if split.sources else split.sources
     kept = layout or split.division
-    return SplitTensor(local, kept, split.axis, along_sequence=split.along_sequence, sources=sources)
+    return split_of(local, kept, split.axis, along_sequence=split.along_sequence, sources=sources)
 
 
 def gathered(value: Any) -> Any:
     """Return a value with whole tensors in the place of split ones, for what every rank computes alike."""
-    if isinstance(value, SplitTensor):
+    if isinstance(value, Split):
         _refuse_strays((value,))
         return whole(value.local, value.division, value.axis)
     if isinstance(value, Tensor):
         return value
-    return tree_map_only(SplitTensor, gathered, value)
+    return tree_map_only(Split, gathered, value)
 
 
 def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -263,10 +321,11 @@ def _refuse_strays(operands: Iterable[Any]) -> None:
         if type(value) is SplitTensor and value.local.requires_grad is not graded:
             lost = _came_out_of_function(value) if graded else _is_inside_function()
             if lost:
-                raise UnsupportedError(
+                raise StrayError(
+                    value.sources,
                     f"A tensor of shape {tuple(value.shape)}, split over tensor-parallel ranks, was handed to a "
                     "torch.autograd.Function, which cannot be followed. Leave the layers around it out of the plan of "
-                    "TensorParallel."
+                    "TensorParallel.",
                 )
 
 
@@ -288,7 +347,7 @@ def _without_rule(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = getattr(func, "__name__", str(func))
     if name == "__get__":
         return _attribute(func, args, kwargs)
-    if name in ("__set__", "__delete__") and isinstance(args[0], SplitTensor):
+    if name in ("__set__", "__delete__") and isinstance(args[0], Split):
         raise UnsupportedError(
             f"{getattr(func.__self__, '__name__', 'An attribute')!r} of an activation that is split over tensor-parallel ranks "
             "was written to. Leave the layers around it out of the plan of TensorParallel."
@@ -332,7 +391,7 @@ def _writes_into_split(func: Any, name: str, args: Any, kwargs: Mapping[str, Any
     first = args[0] if args else kwargs.get("input")
     if splits_in(kwargs.get("out")):
         return True
-    if not isinstance(first, SplitTensor):
+    if not isinstance(first, Split):
         return False
     written = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
     return written or name == "register_post_accumulate_grad_hook" or _asks_in_place(func, args, kwargs)

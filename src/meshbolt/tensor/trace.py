@@ -23,6 +23,7 @@ from meshbolt.compat import tensors_without_memory
 from meshbolt.errors import ConfigError
 from meshbolt.tensor.axis import ImaginedAxis
 from meshbolt.tensor.layout import Layout, SplitLostError
+from meshbolt.tensor.part import Split, StrayError
 from meshbolt.tensor.split import SplitTensor, is_fact, noted_sources
 from meshbolt.tensor.styles import is_conv1d
 
@@ -114,6 +115,10 @@ class _Tracer:
             ]
             try:
                 example(self._module)
+            except StrayError as error:
+                # What comes after is seen the next time, when these layers are whole.
+                reason = "its output goes where it cannot be followed, such as a torch.autograd.Function"
+                found.lost.update(dict.fromkeys(error.sources, reason))
             except Exception as error:
                 raise ConfigError(
                     f"plan='auto' cannot look at the forward of {type(self._module).__name__}: {type(error).__name__}: {error}. "
@@ -141,7 +146,7 @@ class _Tracer:
 
         def enter(_: nn.Module, args: Any) -> None:
             read = args[0] if args else None
-            if isinstance(read, SplitTensor) and read.division.dim == read.dim() - 1:
+            if isinstance(read, Split) and read.division.dim == read.dim() - 1:
                 found.rows.setdefault(name, set()).update(read.sources)
                 sections = found.row_sections.setdefault(name, read.division.sections)
                 if sections != read.division.sections:
@@ -235,7 +240,7 @@ class _Watched(torch.Tensor):
     """A weight as it stands outside of its layer's forward: whoever computes with it is noticed."""
 
     def __new__(cls, whole: torch.Tensor, noticed: Callable[[], Any]) -> _Watched:
-        made: _Watched = torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype, device=whole.device)  # type: ignore[assignment]
+        made: _Watched = torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype, device=whole.device)
         made.__dict__.update(whole=whole, noticed=noticed)
         return made
 
@@ -248,7 +253,7 @@ class _Watched(torch.Tensor):
         return func(*_unwatched(args), **_unwatched(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Compute with the weight itself."""
         return func(*_unwatched(args), **_unwatched(kwargs or {}))
 
@@ -286,10 +291,10 @@ def _without_memory(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
     weights: dict[str, torch.Tensor] = {}
     for name, child in module.named_modules():
         for places in (child._parameters, child._buffers):
-            held.append((places, dict(places)))  # type: ignore[arg-type]
+            held.append((places, dict(places)))
             for key, tensor in places.items():
                 if tensor is not None:
-                    places[key] = weights[f"{name}.{key}" if name else key] = stand_in(tensor)  # type: ignore[assignment]
+                    places[key] = weights[f"{name}.{key}" if name else key] = stand_in(tensor)
     try:
         yield weights
     finally:

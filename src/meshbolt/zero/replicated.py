@@ -49,7 +49,6 @@ class ReplicatedParameters:
         for parameter, count, mean in zip(parameters, counts.tolist(), means, strict=True):
             if count:
                 own = (mean / self._group.size()).view_as(local_tensor(parameter)).to(parameter.dtype)
-                is_divided = isinstance(parameter, DTensor)
-                parameter.grad = (
-                    distributed_tensor(own, like=parameter, placements=parameter.placements) if is_divided else own
-                )
+                if isinstance(parameter, DTensor):
+                    own = distributed_tensor(own, like=parameter, placements=parameter.placements)
+                parameter.grad = own

@@ -195,5 +195,5 @@ def test_modules_on_the_meta_device_can_be_looked_at():
 
 def test_a_forward_that_needs_values_is_refused():
     module = Layers(lambda m, x: m.a(x) if x.sum() > 0 else x, a=linear())
-    with pytest.raises(ConfigError, match="cannot look at the forward of Layers: .*Give a mapping"):
+    with pytest.raises(ConfigError, match=r"cannot look at the forward of Layers: .*Give a mapping"):
         found(module)

@@ -11,7 +11,8 @@ from torch import Tensor
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import enter, own_part, part
 from meshbolt.tensor.layout import Layout, SplitLostError, whole_shape, whole_strides
-from meshbolt.tensor.split import SplitTensor, gathered, like, named, rule
+from meshbolt.tensor.part import Split
+from meshbolt.tensor.split import TENSORS, gathered, like, named, rule
 
 _OF_ELEMENTS = """
 abs absolute neg negative positive sign sgn square reciprocal exp exp2 expm1 log
@@ -49,18 +50,18 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return like(split, result, split.division.moved(result.dim() - split.dim() + split.division.dim))
 
 
-def _simply(func: Any, first: Any, second: Any = None) -> SplitTensor | None:
+def _simply(func: Any, first: Any, second: Any = None) -> Split | None:
     """Return the result for the operands that most calls have, in less time; None for others."""
-    if type(first) is not SplitTensor:
+    if not isinstance(first, Split):
         return None
     if second is None:
         local = func(first.local)
-    elif type(second) is SplitTensor:
+    elif isinstance(second, Split):
         alike = first.division == second.division and first._shape == second._shape
         if not alike or first.along_sequence != second.along_sequence:
             return None
         local = func(first.local, second.local)
-    elif isinstance(second, Tensor):
+    elif isinstance(second, TENSORS):
         if second.dim() > first.dim():
             return None
         local = func(first.local, *_cut_all([second], first, first.dim() - first.division.dim))
@@ -89,9 +90,7 @@ def filled(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a whole tensor, of the same dtype where the split one is."""
     split, *others = args
-    if not isinstance(split, SplitTensor) or any(
-        isinstance(value, SplitTensor) for value in [*others, *kwargs.values()]
-    ):
+    if not isinstance(split, Split) or any(isinstance(value, Split) for value in [*others, *kwargs.values()]):
         raise SplitLostError("it is made of a split one")
     return func(split.local, *others, **kwargs)
 
@@ -100,10 +99,10 @@ def new(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def cast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Take another dtype or device, or those of another tensor."""
     first = args[0]
-    args = tuple(value.local if isinstance(value, SplitTensor) else value for value in args)
-    kwargs = {key: value.local if isinstance(value, SplitTensor) else value for key, value in kwargs.items()}
+    args = tuple(value.local if isinstance(value, Split) else value for value in args)
+    kwargs = {key: value.local if isinstance(value, Split) else value for key, value in kwargs.items()}
     result = func(*args, **kwargs)
-    return like(first, result) if isinstance(first, SplitTensor) and isinstance(result, Tensor) else result
+    return like(first, result) if isinstance(first, Split) and isinstance(result, TENSORS) else result
 
 
 @rule("is_contiguous", "stride")
@@ -127,7 +126,7 @@ def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     def on_part(gradient: Tensor) -> Any:
         changed = hook(like(split, gradient))
-        if changed is None or isinstance(changed, SplitTensor):
+        if changed is None or isinstance(changed, Split):
             return None if changed is None else changed.local
         return own_part(changed, split.division, split.axis)
 
@@ -138,7 +137,7 @@ def watch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Change the part of the first operand."""
     target = args[0]
-    if not isinstance(target, SplitTensor):
+    if not isinstance(target, Split):
         raise SplitLostError("it writes what is split into a whole tensor")
     split, local_args, local_kwargs = parts_of(args, kwargs)
     if split is not target:
@@ -147,7 +146,7 @@ def in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return target
 
 
-def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SplitTensor, list[Any], dict[str, Any]]:
+def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Split, list[Any], dict[str, Any]]:
     """Return the first split operand, and the arguments with every tensor cut to this rank's part.
 
     Whole operands that have the split dim are cut; those without it, or with one element there, meet every part. Either way
@@ -157,8 +156,9 @@ def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SplitTensor
         SplitLostError: operands are split differently.
     """
     operands = [*args, *kwargs.values()]
-    splits = [value for value in operands if isinstance(value, SplitTensor)]
-    first = max(splits, key=SplitTensor.dim)
+    splits = [value for value in operands if isinstance(value, Split)]
+    most = max([split.dim() for split in splits])
+    first = next(split for split in splits if split.dim() == most)
     behind = first.dim() - first.division.dim
     for other in splits:
         if (other.dim() - other.division.dim, other.division.sections) != (behind, first.division.sections):
@@ -167,29 +167,29 @@ def parts_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[SplitTensor
             raise SplitLostError(f"its operands are split differently, {first.division} and {other.division}")
         if other.shape[other.division.dim] != first.shape[first.division.dim]:
             raise SplitLostError("its operands have different sizes at the split dim")
-    plain = [value for value in operands if isinstance(value, Tensor) and not isinstance(value, SplitTensor)]
+    plain = [value for value in operands if isinstance(value, TENSORS) and not isinstance(value, Split)]
     cut = dict(zip(map(id, plain), _cut_all(plain, first, behind), strict=True)) if plain else {}
 
     def local(value: Any) -> Any:
-        if isinstance(value, SplitTensor):
+        if isinstance(value, Split):
             return value.local
-        return cut[id(value)] if isinstance(value, Tensor) else value
+        return cut[id(value)] if isinstance(value, TENSORS) else value
 
     return first, [local(value) for value in args], {key: local(value) for key, value in kwargs.items()}
 
 
-def _whole_sequences(args: Any, kwargs: Any, splits: list[SplitTensor]) -> tuple[Any, Any]:
+def _whole_sequences(args: Any, kwargs: Any, splits: list[Split]) -> tuple[Any, Any]:
     """Return the arguments with one split left: what is split along the sequence gives way to what is split otherwise."""
     kept = min(splits, key=lambda split: split.along_sequence)
 
     def changed(value: Any) -> Any:
-        gives_way = isinstance(value, SplitTensor) and value.along_sequence and value is not kept
+        gives_way = isinstance(value, Split) and value.along_sequence and value is not kept
         return gathered(value) if gives_way else value
 
     return tuple(map(changed, args)), {key: changed(value) for key, value in kwargs.items()}
 
 
-def _cut_all(plain: list[Tensor], first: SplitTensor, behind: int) -> list[Tensor]:
+def _cut_all(plain: list[Tensor], first: Split, behind: int) -> list[Tensor]:
     size, sections, axis = first.shape[first.division.dim], first.division.sections, first.axis
     cut: list[Tensor] = []
     shared: list[int] = []
@@ -219,7 +219,7 @@ def dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("input", "p", "training", "inplace") if func is F.dropout else ("input", "p", "train")
     given = named(names, args, kwargs)
     split, probability = given["input"], given.get("p", 0.5)
-    if not isinstance(split, SplitTensor) or not 0 <= probability <= 1:
+    if not isinstance(split, Split) or not 0 <= probability <= 1:
         raise SplitLostError("its arguments are not a tensor and a probability")
     if not given.get("training", given.get("train", True)) or probability == 0:
         return split

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshbolt.tensor.layout import SplitLostError
-from meshbolt.tensor.split import SplitTensor, rule
+from meshbolt.tensor.part import Split
+from meshbolt.tensor.split import TENSORS, rule
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 
@@ -60,7 +61,7 @@ def _check(given: SimpleNamespace) -> None:
         given.v_proj_weight,
         given.out_proj_weight,
     ]
-    if any(isinstance(weight, Tensor) and not isinstance(weight, SplitTensor) for weight in weights):
+    if any(isinstance(weight, TENSORS) and not isinstance(weight, Split) for weight in weights):
         raise SplitLostError("it is an attention that is not in the plan")
     added = (given.bias_k, given.bias_v, given.static_k, given.static_v)
     if given.add_zero_attn or any(tensor is not None for tensor in added):

@@ -23,8 +23,9 @@ from torch import Tensor
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import enter, part, total, total_in_parts, whole_for_parts
 from meshbolt.tensor.layout import Layout, SplitLostError
+from meshbolt.tensor.part import Split
 from meshbolt.tensor.rules.elementwise import drawn_noise
-from meshbolt.tensor.split import SplitTensor, gathered, like, named, rule
+from meshbolt.tensor.split import gathered, like, named, rule, split_of
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -34,8 +35,8 @@ def linear(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply with a layer's weight, (outputs, inputs)."""
     given = named(("input", "weight", "bias"), args, kwargs)
     read, weight, bias = given["input"], given["weight"], given.get("bias")
-    if not isinstance(weight, SplitTensor):
-        if not isinstance(read, SplitTensor) or read.division.dim == read.dim() - 1:
+    if not isinstance(weight, Split):
+        if not isinstance(read, Split) or read.division.dim == read.dim() - 1:
             raise SplitLostError("a layer that is not in the plan reads a split activation")
         # The end of what is divided along the sequence: such a layer is every rank's own.
         return func(gathered(read), weight, gathered(bias))
@@ -49,7 +50,7 @@ def addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Multiply with a layer's weight, (inputs, outputs), as layers of GPT-2's kind do."""
     given = named(("input", "mat1", "mat2"), args, kwargs)
     bias, read, weight = (given[name] for name in ("input", "mat1", "mat2"))
-    if not isinstance(weight, SplitTensor) or bias.dim() != 1:
+    if not isinstance(weight, Split) or bias.dim() != 1:
         raise SplitLostError("it is not the product of a layer in the plan")
 
     def product(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +59,7 @@ def addmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return parallel_layer(read, weight, bias, product, by_columns=weight.division.dim == 1)
 
 
-def parallel_layer(read: Any, weight: SplitTensor, bias: Any, product: Product, *, by_columns: bool) -> Any:
+def parallel_layer(read: Any, weight: Split, bias: Any, product: Product, *, by_columns: bool) -> Any:
     """Return what a parallel layer computes.
 
     Args:
@@ -72,12 +73,12 @@ def parallel_layer(read: Any, weight: SplitTensor, bias: Any, product: Product, 
     if by_columns:
         mine = _bias_part(bias, weight)
         out = product(entered(read, axis), weight.local, mine)
-        return SplitTensor(out, Layout(out.dim() - 1, sections), axis, sources=weight.sources)
+        return split_of(out, Layout(out.dim() - 1, sections), axis, sources=weight.sources)
     last = read.dim() - 1
-    if isinstance(read, SplitTensor) and read.division.dim != last:
+    if isinstance(read, Split) and read.division.dim != last:
         read = gathered(read)
-    if not isinstance(read, SplitTensor):
-        read = SplitTensor(part(read, Layout(last, sections), axis), Layout(last, sections), axis)
+    if not isinstance(read, Split):
+        read = split_of(part(read, Layout(last, sections), axis), Layout(last, sections), axis)
     if read.division.sections != sections:
         raise SplitLostError(
             f"it reads an activation in {read.division.sections} sections, and its weight has {sections}"
@@ -85,26 +86,28 @@ def parallel_layer(read: Any, weight: SplitTensor, bias: Any, product: Product, 
     return summed(product(read.local, weight.local, None), weight, gathered(bias))
 
 
-def _bias_part(bias: Any, weight: SplitTensor) -> Tensor | None:
+def _bias_part(bias: Any, weight: Split) -> Tensor | None:
     if bias is None:
         return None
     layout = Layout(0, weight.division.sections)
-    if not isinstance(bias, SplitTensor):
+    if not isinstance(bias, Split):
         return part(bias, layout, weight.axis)
     if bias.division != layout:
         raise SplitLostError("its weight and its bias are split differently")
     return bias.local
 
 
-def summed(addend: Tensor, weight: SplitTensor, bias: Tensor | None = None) -> Any:
+def summed(addend: Tensor, weight: Split, bias: Tensor | None = None) -> Any:
     """Return the sum over the ranks of what each computed, left split along the sequence where the layer is to do that."""
     dim = weight.sequence_dim
-    if dim is not None and _has_sequence(addend, dim) and addend.shape[dim] % (weight.axis.size * weight.samples) == 0:
+    if dim is not None and _has_sequence(addend, dim) and addend.shape[dim] % (weight.axis.size * weight.samples):
+        weight.axis.report_length(addend.shape[dim] // weight.samples)
+    elif dim is not None and _has_sequence(addend, dim):
         layout = Layout(dim, weight.samples)
         out = total_in_parts(addend, layout, weight.axis)
         if bias is not None:
             out = out + enter(weight.axis, bias)[0]
-        return SplitTensor(out, layout, weight.axis, along_sequence=True)
+        return split_of(out, layout, weight.axis, along_sequence=True)
     out = total(addend, weight.axis)
     return out if bias is None else out + bias
 
@@ -121,15 +124,18 @@ def entered(read: Any, axis: Axis) -> Tensor:
         axis: the ranks.
     """
     graded = torch.is_grad_enabled()
-    local = read.local if isinstance(read, SplitTensor) else read
-    if not isinstance(read, SplitTensor) and not (graded and read.requires_grad):
+    local = read.local if isinstance(read, Split) else read
+    if not isinstance(read, Split) and not (graded and read.requires_grad):
         return local
     # Tensors of inference mode do not count how often they were written to.
-    state = None if local.is_inference() else (graded, local.requires_grad, local._version)
+    if torch.compiler.is_compiling():
+        state: Any = (graded, local.requires_grad)
+    else:
+        state = None if local.is_inference() else (graded, local.requires_grad, local._version)
     if state is not None and (known := axis.remembered(read, state)) is not None:
         found: Tensor = known
         return found
-    made = whole_for_parts(local, read.division, axis) if isinstance(read, SplitTensor) else enter(axis, local)[0]
+    made = whole_for_parts(local, read.division, axis) if isinstance(read, Split) else enter(axis, local)[0]
     if state is not None:
         axis.remember(read, state, made)
     return made
@@ -157,22 +163,22 @@ def baddbmm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _product(first: Any, second: Any) -> Any:
-    split = first if isinstance(first, SplitTensor) else second
+    split = first if isinstance(first, Split) else second
     if min(first.dim(), second.dim()) < 2:
         raise SplitLostError("it multiplies vectors")
-    if not isinstance(split, SplitTensor):
+    if not isinstance(split, Split):
         raise SplitLostError("it is what is added that is split")
     behind = split.dim() - split.division.dim
     if behind <= 2:
         raise SplitLostError("the matrices themselves are split")
     out = torch.matmul(*(_batch_part(operand, split, behind) for operand in (first, second)))
-    splits = [t for t in (first, second) if isinstance(t, SplitTensor)]
+    splits = [t for t in (first, second) if isinstance(t, Split)]
     return like(split, out, split.division.moved(out.dim() - behind), of=splits)
 
 
-def _batch_part(operand: Any, split: SplitTensor, behind: int) -> Tensor:
+def _batch_part(operand: Any, split: Split, behind: int) -> Tensor:
     """Return this rank's part of an operand whose batch dim meets the split one."""
-    if isinstance(operand, SplitTensor):
+    if isinstance(operand, Split):
         same = (operand.dim() - operand.division.dim, operand.division.sections) == (behind, split.division.sections)
         if not same or operand.shape[operand.division.dim] != split.shape[split.division.dim]:
             raise SplitLostError("its operands are split differently")
@@ -196,7 +202,7 @@ def einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not arrow or "." in equation or len(letters) != len(operands):
         raise SplitLostError("its equation does not name all dims")
     pairs = list(zip(letters, operands, strict=True))
-    splits = [(own[operand.division.dim], operand) for own, operand in pairs if isinstance(operand, SplitTensor)]
+    splits = [(own[operand.division.dim], operand) for own, operand in pairs if isinstance(operand, Split)]
     letter, first = splits[0]
     alike = all(own == letter and t.division.sections == first.division.sections for own, t in splits)
     if letter not in result or not alike or any(own.count(letter) > 1 for own in letters):
@@ -206,18 +212,16 @@ def einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return like(first, torch.einsum(equation, *parts), layout, of=[t for _, t in splits])
 
 
-def _letter_part(letters: str, operand: Any, letter: str, first: SplitTensor) -> Tensor:
+def _letter_part(letters: str, operand: Any, letter: str, first: Split) -> Tensor:
     """Return this rank's part of an operand along the dim of a letter."""
     size = first.shape[first.division.dim]
     dim = letters.find(letter)
-    if not isinstance(operand, SplitTensor) and (dim < 0 or operand.shape[dim] == 1):
+    if not isinstance(operand, Split) and (dim < 0 or operand.shape[dim] == 1):
         return enter(first.axis, operand)[0]
     if operand.shape[dim] != size:
         raise SplitLostError("its operands have different sizes at the split dim")
     return (
-        operand.local
-        if isinstance(operand, SplitTensor)
-        else part(operand, Layout(dim, first.division.sections), first.axis)
+        operand.local if isinstance(operand, Split) else part(operand, Layout(dim, first.division.sections), first.axis)
     )
 
 
@@ -227,7 +231,7 @@ def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given = named(names, args, kwargs)
     tensors = [given[name] for name in ("query", "key", "value")]
-    splits = [t for t in tensors if isinstance(t, SplitTensor)]
+    splits = [t for t in tensors if isinstance(t, Split)]
     if not splits:
         raise SplitLostError("only its mask is split")
     behind = splits[0].dim() - splits[0].division.dim
@@ -247,7 +251,7 @@ def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _check_heads(tensors: Sequence[Any], behind: int, *, grouped: bool) -> None:
-    splits = [t for t in tensors if isinstance(t, SplitTensor)]
+    splits = [t for t in tensors if isinstance(t, Split)]
     if behind <= 2:
         raise SplitLostError("positions or features are split, not heads")
     if any(t.dim() - t.division.dim != behind or t.division.sections != 1 for t in splits):
@@ -259,7 +263,7 @@ def _check_heads(tensors: Sequence[Any], behind: int, *, grouped: bool) -> None:
 
 
 def _heads(tensor: Any, axis: Axis, behind: int) -> Tensor:
-    if isinstance(tensor, SplitTensor):
+    if isinstance(tensor, Split):
         return tensor.local
     if tensor.shape[-behind] == 1:
         return enter(axis, tensor)[0]
@@ -267,7 +271,7 @@ def _heads(tensor: Any, axis: Axis, behind: int) -> Tensor:
 
 
 def _mask(mask: Any, query: Any, axis: Axis, behind: int) -> Tensor:
-    if isinstance(mask, SplitTensor):
+    if isinstance(mask, Split):
         if mask.division != Layout(mask.dim() - behind):
             raise SplitLostError("its mask is split differently")
         return mask.local

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from meshbolt.tensor.exchange import enter, total
 from meshbolt.tensor.layout import SplitLostError, dim_from_front
-from meshbolt.tensor.split import SplitTensor, like, named, rule
+from meshbolt.tensor.part import Split
+from meshbolt.tensor.split import TENSORS, like, named, rule
 
 _REDUCTIONS = "sum mean amax amin var std prod logsumexp norm any all argmax argmin"
 
@@ -28,16 +29,16 @@ def along(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(dim, int) or isinstance(dim, bool) or dim_from_front(dim, split.dim()) == split.division.dim:
         raise SplitLostError("it works along the split dim")
     results = func(split.local, *args[1:], **kwargs)
-    return like(split, results) if isinstance(results, Tensor) else _each(split, results)
+    return like(split, results) if isinstance(results, TENSORS) else _each(split, results)
 
 
-def _first(args: tuple[Any, ...]) -> SplitTensor:
-    if not args or not isinstance(args[0], SplitTensor):
+def _first(args: tuple[Any, ...]) -> Split:
+    if not args or not isinstance(args[0], Split):
         raise SplitLostError("it is not its first argument that is split")
     return args[0]
 
 
-def _each(split: SplitTensor, results: Any, dim: int | None = None) -> Any:
+def _each(split: Split, results: Any, dim: int | None = None) -> Any:
     layout = split.division if dim is None else split.division.moved(dim)
     # A named tuple of torch's.
     return type(results)([like(split, result, layout) for result in results])
@@ -88,7 +89,7 @@ def _dims(given: Any, dims: int) -> list[int]:
     return sorted({dim_from_front(dim, dims) for dim in listed})
 
 
-def _added_up(name: str, split: SplitTensor, dims: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _added_up(name: str, split: Split, dims: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     given = named(("input", "dim", "keepdim", "dtype"), args, kwargs) if name in ("sum", "mean") else None
     if (
         not split.axis.exchanges
@@ -98,7 +99,7 @@ def _added_up(name: str, split: SplitTensor, dims: list[int], args: tuple[Any, .
         raise SplitLostError("it works along the split dim")
     added = split.local.sum(dims, keepdim=given.get("keepdim", False), dtype=given.get("dtype"))
     added = total(added, split.axis)
-    return added if name == "sum" else added / math.prod(split.shape[dim] for dim in dims)
+    return added if name == "sum" else added / math.prod([split.shape[dim] for dim in dims])
 
 
 @rule("layer_norm")
@@ -114,10 +115,10 @@ def rms_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _normalised(func, named(("input", "normalized_shape", "weight", "eps"), args, kwargs))
 
 
-def _normalised(func: Any, given: dict[str, Any]) -> SplitTensor:
+def _normalised(func: Any, given: dict[str, Any]) -> Split:
     split = given["input"]
     weights = [key for key in ("weight", "bias") if given.get(key) is not None]
-    if not isinstance(split, SplitTensor) or any(isinstance(given[key], SplitTensor) for key in weights):
+    if not isinstance(split, Split) or any(isinstance(given[key], Split) for key in weights):
         raise SplitLostError("its weights are split")
     if split.division.dim >= split.dim() - len(given["normalized_shape"]):
         raise SplitLostError("it normalises over the split dim")

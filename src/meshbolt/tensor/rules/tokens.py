@@ -11,8 +11,9 @@ from torch import Tensor
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import total
 from meshbolt.tensor.layout import Layout, SplitLostError
+from meshbolt.tensor.part import Split
 from meshbolt.tensor.rules.products import summed
-from meshbolt.tensor.split import SplitTensor, named, rule
+from meshbolt.tensor.split import named, rule
 
 
 @rule("embedding")
@@ -23,7 +24,7 @@ def embedding(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise SplitLostError("it is not torch.nn.functional's")
     given = named(names, args, kwargs)
     table, tokens = given["weight"], given["input"]
-    if not isinstance(table, SplitTensor) or table.division != Layout(0) or isinstance(tokens, SplitTensor):
+    if not isinstance(table, Split) or table.division != Layout(0) or isinstance(tokens, Split):
         raise SplitLostError("the table is not split by rows, or the tokens are split")
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
         raise SplitLostError("the table's rows are changed or counted as they are read")
@@ -55,7 +56,7 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     given = named(names, args, kwargs)
     logits, target = given["input"], given["target"]
-    if not isinstance(logits, SplitTensor) or logits.division != _classes(logits) or isinstance(target, SplitTensor):
+    if not isinstance(logits, Split) or logits.division != _classes(logits) or isinstance(target, Split):
         raise SplitLostError("it is not the classes that are split")
     if given.get("weight") is not None or target.is_floating_point():
         raise SplitLostError("classes have weights, or targets are probabilities")
@@ -76,11 +77,11 @@ def cross_entropy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return losses.to(dtype)
 
 
-def _classes(logits: SplitTensor) -> Any:
+def _classes(logits: Split) -> Any:
     return logits.division.moved(min(1, logits.dim() - 1)) if logits.division.sections == 1 else None
 
 
-def _losses(logits: SplitTensor, target: Tensor, ignored: int, smoothing: float) -> Tensor:
+def _losses(logits: Split, target: Tensor, ignored: int, smoothing: float) -> Tensor:
     axis, dim, local = logits.axis, logits.division.dim, logits.local
     if local.dtype in (torch.float16, torch.bfloat16):
         local = local.float()

@@ -21,7 +21,8 @@ from meshbolt.tensor.layout import (
     resolved_shape,
     viewed,
 )
-from meshbolt.tensor.split import SplitTensor, like, named, rule
+from meshbolt.tensor.part import Split
+from meshbolt.tensor.split import TENSORS, like, named, rule
 
 _MOVES = ("input", "source", "destination")
 _RANGE = ("input", "dim", "start", "length")
@@ -63,14 +64,16 @@ def unflatten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def view_as(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Look at the same elements in another tensor's shape."""
     split, other = named(("self", "other"), args, kwargs).values()
-    if not isinstance(split, SplitTensor):
+    if not isinstance(split, Split):
         raise SplitLostError("a whole tensor would take the shape of a split one")
     own = torch.Tensor.view if func is torch.Tensor.view_as else torch.reshape
     return _viewed(own, split, tuple(other.shape))
 
 
-def _viewed(func: Any, split: SplitTensor, sizes: tuple[int, ...]) -> SplitTensor:
-    layout, shape = _view_plan(split.shape, split.division, sizes, split.axis.size)
+def _viewed(func: Any, split: Split, sizes: tuple[int, ...]) -> Split:
+    # What is compiled is asked once, and a compiler does not see through caches.
+    plan = _view_plan.__wrapped__ if torch.compiler.is_compiling() else _view_plan
+    layout, shape = plan(split.shape, split.division, sizes, split.axis.size)
     return like(split, func(split.local, shape), layout)
 
 
@@ -108,7 +111,7 @@ def turned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _transposed(split, -2, -1)
 
 
-def _transposed(split: SplitTensor, first: int, second: int) -> SplitTensor:
+def _transposed(split: Split, first: int, second: int) -> Split:
     dim, dims = split.division.dim, split.dim()
     first, second = dim_from_front(first, dims), dim_from_front(second, dims)
     moved = second if dim == first else first if dim == second else dim
@@ -142,7 +145,7 @@ def unsqueeze(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _unsqueezed(given["input"], dim_from_front(given["dim"], given["input"].dim() + 1))
 
 
-def _unsqueezed(split: SplitTensor, dim: int) -> SplitTensor:
+def _unsqueezed(split: Split, dim: int) -> Split:
     moved = split.division.moved(split.division.dim + (dim <= split.division.dim))
     return like(split, split.local.unsqueeze(dim), moved)
 
@@ -169,12 +172,12 @@ def expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def expand_as(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Repeat dims of one element as another tensor has them."""
     split, other = named(("self", "other"), args, kwargs).values()
-    if not isinstance(split, SplitTensor):
+    if not isinstance(split, Split):
         raise SplitLostError("a whole tensor would take the shape of a split one")
     return _expanded(split, tuple(other.shape))
 
 
-def _expanded(split: SplitTensor, sizes: tuple[int, ...]) -> SplitTensor:
+def _expanded(split: Split, sizes: tuple[int, ...]) -> Split:
     dim = split.division.dim + len(sizes) - split.dim()
     if len(sizes) < split.dim() or sizes[dim] not in (-1, split.shape[split.division.dim]):
         raise SplitLostError("it gives the split dim another size")
@@ -187,7 +190,7 @@ def repeat_interleave(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Repeat each element along a dim."""
     given = named(("input", "repeats", "dim", "output_size"), args, kwargs)
     split, repeats, dim = given["input"], given["repeats"], given.get("dim")
-    if not isinstance(split, SplitTensor) or not isinstance(repeats, int) or dim is None:
+    if not isinstance(split, Split) or not isinstance(repeats, int) or dim is None:
         raise SplitLostError("only one number of repeats along a dim keeps a split")
     return like(split, split.local.repeat_interleave(repeats, dim=dim_from_front(dim, split.dim())))
 
@@ -232,7 +235,7 @@ def index_select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     """Take the numbered elements of a dim."""
     given = named(("input", "dim", "index"), args, kwargs)
     split, index = given["input"], given["index"]
-    if not isinstance(split, SplitTensor) or isinstance(index, SplitTensor):
+    if not isinstance(split, Split) or isinstance(index, Split):
         raise SplitLostError("its index is split")
     if dim_from_front(given["dim"], split.dim()) == split.division.dim:
         raise SplitLostError("it takes elements of the split dim")
@@ -247,7 +250,7 @@ def narrow(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _narrowed(split, dim, start + split.shape[dim] if start < 0 else start, int(length))
 
 
-def _narrowed(split: SplitTensor, dim: int, start: int, length: int) -> SplitTensor:
+def _narrowed(split: Split, dim: int, start: int, length: int) -> Split:
     if dim != split.division.dim:
         return like(split, split.local.narrow(dim, start, length))
     layout, own_start, own_length = narrowed(split.shape[dim], split.division, start, length, split.axis.size)
@@ -262,7 +265,7 @@ def divide(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
     split, how = given["input"], given["how"]
     dim = dim_from_front(given.get("dim", 0), split.dim())
-    if isinstance(how, Tensor):
+    if isinstance(how, TENSORS):
         raise SplitLostError("it divides at places that a tensor says")
     ranges = _ranges(func, split.shape[dim], how if isinstance(how, int) else tuple(how))
     return tuple(_narrowed(split, dim, start, length) for start, length in ranges)
@@ -292,7 +295,7 @@ def select(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _selected(given["input"], dim_from_front(given["dim"], given["input"].dim()), int(given["index"]))
 
 
-def _selected(split: SplitTensor, dim: int, index: int) -> SplitTensor:
+def _selected(split: Split, dim: int, index: int) -> Split:
     if dim == split.division.dim:
         raise SplitLostError("it takes single elements of the split dim", sections=split.shape[dim])
     return like(
@@ -304,7 +307,7 @@ def _selected(split: SplitTensor, dim: int, index: int) -> SplitTensor:
 def getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Index with whole numbers, slices, None and Ellipsis."""
     split, index = args
-    if not isinstance(split, SplitTensor):
+    if not isinstance(split, Split):
         raise SplitLostError("its index is split")
     entries = list(index) if isinstance(index, tuple) else [index]
     if not all(
@@ -338,7 +341,7 @@ def _entry_of(entries: Sequence[Any], dim: int) -> int:
     return [place for place, entry in enumerate(entries) if entry is not None][dim]
 
 
-def _element(split: SplitTensor, index: int) -> Tensor:
+def _element(split: Split, index: int) -> Tensor:
     """Return one place of the sequence, such as that of a class token; only that travels."""
     dim, axis = split.division.dim, split.axis
     owner, place = divmod(dim_from_front(index, split.shape[dim]), split.local.shape[dim])
@@ -365,7 +368,7 @@ def _is_number(entry: Any) -> bool:
     return type(entry) is int or (isinstance(entry, numbers.Integral) and not isinstance(entry, bool))
 
 
-def _sliced(split: SplitTensor, dim: int, entry: slice) -> SplitTensor:
+def _sliced(split: Split, dim: int, entry: slice) -> Split:
     if entry == slice(None):
         return split
     start, stop, step = entry.indices(split.shape[dim])
@@ -408,17 +411,17 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return like(first, torch.stack(_alike(tensors, first), dim), layout, of=_splits(tensors))
 
 
-def _splits(tensors: Sequence[Any]) -> list[SplitTensor]:
-    return [tensor for tensor in tensors if isinstance(tensor, SplitTensor)]
+def _splits(tensors: Sequence[Any]) -> list[Split]:
+    return [tensor for tensor in tensors if isinstance(tensor, Split)]
 
 
-def _alike(tensors: Sequence[Any], first: SplitTensor) -> list[Tensor]:
+def _alike(tensors: Sequence[Any], first: Split) -> list[Tensor]:
     """Return the parts of tensors that are split alike, or whole."""
     parts = []
     for tensor in tensors:
         if tensor.dim() != first.dim() or tensor.shape[first.division.dim] != first.shape[first.division.dim]:
             raise SplitLostError("it joins tensors of different sizes")
-        if not isinstance(tensor, SplitTensor):
+        if not isinstance(tensor, Split):
             parts.append(part(tensor, first.division, first.axis))
         elif tensor.division == first.division:
             parts.append(tensor.local)

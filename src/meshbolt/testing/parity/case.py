@@ -75,12 +75,12 @@ class Case:
     def sharing(self) -> int:
         """How many ranks see the same samples."""
         asked = self.strategy
+        size: Any = NODE if asked == "tensor_parallel" else 1
         if isinstance(asked, Mapping):
-            size = getattr(asked.get("tensor_parallel", 1), "size", asked.get("tensor_parallel", 1))
-        else:
-            size = (
-                asked().settings.tensor_parallel.size if callable(asked) else NODE if asked == "tensor_parallel" else 1
-            )
+            size = asked.get("tensor_parallel", 1)
+        elif callable(asked):
+            size = asked().settings.tensor_parallel
+        size = getattr(size, "size", size)
         return self.ranks if size == NODE else int(size)
 
     @property
