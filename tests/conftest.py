@@ -15,12 +15,19 @@ import pytest
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 import torch.distributed as dist
+from tests import rows
 
 from meshbolt.testing import warm
 
 GPU_FOLDERS = ("gpu", "multigpu")
 # How long a thread or a process may take to end after its test.
 SETTLE_SECONDS = 1.0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave rows that are much like others to the full runs, before those are deselected."""
+    rows.thin(items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
