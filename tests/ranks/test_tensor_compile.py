@@ -1,0 +1,81 @@
+"""Blocks with divided layers are compiled in one graph each, and compute what they compute otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.parity.tensor_by_hand import SmallGPT
+from tests.ranks.test_tensor_bytes import BATCH, LAYERS, TIME, WIDTH, GatedBlock, Net, fused_block
+from tests.rows import full
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.tensor import DTensor
+
+from meshbolt import Zero
+from meshbolt.config import Settings, resolve
+from meshbolt.engine import Engine
+from meshbolt.mesh import build_mesh
+from meshbolt.precision import precision_policy
+from meshbolt.tensor import TensorParallel, for_compiled
+from meshbolt.testing import assert_parity, run_ranks
+
+# The compiler behind it warns of its own use of torch.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def two_steps(kind: Any, *, sequence: bool, backend: Any) -> list[torch.Tensor]:
+    """Return a loss and this rank's gradients, of the second of two batches that add up."""
+    torch.manual_seed(0)
+    settings = Settings(zero=Zero(0), tensor_parallel=TensorParallel(2, sequence_parallel=sequence))
+    plan = resolve(settings, world_size=2, precision=precision_policy("64-true"), device_type="cpu")
+    mesh = build_mesh(plan.mesh, device_type="cpu")
+    module = Net(kind).double()
+    engine = Engine(module, plan=plan, mesh=mesh, device=torch.device("cpu"))
+    for block in module.blocks if backend is not None else ():
+        block.forward = for_compiled(torch.compile(block.forward, backend=backend))
+    loss = torch.zeros(())
+    for _ in range(2):
+        x = torch.randn(BATCH, TIME, WIDTH, dtype=torch.float64)
+        loss = engine.call(lambda x: module(x).square().mean(), x)
+        with engine.backward(loss) as prepared:
+            prepared.backward()
+    gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in module.parameters()]
+    return [loss.detach(), *gradients]
+
+
+def graphs_and_difference(kind: Any, sequence: bool) -> tuple[int, float]:
+    counter = CompileCounterWithBackend("eager")
+    plain = two_steps(kind, sequence=sequence, backend=None)
+    compiled = two_steps(kind, sequence=sequence, backend=counter)
+    return counter.frame_count, max(float((a - b).abs().max()) for a, b in zip(plain, compiled, strict=True))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("kind", [GatedBlock, fused_block])
+def test_a_block_is_one_graph_and_computes_the_same(kind: Any, sequence: bool) -> None:
+    for graphs, difference in run_ranks(graphs_and_difference, 2, kind, sequence):
+        assert graphs <= LAYERS
+        assert difference <= 1e-12
+
+
+def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(0, 256, (4, 17), generator=generator) for _ in range(number)]
+    return [(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn]
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "sequence", "recompute"),
+    [full(1, 2, False, "none"), full(1, 2, "auto", "full"), full(3, 4, "auto", "none")],
+)
+def test_a_run_with_compiled_blocks_trains_as_one_process_does(
+    zero: int, ranks: int, sequence: Any, recompute: str
+) -> None:
+    strategy = {
+        "zero": zero,
+        "tensor_parallel": TensorParallel(2, sequence_parallel=sequence),
+        "recompute": recompute,
+        "compile": True,
+    }
+    assert_parity(SmallGPT, batches(2 * ranks), strategy, ranks=ranks, steps=2, precision="64-true", timeout=150)
