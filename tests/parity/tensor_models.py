@@ -460,6 +460,8 @@ SETTINGS: Mapping[str, Setting] = {
     "tp2_zero2_whole_sequences": Setting(ranks=4, zero=2, tensor={"sequence_parallel": False}),
     "tp2_loss": Setting(tensor={"loss_parallel": True}, needs_head=True),
     "tp2_zero3_loss": Setting(ranks=4, zero=3, tensor={"loss_parallel": True}, trainer=_CLIPPED, needs_head=True),
+    "tp2_traced": Setting(tensor={"plan": "traced"}),
+    "tp2_zero3_traced": Setting(ranks=4, zero=3, tensor={"plan": "traced"}, trainer=_CLIPPED),
     "tp2_zero3_recompute": Setting(ranks=4, zero=3, arguments={"recompute": "full"}),
 }
 
@@ -483,7 +485,7 @@ class TensorRow:
     def case(self) -> Case:
         """Return the comparison that the row stands for."""
         model, setting = MODELS[self.model], SETTINGS[self.setting]
-        tensor = TensorParallel(setting.size, plan=model.plan, **setting.tensor)
+        tensor = TensorParallel(setting.size, **{"plan": model.plan, **setting.tensor})
         window = setting.trainer.get("accumulate_grad_batches", 1)
         return Case(
             module=functools.partial(Task, model),
