@@ -37,7 +37,9 @@ def show_split(module: nn.Module, entry: ParallelModule, *, axis: Axis, sequence
         sequence: its output may be left split along the sequence.
     """
     shown = _Shown(module, entry, axis=axis, sequence=sequence)
-    if getattr(type(module).forward, "__code__", None) in _PLAIN_FORWARDS or is_conv1d(module):
+    is_plain = getattr(type(module).forward, "__code__", None) in _PLAIN_FORWARDS or is_conv1d(module)
+    # What somebody has put in the place of a module's forward is called as it is.
+    if is_plain and "forward" not in module.__dict__:
         module.forward = shown.forward
     else:
         module.register_forward_pre_hook(torch._dynamo.disable(shown.swap))
@@ -57,11 +59,12 @@ class _Shown:
         self._flattens = sequence and is_conv1d(module)
         self._held: list[list[tuple[dict[str, Any], str, Any]]] = []
 
-    def forward(self, read: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's forward on a stand-in that has split parameters."""
+        read = (*args, *kwargs.values())[0]
         samples = math.prod(read.shape[:-2]) if self._flattens else 1
         stand_in = _StandIn(self._module, {key: tensor for _, key, _, tensor in self._split(samples)})
-        out = type(self._module).forward(stand_in, read)
+        out = type(self._module).forward(stand_in, *args, **kwargs)
         return gathered(out) if self._gathers else out
 
     def swap(self, _: nn.Module, args: Any) -> None:

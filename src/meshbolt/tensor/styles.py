@@ -75,6 +75,8 @@ def parallel_module(name: str, module: nn.Module, style: str, *, ranks: int) -> 
 
 
 def _of_kind(module: nn.Module, style: str, sections: int) -> ParallelModule | None:
+    if _computes_weight(module):
+        return None
     if isinstance(module, nn.MultiheadAttention):
         return _attention(module) if style == "heads" else None
     if isinstance(module, nn.Embedding):
@@ -125,7 +127,16 @@ def width_out(layer: nn.Module) -> int:
     return layer.get_parameter("weight").shape[1 if is_conv1d(layer) else 0]
 
 
+def _computes_weight(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding)) and module._parameters.get("weight") is None
+
+
 def _fitting(module: nn.Module) -> str:
+    if _computes_weight(module):
+        return (
+            "Its weight is computed from other parameters (by weight_norm, spectral_norm or another parametrization), of whole "
+            "ones. Leave it out of the plan ('replicate')."
+        )
     if isinstance(module, nn.MultiheadAttention):
         return "Use 'heads', which needs a MultiheadAttention without add_bias_kv and add_zero_attn."
     if isinstance(module, nn.Embedding):

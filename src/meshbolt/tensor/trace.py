@@ -144,8 +144,8 @@ class _Tracer:
         def outside(key: str) -> torch.Tensor:
             return _Watched(own[key], lambda: found.lost.setdefault(name, "its weight is used outside of the layer"))
 
-        def enter(_: nn.Module, args: Any) -> None:
-            read = args[0] if args else None
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            read = next(iter((*args, *kwargs.values())), None)
             if isinstance(read, Split) and read.division.dim == read.dim() - 1:
                 found.rows.setdefault(name, set()).update(read.sources)
                 sections = found.row_sections.setdefault(name, read.division.sections)
@@ -171,7 +171,7 @@ class _Tracer:
 
         leave()
         handles: list[Any] = [
-            layer.register_forward_pre_hook(enter),
+            layer.register_forward_pre_hook(enter, with_kwargs=True),
             layer.register_forward_hook(leave, always_call=True),
         ]
         return [*handles, _Restore(layer, held)]
@@ -333,6 +333,8 @@ def _imagined_part(whole: torch.Tensor, layout: Layout, ranks: int) -> torch.Ten
 
 
 def _is_linear(module: nn.Module) -> bool:
+    if module._parameters.get("weight") is None:
+        return False  # it is computed, as by a parametrization
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
     return is_conv1d(module)
