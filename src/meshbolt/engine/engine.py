@@ -78,6 +78,7 @@ class Engine:
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
         self.tensor_plan, self._tensor_axis = composed.tensor, composed.tensor_axis
+        self._divided = () if composed.tensor is None else tuple(composed.tensor.modules)
         self._replicated = ReplicatedParameters(
             (p for p in module.parameters() if p in composed.whole), group=data_parallel_group(mesh, timeout=timeout)
         )
@@ -364,7 +365,7 @@ class Engine:
 
     def _explain(self, error: Exception) -> None:
         """Raise what an error means, where sharding is its cause."""
-        if (meant := explained(error, units=self._units)) is not None:
+        if (meant := explained(error, units=self._units, divided=self._divided)) is not None:
             raise meant from error
 
     def _recover(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -13,16 +13,17 @@ from torch.distributed.tensor import DTensor
 from meshbolt.errors import UnsupportedError
 
 
-def explained(error: Exception, *, units: Mapping[str, Any]) -> UnsupportedError | None:
+def explained(error: Exception, *, units: Mapping[str, Any], divided: Collection[str] = ()) -> UnsupportedError | None:
     """Return what an error from user code on a sharded module means; None where it is no matter of sharding.
 
     Args:
         error: as it was caught.
         units: all but the root, by name.
+        divided: names of layers that are divided among ranks.
     """
     said = str(error)
     if "got mixed torch.Tensor and DTensor" in said:
-        return _called_past_its_unit(error, units) or used_outside_of_its_unit()
+        return _called_past_its_unit(error, units) or used_outside_of_its_unit(divided)
     if "storage of size 0" in said or "data is not allocated yet" in said:
         return UnsupportedError(
             "A derivative needed a whole parameter that was freed already. A graph made with create_graph=True can be used up to "
@@ -37,14 +38,25 @@ def explained(error: Exception, *, units: Mapping[str, Any]) -> UnsupportedError
     return None
 
 
-def used_outside_of_its_unit() -> UnsupportedError:
-    """Return the error for a parameter that was used by itself while it was a shard."""
+def used_outside_of_its_unit(divided: Collection[str] = ()) -> UnsupportedError:
+    """Return the error for a parameter that was used by itself while it was a shard.
+
+    Args:
+        divided: names of layers that are divided among ranks, whose parameters may be meant.
+    """
+    hint = (
+        " Or it is that of a layer which TensorParallel divides, used outside of the layer, as where a head multiplies with an "
+        f"embedding's weight: leave that layer out of the plan ('replicate'). Divided are {', '.join(list(divided)[:8])}"
+        f"{' and others' if len(divided) > 8 else ''}."
+        if divided
+        else ""
+    )
     return UnsupportedError(
         "A parameter was used outside of its unit's forward, where it is a shard (a DTensor), as in a penalty over "
         "self.parameters(). For an L2 penalty use the optimizer's weight_decay: in SGD and Adam, 2 * c does what c * "
         "p.pow(2).sum() in the loss would do. For others add the derivative in on_before_optimizer_step, such as "
         "p.grad.add_(p.detach().sign(), alpha=c), or use the parameter inside its unit's forward. With zero=Zero(unit=[...]) "
-        "name units that leave it out; it is whole in all of training_step then."
+        f"name units that leave it out; it is whole in all of training_step then.{hint}"
     )
 
 

@@ -62,7 +62,9 @@ def example_of_run(trainer: pl.Trainer, module: pl.LightningModule, convert: Con
     """
 
     def call(called: nn.Module) -> Any:
-        batch = _first_batch(trainer) if getattr(module, "example_input_array", None) is None else None
+        # What optimizes by itself would step optimizers that do not exist yet.
+        has_own = getattr(module, "example_input_array", None) is not None or not module.automatic_optimization
+        batch = None if has_own else _first_batch(trainer)
         if batch is None:
             return example_of(module, convert)(called)
         with _silent(module):
@@ -83,8 +85,10 @@ def _first_batch(trainer: pl.Trainer) -> Any:
     # Whatever is drawn or counted to make a batch, is to be drawn and counted again for the first one of the run.
     before, collate = _collect_rng_states(include_cuda=False), copy.copy(loader.collate_fn)
     try:
-        if loader.batch_size is None:
+        if loader.batch_sampler is None:
             return collate(loader.dataset[0])
+        if loader.batch_size is None:
+            return collate([loader.dataset[index] for index in next(iter(loader.batch_sampler))])
         count = min(loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
         return collate([loader.dataset[index] for index in range(count)])
     finally:

@@ -127,9 +127,10 @@ def choose_plan(
             modules[path] = _in_its_place(module, path, entry)
     _settle_tied(module, modules, left_out, optional=chosen.optional)
     if not any(path not in chosen.optional for path in modules):
+        whole = "".join(f"\n  {line}" for line in TensorPlan(chosen.name, {}, False, left_out).lines())
         raise ConfigError(
             f"tensor_parallel={ranks} found nothing to divide in {type(module).__name__} (plan {chosen.name!r}). Name its layers "
-            "in TensorParallel(plan={pattern: style}), or leave tensor_parallel out."
+            f"in TensorParallel(plan={{pattern: style}}), or leave tensor_parallel out.{whole}"
         )
     if setting.loss_parallel:
         _check_head(module, modules, left_out)
@@ -321,8 +322,10 @@ def _settle_tied(
 def _tied(module: nn.Module) -> list[list[str]]:
     """Return, for parameters in several modules, all their names."""
     places: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        places.setdefault(id(parameter), []).append(name)
+    # A module that stands in several places is one module.
+    for prefix, child in module.named_modules():
+        for key, parameter in child.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(key)
     return [names for names in places.values() if len(names) > 1]
 
 

@@ -324,9 +324,15 @@ def _refuse_strays(operands: Iterable[Any]) -> None:
                 raise StrayError(
                     value.sources,
                     f"A tensor of shape {tuple(value.shape)}, split over tensor-parallel ranks, was handed to a "
-                    "torch.autograd.Function, which cannot be followed. Leave the layers around it out of the plan of "
-                    "TensorParallel.",
+                    f"torch.autograd.Function, which cannot be followed. {_remedy(value)}",
                 )
+
+
+def _remedy(value: Split) -> str:
+    causes = "One is behind checkpoint(use_reentrant=True), for which use_reentrant=False does, and behind full backward hooks"
+    if value.along_sequence:
+        return f"{causes}. Or set TensorParallel(sequence_parallel=False): only the sequence is divided here."
+    return f"{causes}. Or leave the layers around it out of the plan of TensorParallel."
 
 
 def _came_out_of_function(value: SplitTensor) -> bool:

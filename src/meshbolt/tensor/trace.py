@@ -122,7 +122,9 @@ class _Tracer:
             except Exception as error:
                 raise ConfigError(
                     f"plan='auto' cannot look at the forward of {type(self._module).__name__}: {type(error).__name__}: {error}. "
-                    "It has to run on tensors without values. Give a mapping, TensorParallel(plan={pattern: style})."
+                    "It has to run on tensors without values, so without .item() and branches on them. Set example_input_array, "
+                    "with which forward() is looked at instead of training_step(), or give a mapping, "
+                    "TensorParallel(plan={pattern: style})."
                 ) from error
             finally:
                 for handle in handles:
@@ -343,8 +345,9 @@ def _is_linear(module: nn.Module) -> bool:
 def _shared_parameters(module: nn.Module) -> set[nn.Parameter]:
     seen: set[nn.Parameter] = set()
     shared: set[nn.Parameter] = set()
-    for _, parameter in module.named_parameters(remove_duplicate=False):
-        (shared if parameter in seen else seen).add(parameter)
+    for child in module.modules():
+        for _, parameter in child.named_parameters(recurse=False, remove_duplicate=False):
+            (shared if parameter in seen else seen).add(parameter)
     return shared
 
 
