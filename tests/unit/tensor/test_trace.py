@@ -200,5 +200,7 @@ def test_modules_on_the_meta_device_can_be_looked_at():
 
 def test_a_forward_that_needs_values_is_refused():
     module = Layers(lambda m, x: m.a(x) if x.sum() > 0 else x, a=linear())
-    with pytest.raises(ConfigError, match=r"cannot look at the forward of Layers: .*example_input_array.*give a mapping"):
+    with pytest.raises(
+        ConfigError, match=r"cannot look at the forward of Layers: .*example_input_array.*give a mapping"
+    ):
         found(module)
