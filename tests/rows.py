@@ -10,7 +10,9 @@ full = functools.partial(pytest.param, marks=pytest.mark.full)
 
 # Of files with many rows alike, every how many-th row each run takes; the others carry the mark as well.
 THINNED = {
-    "tests/ranks/trainer/test_optimisation_derivatives.py": 2,
+    "tests/ranks/trainer/test_optimisation_derivatives.py": 3,
+    "tests/ranks/trainer/test_optimisation_parameters.py": 2,
+    "tests/ranks/trainer/test_callbacks_load.py": 2,
     "tests/ranks/trainer/test_callbacks_background.py": 2,
     "tests/ranks/trainer/test_callbacks_resume.py": 2,
     "tests/ranks/test_user_edits.py": 2,
@@ -18,6 +20,12 @@ THINNED = {
     "tests/ranks/test_fabric_saving.py": 2,
     "tests/ranks/test_tensor_parameters.py": 2,
     "tests/ranks/test_tensor_random.py": 2,
+    "tests/ranks/test_tensor_samples.py": 2,
+    "tests/ranks/test_tensor_precision.py": 2,
+    "tests/ranks/test_tensor_clip.py": 2,
+    "tests/ranks/test_checkpoint_odd_things.py": 2,
+    "tests/faults/test_checkpoint_load.py": 2,
+    "tests/faults/test_checkpoint_save.py": 2,
 }
 
 
