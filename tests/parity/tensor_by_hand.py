@@ -46,6 +46,13 @@ class SmallGPTByHand(SmallGPT):
         self.head.forward = _Columns(self.head, self.parts)
 
 
+def batches(number: int) -> list[tuple[Tensor, Tensor]]:
+    """Return tokens and those that follow them, both (4, 16)."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(0, 256, (4, 17), generator=generator) for _ in range(number)]
+    return [(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn]
+
+
 class _Attention:
     def __init__(self, layer: nn.Module, parts: int) -> None:
         self.layer, self.parts = layer, parts

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from tests.parity.tensor_by_hand import SmallGPT, SmallGPTByHand
+from tests.parity.tensor_by_hand import SmallGPT, SmallGPTByHand, batches
 from tests.rows import full
 
 from meshbolt import Zero
@@ -26,18 +25,12 @@ PRECISIONS: dict[str, Any] = {
 }
 
 
-def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randint(0, 256, (4, 17), generator=generator) for _ in range(number)]
-    return [(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn]
-
-
-def case_of(precision: str, zero: int, ranks: int, window: int = 1, **tensor: Any) -> Case:
+def case_of(precision: str, zero: int | Zero, ranks: int, window: int = 1, **tensor: Any) -> Case:
     setting = TensorParallel(2, **{"sequence_parallel": False, **tensor})
     return Case(
         module=SmallGPT,
         data=batches(5 * window * ranks // 2),
-        strategy={"zero": Zero(zero), "tensor_parallel": setting},
+        strategy={"zero": zero, "tensor_parallel": setting},
         ranks=ranks,
         precision=PRECISIONS[precision],
         accumulate_grad_batches=window,
@@ -51,9 +44,10 @@ def compare(case: Case, module: Any = SmallGPTByHand) -> None:
     check(case, meshed, reference)
 
 
+HSDP = Zero(2, replicate=2)
 ROWS = [
     (precision, zero, ranks, window)
-    for zero, ranks, window in [(1, 2, 1), (2, 4, 3), (3, 4, 1)]
+    for zero, ranks, window in [(0, 4, 1), (1, 2, 1), (2, 4, 3), (3, 4, 1), (HSDP, 4, 1)]
     for precision in PRECISIONS
     # The bias of a fused projection is whole over data-parallel ranks: within a window it adds up in its own bfloat16, where
     # the reference adds up in float32, as sharded parameters do.

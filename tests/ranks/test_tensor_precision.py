@@ -1,4 +1,4 @@
-"""Mixed precision under tensor parallelism: sums of 16-bit parts, float32 shards, and one decision on overflow for all ranks."""
+"""16 bits under tensor parallelism: one decision on overflow for all ranks. (`tests/parity` has the steps themselves.)"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.ranks.tensor_support import PLAN, Block, Net, loader, samples, trainer
+from tests.ranks.tensor_support import PLAN, Net, loader, trainer
 from tests.rows import full
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -16,23 +16,9 @@ from torch.distributed.tensor import DTensor
 from meshbolt import MeshStrategy, TensorParallel, Zero
 from meshbolt.compat import whole_of
 from meshbolt.plugins import MixedPrecision
-from meshbolt.testing import ParityError, assert_parity, run_ranks
+from meshbolt.testing import run_ranks
 
 TP = TensorParallel(2, plan=PLAN)
-
-
-class ByParts(Block):
-    """A block as two ranks compute it: each product's part is rounded to 16 bits, and so is the sum, forward and backward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        entered = x.view_as(x)  # the parts of its gradient are added up before they meet that of the residual stream
-        first, second = (
-            nn.functional.linear(torch.relu(nn.functional.linear(entered, up, bias)), down)
-            for up, bias, down in zip(
-                self.up.weight.chunk(2), self.up.bias.chunk(2), self.down.weight.chunk(2, dim=1), strict=True
-            )
-        )
-        return x + (first + second + self.down.bias.to(first.dtype))
 
 
 class Trained(Net):
@@ -43,30 +29,8 @@ class Trained(Net):
         return torch.optim.SGD(self.parameters(), lr=0.03, momentum=0.9)
 
 
-def divided() -> Trained:
-    """Return the user's module on several ranks, and in one process one that computes as two ranks do."""
-    module = Trained()
-    if dist.get_world_size() == 1:
-        for block in module.blocks:
-            block.__class__ = ByParts
-    return module
-
-
 def fp16() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", init_scale=256.0)
-
-
-@pytest.mark.parametrize("precision", ["bf16-mixed", fp16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("zero", [0, full(1), 2, full(3), full(Zero(2, replicate=2))])
-def test_a_step_in_16_bits_is_that_of_one_process_that_adds_the_same_parts(zero: Any, precision: Any) -> None:
-    strategy = {"zero": zero, "tensor_parallel": TP}
-    assert_parity(divided, samples(80), strategy, ranks=4, precision=precision, gradient_clip_val=0.5)
-
-
-def test_parts_are_what_makes_the_difference() -> None:
-    strategy = {"zero": 2, "tensor_parallel": TP}
-    with pytest.raises(ParityError):
-        assert_parity(Trained, samples(80), strategy, ranks=4, precision="bf16-mixed")
 
 
 # Overflow -------------------------------------------------------------------------------------------------------------
