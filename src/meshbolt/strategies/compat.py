@@ -119,6 +119,12 @@ def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
     return getattr(module, "_trainer", None)
 
 
+def training_loader(trainer: pl.Trainer) -> Any:
+    """Return the loader of the training data as the user made it, before the loop prepares it; None where there is none."""
+    source = trainer.fit_loop._data_source
+    return source.dataloader() if source.is_defined() else None
+
+
 def time_between_validations(trainer: pl.Trainer) -> float | None:
     """Return the seconds of a time-based `val_check_interval`, if it is one."""
     return getattr(trainer, "_val_check_time_interval", None)

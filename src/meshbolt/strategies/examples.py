@@ -9,13 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from meshbolt.compat import tree_map
+from meshbolt.engine.random_state import Snapshot
 from meshbolt.errors import ConfigError
+from meshbolt.strategies.compat import training_loader
 
 Example = Callable[[nn.Module], Any]
 Convert = Callable[[Any], Any]
@@ -76,14 +77,11 @@ def example_of_run(trainer: pl.Trainer, module: pl.LightningModule, convert: Con
 
 def _first_batch(trainer: pl.Trainer) -> Any:
     """Return the collated first samples of the training data, or None where that is not a plain loader over a dataset."""
-    if trainer.state.fn != TrainerFn.FITTING:
-        return None
-    source = trainer.fit_loop._data_source
-    loader = source.dataloader() if source.is_defined() else None
+    loader = training_loader(trainer) if trainer.state.fn == TrainerFn.FITTING else None
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     # Whatever is drawn or counted to make a batch, is to be drawn and counted again for the first one of the run.
-    before, collate = _collect_rng_states(include_cuda=False), copy.copy(loader.collate_fn)
+    before, collate = Snapshot.take(torch.device("cpu")), copy.copy(loader.collate_fn)
     try:
         if loader.batch_sampler is None:
             return collate(loader.dataset[0])
@@ -92,7 +90,7 @@ def _first_batch(trainer: pl.Trainer) -> Any:
         count = min(loader.batch_size, len(loader.dataset))  # type: ignore[arg-type]
         return collate([loader.dataset[index] for index in range(count)])
     finally:
-        _set_rng_states(before)
+        before.restore()
 
 
 def _without_values(tree: Any) -> Any:
