@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.errors import ConfigError, UnsupportedError, did_you_mean
 from meshbolt.tensor.families import KNOWN, Styles
 from meshbolt.tensor.setting import TensorParallel
 from meshbolt.tensor.styles import ParallelModule, check_heads, parallel_module
@@ -55,17 +55,11 @@ class TensorPlan:
 
     def lines(self) -> list[str]:
         """Return the plan in words, one line for layers that are alike."""
-        shown: dict[tuple[str, str], int] = {}
-        for name, entry in self.modules.items():
-            key = (re.sub(r"\.\d+(?=\.|$)", ".*", name), entry.style)
-            shown[key] = shown.get(key, 0) + 1
+        shown = Counter((pattern_of(name), entry.style) for name, entry in self.modules.items())
         lines = [
             f"{pattern}: {style}{f' (x{count})' if count > 1 else ''}" for (pattern, style), count in shown.items()
         ]
-        reasons: dict[tuple[str, str], int] = {}
-        for name, reason in self.left_out.items():
-            key = (re.sub(r"\.\d+(?=\.|$)", ".*", name), reason)
-            reasons[key] = reasons.get(key, 0) + 1
+        reasons = dict.fromkeys((pattern_of(name), reason) for name, reason in self.left_out.items())
         return [*lines, *(f"{pattern}: whole, {reason}" for pattern, reason in reasons)]
 
 
@@ -172,7 +166,7 @@ def _chosen(module: nn.Module, setting: TensorParallel, trace: Trace) -> _Chosen
     if plan != "auto":
         if plan not in KNOWN:
             raise ConfigError(
-                f"There is no registered plan {plan!r}.{_did_you_mean(plan, KNOWN)} Registered: {', '.join(KNOWN)}; or give "
+                f"There is no registered plan {plan!r}{did_you_mean(plan, KNOWN)}. Give one of these, "
                 f"a mapping from patterns of module names to styles, {OWN_PLAN!r} for what the model itself brings, or 'auto'."
             )
         return _with_optional(plan, KNOWN[plan].styles_in(module))
@@ -187,12 +181,13 @@ def _traced(trace: Trace) -> _Chosen:
 def _known(module: nn.Module) -> _Chosen | None:
     """Return what registered plans find, and what the model's own plan has besides; None for nothing."""
     found = {name: styles for name, known in KNOWN.items() if (styles := known.styles_in(module))}
+    left_out: dict[str, str] = {}
     try:
         own = _own_plan(module)
-    except UnsupportedError:
+    except UnsupportedError as error:
         if not found:
             raise
-        own = None  # a part of the model that stays whole
+        own, left_out = None, {f"the rest of the model's {OWN_PLAN}": error.args[0].partition(". ")[0]}
     merged: dict[str, str] = {}
     names = []
     # The plan that knows most of the module comes first, and gives it its name.
@@ -203,12 +198,13 @@ def _known(module: nn.Module) -> _Chosen | None:
     if own and any(style != "replicate" for path, style in own.items() if path not in merged):
         names.append(f"the model's {OWN_PLAN}")
         merged = {**own, **merged}
-    return _with_optional(" + ".join(names), merged) if merged else None
+    return _with_optional(" + ".join(names), merged, left_out) if merged else None
 
 
-def _with_optional(name: str, styles: Styles) -> _Chosen:
+def _with_optional(name: str, styles: Styles, left_out: Mapping[str, str] = MappingProxyType({})) -> _Chosen:
     plain = {path: style.removesuffix("?") for path, style in styles.items()}
-    return _Chosen(name, plain, frozenset(path for path, style in styles.items() if style.endswith("?")))
+    optional = frozenset(path for path, style in styles.items() if style.endswith("?"))
+    return _Chosen(name, plain, optional, left_out)
 
 
 def _in_its_place(module: nn.Module, path: str, entry: ParallelModule) -> ParallelModule:
@@ -229,10 +225,10 @@ def _matched(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     for pattern, style in plan.items():
         found = [name for name in names if matches(name, pattern)]
         if not found:
-            known = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names}
+            known = {pattern_of(name) for name in names}
             raise ConfigError(
-                f"TensorParallel.plan: the pattern {pattern!r} matches no module of {type(module).__name__}."
-                f"{_did_you_mean(pattern, known)} Patterns are compared part by part with names from named_modules(); '*' stands "
+                f"TensorParallel.plan: the pattern {pattern!r} matches no module of {type(module).__name__}"
+                f"{did_you_mean(pattern, known)}. Patterns are compared part by part with names from named_modules(); '*' stands "
                 "for any one part."
             )
         for name in found:
@@ -243,6 +239,16 @@ def _matched(module: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
                 )
             styles[name] = style
     return styles
+
+
+def pattern_of(name: str) -> str:
+    """Return the pattern that a module's name shares with those of its kind in other blocks.
+
+    Example:
+        >>> pattern_of("layers.3.attn.wq")
+        'layers.*.attn.wq'
+    """
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -280,11 +286,6 @@ def _translated(pattern: str, style: Any, model: nn.Module) -> str:
             "of your own, TensorParallel(plan={pattern: style}), that leaves such layers out."
         )
     return known
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def _settle_tied(
