@@ -157,8 +157,8 @@ def own_part_of_copy(copy: torch.Tensor, *, like: DTensor) -> torch.Tensor:
         return local_part(copy, like=like)
     part, placements = local_tensor(copy), like.placements
     # Of a divided layer the copy has what this rank has of it: units share that among the data-parallel ranks only.
-    shared = [axis for axis in sections_of(like) if like.device_mesh.mesh_dim_names[axis].startswith("dp_")]  # type: ignore[index]
-    for axis in shared:
+    names = like.device_mesh.mesh_dim_names or ()
+    for axis in (axis for axis in sections_of(like) if names[axis].startswith("dp_")):
         dim: int = placements[axis].dim  # type: ignore[attr-defined]
         pieces = part.chunk(like.device_mesh.size(axis), dim)
         own = like.device_mesh.get_local_rank(axis)
