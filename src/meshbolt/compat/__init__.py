@@ -32,6 +32,7 @@ from meshbolt.compat.tensors import (
     sum_into,
     tensors_without_memory,
     will_accumulate,
+    without_compiling,
     written_arguments,
 )
 from meshbolt.compat.units import (
@@ -115,5 +116,6 @@ __all__ = [
     "whole_copies",
     "whole_of",
     "will_accumulate",
+    "without_compiling",
     "written_arguments",
 ]

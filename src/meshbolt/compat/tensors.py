@@ -183,6 +183,11 @@ def sum_into(part: torch.Tensor, whole: torch.Tensor, group: dist.ProcessGroup) 
     reduce(part, whole, group=group)
 
 
+def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs as it is where the code that calls it is compiled."""
+    return cast("Callable[..., Any]", torch._dynamo.disable(function))
+
+
 def plain_calls() -> AbstractContextManager[Any]:
     """Call torch's functions without asking modes and subclasses that watch them."""
     return cast("AbstractContextManager[Any]", torch._C.DisableTorchFunction())

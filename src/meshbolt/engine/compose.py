@@ -106,7 +106,7 @@ def compose(
     division = None
     if tensor is not None:
         division = Division(tensor, mesh=mesh[MeshAxis.TP.value])
-        division.watch(module)
+        division.watch(module, compiled=units.blocks.values() if plan.settings.compile else ())
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
     compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from meshbolt.compat import distributed_part, divided_placement
+from meshbolt.compat import distributed_part, divided_placement, sections_of
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import own_part
 from meshbolt.tensor.layout import Layout
 from meshbolt.tensor.part import Split
 from meshbolt.tensor.plans import TensorPlan
-from meshbolt.tensor.shown import owner_of, show_split
-from meshbolt.tensor.split import SplitObject, SplitTensor, like
+from meshbolt.tensor.shown import as_objects, as_tensors, owner_of, show_split
+from meshbolt.tensor.split import like
 
 
 class Division:
@@ -34,30 +34,21 @@ class Division:
         self.axis = Axis(mesh.get_group(), insists=plan.insists)
         self._made: dict[nn.Parameter, nn.Parameter] = {}
 
-    def layouts(self, module: nn.Module) -> Mapping[nn.Parameter, Layout]:
-        """Return how parameters are divided, by the parameters as they are now.
-
-        Args:
-            module: the user's whole module.
-        """
-        return {
-            module.get_parameter(f"{name}.{key}" if name else key): layout
-            for name, entry in self._plan.items()
-            for key, layout in entry.layouts.items()
-        }
-
-    def watch(self, module: nn.Module) -> None:
+    def watch(self, module: nn.Module, *, compiled: Iterable[nn.Module]) -> None:
         """Let the forwards of parallel modules see their parameters as split tensors.
 
         Args:
             module: the user's whole module, before it is sharded.
+            compiled: the blocks in it that will be compiled.
         """
+        inside = {child for block in compiled for child in block.modules()}
         for child in module.modules():
             if isinstance(child, nn.TransformerEncoder):
                 # In evaluation it would make nested tensors, for a kernel that does not know of divided weights.
                 child.use_nested_tensor = False
         for name, entry in self._plan.items():
-            show_split(module.get_submodule(name), entry, axis=self.axis, sequence=self._sequence and entry.sums)
+            child, sequence = module.get_submodule(name), self._sequence and entry.sums
+            show_split(child, entry, axis=self.axis, sequence=sequence, is_compiled=child in inside)
 
     def divide(self, root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         """Replace whole parameters by this rank's parts of them, as DTensors over the axis.
@@ -95,13 +86,9 @@ def shard_dim(parameter: nn.Parameter) -> Shard | None:
 
     Parameters of several sections are sharded along the other dim: of their first one, a rank's part is not one run.
     """
-    if isinstance(parameter, DTensor) and _sections(parameter) > 1:
+    if isinstance(parameter, DTensor) and max(sections_of(parameter).values()) > 1:
         return Shard(1 - parameter.placements[0].dim)  # type: ignore[attr-defined]
     return None
-
-
-def _sections(parameter: DTensor) -> int:
-    return int(getattr(parameter.placements[0], "split_factor", 1))
 
 
 def let_splits_through(unit: nn.Module) -> None:
@@ -140,18 +127,10 @@ def for_compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map_only(SplitTensor, _as_object, (args, kwargs))
-        return tree_map_only(SplitObject, _as_tensor, forward(*args, **kwargs))
+        args, kwargs = as_objects((args, kwargs))
+        return as_tensors(forward(*args, **kwargs))
 
     return called
-
-
-def _as_object(split: SplitTensor) -> SplitObject:
-    return SplitObject(split.local, split.division, split.axis, along_sequence=split.along_sequence)
-
-
-def _as_tensor(split: SplitObject) -> SplitTensor:
-    return SplitTensor(split.local, split.division, split.axis, along_sequence=split.along_sequence)
 
 
 def plain_leaves(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -183,10 +162,3 @@ def _split_again(tree: Any, splits: Mapping[int, Split]) -> Any:
     for index, split in splits.items():
         leaves[index] = like(split, leaves[index])
     return tree_unflatten(leaves, structure)
-
-
-def own_modules(unit: nn.Module, root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of a unit by their names in the whole module."""
-    names = {child: name for name, child in root.named_modules()}
-    for child in unit.modules():
-        yield names[child], child

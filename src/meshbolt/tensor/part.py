@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meshbolt.errors import UnsupportedError
 from meshbolt.tensor.axis import Axis
-from meshbolt.tensor.layout import Layout
+from meshbolt.tensor.layout import Layout, whole_shape
 
 
 class StrayError(UnsupportedError):
@@ -57,6 +57,22 @@ class Split(_Whole):
     samples: int
     along_sequence: bool
     sources: frozenset[str]
+
+    def _hold(
+        self,
+        local: Tensor,
+        layout: Layout,
+        axis: Axis,
+        *,
+        sequence_dim: int | None = None,
+        samples: int = 1,
+        along_sequence: bool = False,
+        sources: frozenset[str] = frozenset(),
+    ) -> None:
+        self.local, self.division, self.axis = local, layout, axis
+        self._shape = torch.Size(whole_shape(local.shape, layout, axis.size))
+        self.sequence_dim, self.samples = sequence_dim, samples
+        self.along_sequence, self.sources = along_sequence, sources
 
     # What is asked most often is answered without a way through torch.
 

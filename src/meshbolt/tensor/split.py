@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from meshbolt.compat import plain_calls
 from meshbolt.errors import UnsupportedError
 from meshbolt.tensor.axis import Axis
 from meshbolt.tensor.exchange import whole
@@ -52,39 +53,23 @@ class SplitTensor(Split, torch.Tensor):
     """A split tensor as code that runs sees it: a `torch.Tensor`."""
 
     @staticmethod
-    def __new__(
-        cls,
-        local: Tensor,
-        layout: Layout,
-        axis: Axis,
-        *,
-        sequence_dim: int | None = None,
-        samples: int = 1,
-        along_sequence: bool = False,
-        sources: frozenset[str] = frozenset(),
-    ) -> SplitTensor:
+    def __new__(cls, local: Tensor, layout: Layout, axis: Axis, **notes: Any) -> SplitTensor:
         """Stand for the whole of which this rank has a part.
 
         Args:
             local: this rank's part.
             layout: of the whole.
             axis: the ranks.
-            sequence_dim: as the attribute.
-            samples: as the attribute.
-            along_sequence: as the attribute.
-            sources: as the attribute.
+            notes: `sequence_dim`, `samples`, `along_sequence` and `sources`, as the attributes.
         """
-        shape = torch.Size(whole_shape(local.shape, layout, axis.size))
         made: SplitTensor = torch.Tensor._make_wrapper_subclass(
             cls,
-            shape,
+            whole_shape(local.shape, layout, axis.size),
             dtype=local.dtype,
             device=local.device,
             requires_grad=local.requires_grad,
         )
-        made.local, made.division, made.axis, made._shape = local, layout, axis, shape
-        made.sequence_dim, made.samples = sequence_dim, samples
-        made.along_sequence, made.sources = along_sequence, sources
+        made._hold(local, layout, axis, **notes)
         return made
 
     @classmethod
@@ -107,22 +92,9 @@ class SplitTensor(Split, torch.Tensor):
 class SplitObject(Split):
     """A split tensor as `torch.compile` sees it: an object with a tensor's methods, whose part is what is compiled."""
 
-    def __init__(
-        self,
-        local: Tensor,
-        layout: Layout,
-        axis: Axis,
-        *,
-        sequence_dim: int | None = None,
-        samples: int = 1,
-        along_sequence: bool = False,
-        sources: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, local: Tensor, layout: Layout, axis: Axis, **notes: Any) -> None:
         """Stand for the whole of which this rank has a part; the arguments are those of `SplitTensor`."""
-        self.local, self.division, self.axis = local, layout, axis
-        self._shape = torch.Size(whole_shape(local.shape, layout, axis.size))
-        self.sequence_dim, self.samples = sequence_dim, samples
-        self.along_sequence, self.sources = along_sequence, sources
+        self._hold(local, layout, axis, **notes)
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -259,18 +231,15 @@ def splits_in(*trees: Any) -> list[Split]:
     return [leaf for tree in trees for leaf in tree_leaves(tree) if isinstance(leaf, Split)]
 
 
-def like(split: Split, local: Tensor, layout: Layout | None = None, *, of: Iterable[Split] = ()) -> Split:
+def like(split: Split, local: Tensor, layout: Layout | None = None) -> Split:
     """Return a result as a split tensor.
 
     Args:
         split: what it was computed from.
         local: this rank's part of the result.
         layout: of the result; None: as before.
-        of: what else it was computed from.
     """
-    sources = split.sources.union(*(other.sources for other in of)) if split.sources else split.sources
-    kept = layout or split.division
-    return split_of(local, kept, split.axis, along_sequence=split.along_sequence, sources=sources)
+    return split_of(local, layout or split.division, split.axis, along_sequence=split.along_sequence)
 
 
 def gathered(value: Any) -> Any:
@@ -336,7 +305,7 @@ def _remedy(value: Split) -> str:
 
 
 def _came_out_of_function(value: SplitTensor) -> bool:
-    with torch._C.DisableTorchFunctionSubclass():
+    with plain_calls():
         return value.grad_fn is not None
 
 
@@ -359,7 +328,7 @@ def _without_rule(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             "was written to. Leave the layers around it out of the plan of TensorParallel."
         )
     if func in _FACTS:
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_calls():
             return func(*args, **kwargs)
     return _on_wholes(func, args, kwargs, SplitLostError("it is not among the operations that keep a split"))
 
@@ -376,7 +345,7 @@ def _attribute(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
     if name in ("data", "real", "imag", "grad"):
         found = getattr(split.local, name)
         return None if found is None else like(split, found)
-    with torch._C.DisableTorchFunctionSubclass():
+    with plain_calls():
         return func(*args, **kwargs)
 
 

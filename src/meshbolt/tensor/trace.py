@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from meshbolt.compat import tensors_without_memory
+from meshbolt.compat import plain_calls, tensors_without_memory
 from meshbolt.errors import ConfigError
 from meshbolt.tensor.axis import ImaginedAxis
 from meshbolt.tensor.layout import Layout, SplitLostError
@@ -250,7 +251,7 @@ class _Watched(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute with the weight itself."""
         if is_fact(func):
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_calls():
                 return func(*args, **(kwargs or {}))
         return func(*_unwatched(args), **_unwatched(kwargs or {}))
 
@@ -266,7 +267,7 @@ def _unwatched(tree: Any) -> Any:
         found: torch.Tensor = tensor.__dict__["whole"]
         return found
 
-    return torch.utils._pytree.tree_map_only(_Watched, whole, tree)
+    return tree_map_only(_Watched, whole, tree)
 
 
 def _note_lost(found: _Found, operation: str, failure: SplitLostError, operands: Sequence[SplitTensor]) -> None:

@@ -172,8 +172,7 @@ def _product(first: Any, second: Any) -> Any:
     if behind <= 2:
         raise SplitLostError("the matrices themselves are split")
     out = torch.matmul(*(_batch_part(operand, split, behind) for operand in (first, second)))
-    splits = [t for t in (first, second) if isinstance(t, Split)]
-    return like(split, out, split.division.moved(out.dim() - behind), of=splits)
+    return like(split, out, split.division.moved(out.dim() - behind))
 
 
 def _batch_part(operand: Any, split: Split, behind: int) -> Tensor:
@@ -209,7 +208,7 @@ def einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise SplitLostError("the split dim is summed over, or its operands are split differently")
     parts = [_letter_part(own, operand, letter, first) for own, operand in pairs]
     layout = Layout(result.index(letter), first.division.sections)
-    return like(first, torch.einsum(equation, *parts), layout, of=[t for _, t in splits])
+    return like(first, torch.einsum(equation, *parts), layout)
 
 
 def _letter_part(letters: str, operand: Any, letter: str, first: Split) -> Tensor:
@@ -247,7 +246,7 @@ def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise SplitLostError("its arguments do not fit together")
     else:
         out = _attention_with_dropout(given, probability, behind, axis)
-    return like(splits[0], out, Layout(out.dim() - behind), of=splits)
+    return like(splits[0], out, Layout(out.dim() - behind))
 
 
 def _check_heads(tensors: Sequence[Any], behind: int, *, grouped: bool) -> None:

@@ -391,13 +391,13 @@ def cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise SplitLostError("it joins tensors of different numbers of dims")
     first, dim = pieces[0], dim_from_front(given.get("dim", 0), pieces[0].dim())
     if dim != first.division.dim:
-        return like(first, torch.cat(_alike(tensors, first), dim), of=pieces)
+        return like(first, torch.cat(_alike(tensors, first), dim))
     if len(pieces) < len(tensors) or any(piece.division.dim != dim for piece in pieces):
         raise SplitLostError("it joins, at the split dim, what is not split alike")
     if len({piece.shape[dim] // piece.division.sections for piece in pieces}) > 1:
         raise SplitLostError("it joins, at the split dim, sections of different lengths")
     sections = sum(piece.division.sections for piece in pieces)
-    return like(first, torch.cat([piece.local for piece in pieces], dim), Layout(dim, sections), of=pieces)
+    return like(first, torch.cat([piece.local for piece in pieces], dim), Layout(dim, sections))
 
 
 @rule("stack")
@@ -408,7 +408,7 @@ def stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first = _splits(tensors)[0]
     dim = dim_from_front(given.get("dim", 0), first.dim() + 1)
     layout = first.division.moved(first.division.dim + (dim <= first.division.dim))
-    return like(first, torch.stack(_alike(tensors, first), dim), layout, of=_splits(tensors))
+    return like(first, torch.stack(_alike(tensors, first), dim), layout)
 
 
 def _splits(tensors: Sequence[Any]) -> list[Split]:
