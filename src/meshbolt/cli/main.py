@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import select
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NoReturn
 
 import meshbolt
 from meshbolt.cli.commands import BAD_USAGE, DONE, NO, READER_IS_GONE, Command, Group, dispatch
@@ -29,29 +26,6 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "checkpoint": Command("meshbolt.cli.checkpoint.main", "list, inspect, verify, export and import checkpoints"),
     }
 )
-
-
-def program() -> int:
-    """Run the command line in `sys.argv` as a program, and return the exit code; a rank of several ends here."""
-    code = main()
-    # Not imported for a command that needs no ranks.
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        _leave(code)
-    return code
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process as Python does, but for taking itself apart.
-
-    A thread of gloo may be about to let go of the last tensor that it has sent. Where Python is being taken apart meanwhile,
-    that ends in an abort of a run that has done all it should.
-    """
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one folder.
 
-May import: `errors`. `tensors.py` has what belongs to no unit, `parts.py` where the parts of a DTensor lie, `units.py` what
-FSDP2 knows of a unit; everybody imports from here. The tests of this folder run on every supported version of torch.
+May import: `errors`. `tensors.py` has what belongs to no unit, `exiting.py` what threads of torch still do at the end,
+`parts.py` where the parts of a DTensor lie, `units.py` what FSDP2 knows of a unit; everybody imports from here. The tests of
+this folder run on every supported version of torch.
 """
 
 from torch.distributed._composable.replicate_with_fsdp import replicate
@@ -9,6 +10,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from meshbolt.compat.exiting import settle_before_exit
 from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
 from meshbolt.compat.tensors import (
     aliased_arguments,
@@ -104,6 +106,7 @@ __all__ = [
     "sections_of",
     "set_async_gather",
     "set_group_timeout",
+    "settle_before_exit",
     "storage_identity",
     "storages_without_memory",
     "sum_into",

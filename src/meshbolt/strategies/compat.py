@@ -33,6 +33,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.data import DataLoader
 
+from meshbolt.compat import settle_before_exit
+
 __all__ = [
     "BackwardSyncControl",
     "BatchCount",
@@ -75,6 +77,7 @@ def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: tim
         device: this rank's.
     """
     reset_seed()
+    settle_before_exit()
     device_id = device if device.type != "cpu" else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 

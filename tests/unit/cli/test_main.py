@@ -180,25 +180,3 @@ def test_another_pipe_that_breaks_is_an_error(call: Call, monkeypatch: pytest.Mo
     monkeypatch.setattr(command_line, "dispatch", fail)
     with pytest.raises(BrokenPipeError, match="of a worker"):
         call("explain")
-
-
-RANK = """
-import atexit, sys, threading, time
-import torch.distributed as dist
-from meshbolt.cli import main as command_line
-
-def command(*_):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    atexit.register(print, "the last word")
-    threading.Thread(target=lambda: (time.sleep(0.3), print("a thread's word"))).start()
-    print("done")
-    return 3
-
-command_line.dispatch = command
-sys.exit(command_line.program())
-"""
-
-
-def test_a_rank_ends_with_its_exit_code_when_its_threads_and_exit_functions_are_done() -> None:
-    done = subprocess.run([sys.executable, "-c", RANK], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "done\na thread's word\nthe last word\n", "")
