@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-CONTENDERS = ("lightning", "zero0", "zero1", "zero2", "zero3")
+CONTENDERS = ["lightning", "zero0", "zero1", "zero2", "zero3"]
 
 
 def main() -> int:
@@ -33,11 +33,11 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("skipped: this machine has no GPU that torch can use")
         return 0
-    runs: dict[str, list[dict[str, Any] | None]] = {name: [] for name in CONTENDERS}
+    runs: dict[str, list[dict[str, Any] | None]] = {name: [] for name in arguments.contenders}
     for index in range(arguments.rounds):
-        for name in CONTENDERS if index % 2 == 0 else reversed(CONTENDERS):
+        for name in arguments.contenders if index % 2 == 0 else reversed(arguments.contenders):
             runs[name].append(_run(name))
-    lines = [json.dumps({**_environment(arguments), **_summary(name, runs)}) for name in CONTENDERS]
+    lines = [json.dumps({**_environment(arguments), **_summary(name, runs)}) for name in arguments.contenders]
     print("\n".join(lines))
     if arguments.output:
         Path(arguments.output).write_text("\n".join(lines) + "\n")
@@ -45,13 +45,14 @@ def main() -> int:
 
 
 def _summary(name: str, runs: dict[str, list[dict[str, Any] | None]]) -> dict[str, Any]:
+    speeds = [result and round(result["tokens_per_second"]) for result in runs[name]]
     pairs = [(own, base) for own, base in zip(runs[name], runs["lightning"], strict=True) if own and base]
     if not pairs:
         return {"contender": name, "failed": True}
     ratio = statistics.median(own["tokens_per_second"] / base["tokens_per_second"] for own, base in pairs)
     keys = ("tokens_per_second", "peak_memory_gib", "loss")
     medians = {key: statistics.median(own[key] for own, _ in pairs) for key in keys}
-    return {"contender": name, **medians, "speed_over_lightning": ratio}
+    return {"contender": name, **medians, "speed_over_lightning": ratio, "tokens_per_second_of_rounds": speeds}
 
 
 def _run(name: str) -> dict[str, Any] | None:
@@ -140,6 +141,7 @@ def _synchronise(device: str) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="with `lightning`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=5)

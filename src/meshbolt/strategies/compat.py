@@ -78,7 +78,8 @@ def connect_ranks(environment: ClusterEnvironment, backend: str, *, timeout: tim
     """
     reset_seed()
     settle_before_exit()
-    device_id = device if device.type != "cpu" else None
+    # Only NCCL makes use of it; torch 2.11 cannot divide a gloo group that was given one.
+    device_id = device if "nccl" in backend else None
     _init_dist_connection(environment, backend, timeout=timeout, device_id=device_id)
 
 

@@ -39,7 +39,9 @@ def own_part(whole: Tensor, layout: Layout, axis: Axis) -> Tensor:
         return whole.narrow(layout.dim, axis.rank * length, length)
     local_shape(whole.shape, layout, axis.size)  # which raises where they cannot
     split: Tensor = whole.unflatten(layout.dim, (layout.sections, axis.size, -1))
-    return split.select(layout.dim + 1, axis.rank).flatten(layout.dim, layout.dim + 1)
+    part = split.select(layout.dim + 1, axis.rank)
+    # A copy in the order of memory of the whole, in which dropout draws; flattening alone would turn it into rows.
+    return part.clone(memory_format=torch.preserve_format).flatten(layout.dim, layout.dim + 1)
 
 
 def all_parts(whole: Tensor, layout: Layout, axis: Axis) -> Tensor:

@@ -230,3 +230,11 @@ def test_a_shape_that_is_no_view_is_refused() -> None:
         viewed((2, 6), Layout(1), (5, 3), 2)
     with pytest.raises(SplitLostError, match="no dim 2"):
         viewed((2, 6), Layout(2), (12,), 2)
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1), Layout(2, 3)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)], ids=str)
+def test_a_part_lies_in_memory_in_the_order_of_the_whole(layout: Layout, order: tuple[int, ...]) -> None:
+    whole = numbered([8, 6, 12]).permute(order).contiguous().permute([order.index(dim) for dim in range(3)])
+    for part in parts_of(whole, layout, 2):
+        assert sorted(range(3), key=part.stride().__getitem__) == sorted(range(3), key=whole.stride().__getitem__)
