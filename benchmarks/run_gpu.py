@@ -107,6 +107,10 @@ def _work(arguments: argparse.Namespace) -> None:
         def on_train_batch_end(self, _trainer: Any, _module: Any, outputs: Any, *_: Any) -> None:
             self.loss = outputs["loss"].detach()
 
+        def on_train_end(self, *_: Any) -> None:
+            _synchronise(arguments.device)  # what comes after is no step: Lightning moves the module to the host
+            self.seconds = time.perf_counter() - self.start
+
     clock = Clock()
     trainer = pl.Trainer(
         accelerator=arguments.device,
@@ -121,11 +125,13 @@ def _work(arguments: argparse.Namespace) -> None:
         enable_model_summary=False,
     )
     trainer.fit(Module(), torch.utils.data.DataLoader(Batches(), batch_size=None))
-    _synchronise(arguments.device)
-    seconds = time.perf_counter() - clock.start
     tokens = arguments.steps * arguments.samples * arguments.sizes["time"] * trainer.world_size
     peak_bytes = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0
-    result = {"tokens_per_second": tokens / seconds, "peak_memory_gib": peak_bytes / 2**30, "loss": float(clock.loss)}
+    result = {
+        "tokens_per_second": tokens / clock.seconds,
+        "peak_memory_gib": peak_bytes / 2**30,
+        "loss": float(clock.loss),
+    }
     if trainer.is_global_zero:
         print("RESULT " + json.dumps(result), flush=True)
     os._exit(0)

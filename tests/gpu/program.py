@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import meshbolt  # noqa: F401  registers zero0 ... zero3
+from meshbolt.compat import whole_of
 
 STEPS, BATCH, WIDTH = 5, 8, 13
 
@@ -82,8 +83,9 @@ def train_plain() -> Regression:
 
 def whole(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return the module's parameters on the CPU, gathered; every rank calls it."""
+    # torch 2.11's `full_tensor` does not know how a fused projection is divided.
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        name: (whole_of(value) if isinstance(value, DTensor) else value).detach().cpu()
         for name, value in module.state_dict().items()
     }
 

@@ -35,7 +35,8 @@ def run_ranks_of(setting: str, precision: str, accelerator: str, ranks: int) -> 
         for rank in range(ranks)
     ]
     try:
-        return [process.communicate(timeout=LIMIT_SECONDS)[0] for process in processes]
+        printed = [process.communicate(timeout=LIMIT_SECONDS)[0].rstrip() for process in processes]
+        return [f"{text}\nexit code {each.returncode}" for text, each in zip(printed, processes, strict=True)]
     finally:
         for process in processes:
             process.kill()
@@ -58,4 +59,4 @@ def run_ranks_of(setting: str, precision: str, accelerator: str, ranks: int) -> 
 def test_ranks_that_share_one_gpu_train_as_one_process_does(setting: str, precision: str, ranks: int) -> None:
     word = "equal" if precision == "32-true" else "near"
     for printed in run_ranks_of(setting, precision, "gpu", ranks):
-        assert printed.rstrip().endswith(word), printed[-4000:]
+        assert printed.endswith(f"{word}\nexit code 0"), printed[-4000:]

@@ -45,6 +45,8 @@ class MeshPrecision(trainer_plugins.Precision):
             report_norm: called with the norm of the gradients whenever they are clipped by norm.
         """
         self._engine, self._report_norm = engine, report_norm
+        if self.loss_scaler is not None:
+            self.loss_scaler.device = engine.device  # where the ranks can compare what they have found
 
     @property
     def engine(self) -> Engine:
