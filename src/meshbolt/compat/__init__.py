@@ -5,10 +5,12 @@ May import: `errors`. `tensors.py` has what belongs to no unit, `exiting.py` wha
 this folder run on every supported version of torch.
 """
 
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from meshbolt.compat.exiting import settle_before_exit
 from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
@@ -18,6 +20,7 @@ from meshbolt.compat.tensors import (
     distributed_part,
     distributed_tensor,
     flattened_group,
+    flops_of,
     gather_into,
     handle_sharded,
     local_in_graph,
@@ -65,8 +68,11 @@ from meshbolt.compat.units import (
 
 __all__ = [
     "AllGather",
+    "FakeTensor",
+    "FakeTensorMode",
     "ReduceScatter",
     "TorchDispatchMode",
+    "TorchFunctionMode",
     "aliased_arguments",
     "casts",
     "copies_by_shard",
@@ -79,6 +85,7 @@ __all__ = [
     "end_backward",
     "enter_pass",
     "flattened_group",
+    "flops_of",
     "gather_into",
     "gathered_bytes",
     "given_other_data",
@@ -113,6 +120,7 @@ __all__ = [
     "tensors_without_memory",
     "tree_leaves",
     "tree_map",
+    "tree_map_only",
     "untouched_by_functions",
     "was_gathered",
     "watch_passes",

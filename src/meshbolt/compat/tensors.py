@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -244,6 +245,19 @@ def aliased_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, 
     """
     for _, tensor in _aliases(operation, args, kwargs):
         yield tensor
+
+
+def flops_of(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:
+    """Return how many floating-point operations an operation takes, by torch's own table; 0 for those that are not in it.
+
+    Args:
+        operation: as a dispatch mode gets it.
+        args: its positional arguments.
+        kwargs: its other arguments.
+        result: what it has returned.
+    """
+    count = flop_registry.get(operation._overloadpacket)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=result))
 
 
 def _aliases(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Tensor]]:

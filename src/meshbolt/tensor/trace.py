@@ -10,7 +10,6 @@ their output is cut.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
-from meshbolt.compat import plain_calls, tensors_without_memory
+from meshbolt.blocks import attributes_restored
+from meshbolt.compat import plain_calls, tensors_without_memory, tree_map_only
 from meshbolt.errors import ConfigError
 from meshbolt.tensor.axis import ImaginedAxis
 from meshbolt.tensor.layout import Layout, SplitLostError
@@ -289,7 +288,6 @@ def _without_memory(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
             made[tensor] = empty.requires_grad_(tensor.requires_grad)
         return made[tensor]
 
-    attributes = [(child, _Attributes(child)) for child in module.modules()]
     held: list[tuple[dict[str, Any], dict[str, Any]]] = []
     weights: dict[str, torch.Tensor] = {}
     for name, child in module.named_modules():
@@ -298,35 +296,12 @@ def _without_memory(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
             for key, tensor in places.items():
                 if tensor is not None:
                     places[key] = weights[f"{name}.{key}" if name else key] = stand_in(tensor)
-    try:
-        yield weights
-    finally:
-        for child, before in attributes:
-            before.restore(child)
-        for places, values in held:
-            places.update(values)
-
-
-class _Attributes:
-    """What a module has noted in attributes of its own, as it was: a step that is only looked at may count itself."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._values = dict(module.__dict__)
-        self._contents = {
-            key: copy.copy(value)
-            for key, value in module.__dict__.items()
-            if isinstance(value, (list, dict, set)) and not key.startswith("_")
-        }
-
-    def restore(self, module: nn.Module) -> None:
-        """Give the module its attributes back."""
-        for key in module.__dict__.keys() - self._values.keys():
-            del module.__dict__[key]
-        module.__dict__.update(self._values)
-        for key, content in self._contents.items():
-            value = self._values[key]
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+    with attributes_restored(module):
+        try:
+            yield weights
+        finally:
+            for places, values in held:
+                places.update(values)
 
 
 def _imagined_part(whole: torch.Tensor, layout: Layout, ranks: int) -> torch.Tensor:

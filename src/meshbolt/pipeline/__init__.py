@@ -1,0 +1,34 @@
+"""Pipeline parallelism over modules that know nothing of it.
+
+A stage is the module's own step, entered where its first unit is called and left after its last. `taint.py` has the tensors that
+stand for what other stages hold, `calls.py` stands between callers and units, `analyse.py` finds out by one run on tensors
+without values what crosses each cut and who needs which parameter (`plan.py`), `stage.py` runs a stage, `streams.py` has the
+random numbers, `balance.py` chooses cuts by the work that `cost.py` counts, `microbatch.py` divides batches, and `emulate.py`
+runs all stages in one process. May import: `blocks`, `compat`, `errors`.
+"""
+
+from meshbolt.pipeline.analyse import analyse
+from meshbolt.pipeline.balance import balanced, choose_cuts
+from meshbolt.pipeline.calls import Calls
+from meshbolt.pipeline.cost import Cost, CountCost
+from meshbolt.pipeline.emulate import emulate
+from meshbolt.pipeline.microbatch import batch_size, split_batch
+from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
+from meshbolt.pipeline.stage import run_stage
+
+__all__ = [
+    "Call",
+    "Calls",
+    "Cost",
+    "CountCost",
+    "Crossing",
+    "CutError",
+    "PipelinePlan",
+    "analyse",
+    "balanced",
+    "batch_size",
+    "choose_cuts",
+    "emulate",
+    "run_stage",
+    "split_batch",
+]

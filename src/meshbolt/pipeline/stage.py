@@ -1,0 +1,237 @@
+"""Run one stage's part of a step: the user's own step, entered at the stage's first unit and left after its last."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshbolt.compat import TorchFunctionMode, tree_leaves, tree_map_only
+from meshbolt.errors import UnsupportedError
+from meshbolt.pipeline.calls import Calls, Proceed
+from meshbolt.pipeline.plan import Call, Crossing, PipelinePlan
+from meshbolt.pipeline.streams import DrawByNumber, stream, stream_seed
+from meshbolt.pipeline.taint import is_foreign
+
+
+class StageDone(BaseException):
+    """Ends a step at the cut behind a stage. Not an `Exception`, so that the user's code does not take it for one."""
+
+    def __init__(self, sent: list[torch.Tensor]) -> None:
+        """Keep what is to be sent."""
+        super().__init__()
+        self.sent = sent
+
+
+def run_stage(
+    calls: Calls,
+    plan: PipelinePlan,
+    step: Callable[[], Any],
+    *,
+    stage: int,
+    received: Sequence[torch.Tensor] = (),
+    seed: int = 0,
+    microbatch: int = 0,
+    device: torch.device,
+) -> tuple[list[torch.Tensor], Any]:
+    """Run one microbatch through a stage.
+
+    Args:
+        calls: of the module's units.
+        plan: for this microbatch's signature.
+        step: runs the microbatch from its inputs to the loss; parameters of other stages are foreign.
+        stage: which part of it.
+        received: what the stage before has sent, in the order of the plan.
+        seed: of the step, for random numbers.
+        microbatch: its number in the step.
+        device: where the module computes.
+
+    Returns:
+        What is to be sent to the next stage, and on the last one what the step has returned.
+
+    Raises:
+        UnsupportedError: the step does something else than it did when it was looked at.
+    """
+    outer = stream_seed(seed, microbatch)
+    drawn = DrawByNumber(outer, device=device) if plan.draws_beside else None
+    run = _Stage(
+        calls,
+        plan,
+        stage,
+        received,
+        draw=lambda call: stream(stream_seed(seed, microbatch, call), device=device),
+        drawn=drawn,
+    )
+    read = _ReadReceived(run) if plan.reads_beside[stage] else contextlib.nullcontext()
+    with stream(outer, device=device):
+        try:
+            with read, drawn or contextlib.nullcontext():
+                result = calls.run(step, run)
+        except StageDone as done:
+            return done.sent, None
+    run.check_result(result)
+    return [], result
+
+
+class _Stage:
+    """Is asked at every call of a unit while a stage runs."""
+
+    def __init__(
+        self,
+        calls: Calls,
+        plan: PipelinePlan,
+        stage: int,
+        received: Sequence[torch.Tensor],
+        *,
+        draw: Callable[[Call], contextlib.AbstractContextManager[None]],
+        drawn: DrawByNumber | None,
+    ) -> None:
+        self._around, self._plan, self._stage, self._draw, self._drawn = calls.around, plan, stage, draw, drawn
+        self._entry = plan.cuts[stage - 1] if stage > 0 else None
+        self._exit = plan.cuts[stage] if stage < len(plan.cuts) else None
+        self._received = list(zip(plan.received(stage), received, strict=True))
+        self._to_send = {each.output for each in plan.sent(stage)}
+        self._by_output = {each.output: tensor for each, tensor in self._received if each.output is not None}
+        # By identity of the tensor without values which the code around the units holds in the place of a received one.
+        self._real: dict[int, torch.Tensor] = {}
+        self._held: list[Any] = []
+        self.is_inside, self.in_unit = stage == 0, False
+
+    def called(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
+        """Leave out what belongs to earlier stages, run what belongs to this one, and end before the next."""
+        if call == self._exit:
+            raise StageDone([self._leaving(each, args, kwargs) for each in self._plan.sent(self._stage)])
+        if call == self._entry:
+            self._enter(args, kwargs)
+        if call.unit in self._around:
+            return proceed(*args, **kwargs)
+        if not self.is_inside:
+            return self._without(call, module, proceed, args, kwargs)
+        args, kwargs = tree_map_only(torch.Tensor, lambda leaf: self.real(leaf, call), (args, kwargs))
+        self._set_in_unit(True)
+        try:
+            with self._draw(call):
+                result = proceed(*args, **kwargs)
+        finally:
+            self._set_in_unit(False)
+        self._keep(call, result)
+        return result
+
+    def real(self, leaf: torch.Tensor, reader: object) -> torch.Tensor:
+        """Return what stands behind a tensor that code of this stage reads.
+
+        Raises:
+            UnsupportedError: another stage has it, and has not sent it.
+        """
+        if not is_foreign(leaf):
+            return leaf
+        if id(leaf) not in self._real:
+            raise UnsupportedError(
+                f"On stage {self._stage}, {reader} reads a tensor of {list(leaf.shape)} that another stage holds and has not "
+                "sent: the step did not read it there when it was looked at. What a step computes may not depend on what only "
+                "some stages know, nor on how often it ran."
+            )
+        return self._real[id(leaf)]
+
+    def _set_in_unit(self, value: bool) -> None:
+        self.in_unit = value
+        if self._drawn is not None:
+            self._drawn.is_in_unit = value
+
+    def _enter(self, args: Any, kwargs: Any) -> None:
+        leaves = tree_leaves((args, kwargs))
+        for crossing, tensor in self._received:
+            if crossing.argument is not None:
+                self._stand_in(leaves[crossing.argument], tensor)
+            if crossing.output is not None:
+                call, index = crossing.output
+                self._stand_in(tree_leaves(self._plan.stubs[call])[index], tensor)
+        self.is_inside = True
+
+    def _stand_in(self, foreign: Any, tensor: torch.Tensor) -> None:
+        self._real[id(foreign)] = tensor
+        self._held.append(foreign)
+
+    def _without(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
+        has_parameters = next(module.parameters(), None) is not None
+        if not has_parameters or any(child._forward_hooks for child in module.modules()):
+            return proceed(*args, **kwargs)  # cheap, or somebody waits for what goes on inside
+        if call not in self._plan.stubs:
+            raise UnsupportedError(f"The step calls {call}, which it did not when it was looked at.")
+        return self._plan.stubs[call]
+
+    def _keep(self, call: Call, result: Any) -> None:
+        if any(output is not None and output[0] == call for output in self._to_send):
+            self._by_output.update({(call, index): leaf for index, leaf in enumerate(tree_leaves(result))})
+
+    def _leaving(self, crossing: Crossing, args: Any, kwargs: Any) -> torch.Tensor:
+        if crossing.argument is not None:
+            leaf = tree_leaves((args, kwargs))[crossing.argument]
+            leaf = self._real.get(id(leaf), leaf)
+        else:
+            leaf = self._by_output.get(crossing.output) if crossing.output else None
+        found = f"{list(leaf.shape)} {leaf.dtype}" if isinstance(leaf, torch.Tensor) else f"{leaf!r}"
+        if not isinstance(leaf, torch.Tensor) or is_foreign(leaf):
+            raise UnsupportedError(
+                f"Stage {self._stage} has no {crossing} to send to {self._exit}: it found {found}, which depends on another "
+                "stage in a way that was not there when the step was looked at."
+            )
+        if (tuple(leaf.shape), leaf.dtype) != (crossing.shape, crossing.dtype):
+            raise UnsupportedError(
+                f"Stage {self._stage} was to send {crossing} to {self._exit}, and it has {found}. The size of what passes a cut "
+                "may depend on sizes of the batch, not on values."
+            )
+        left: torch.Tensor = _Leave.apply(leaf)  # type: ignore[no-untyped-call]
+        return left
+
+    def check_result(self, result: Any) -> None:
+        """Refuse what a step has returned if it is not of this stage.
+
+        Raises:
+            UnsupportedError: it depends on other stages, or the step has swallowed the end of a stage.
+        """
+        if self._exit is not None:
+            raise UnsupportedError(
+                f"Stage {self._stage} went on after its last unit, or never came to {self._exit}: the step does something else "
+                "than when it was looked at, or a bare `except:` around the model has caught what ends a stage. Write `except "
+                "Exception:`."
+            )
+        if any(map(is_foreign, tree_leaves(result))):
+            raise UnsupportedError(
+                "What the step returns depends on parameters or values of another stage that code outside of modules reads, "
+                "such as F.linear(x, self.embedding.weight) where it could not be seen. Read them in a module, or name the "
+                "module in `replicate`."
+            )
+
+
+class _ReadReceived(TorchFunctionMode):
+    """Gives functions that the code outside of units calls what was received, where it holds a tensor without values."""
+
+    def __init__(self, run: _Stage) -> None:
+        super().__init__()
+        self._run = run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function."""
+        kwargs = kwargs or {}
+        if self._run.is_inside and not self._run.in_unit and getattr(func, "__name__", "") != "__get__":
+            known = self._run._real
+            args, kwargs = tree_map_only(torch.Tensor, lambda leaf: known.get(id(leaf), leaf), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class _Leave(torch.autograd.Function):
+    """The identity, whose result is neither a view nor a leaf, and lies in memory as it is sent."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as another one of the same memory, where that is contiguous."""
+        return tensor.detach().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient."""
+        return gradient

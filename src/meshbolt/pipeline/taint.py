@@ -1,0 +1,118 @@
+"""Values that another stage holds: tensors without memory, which every computation with them becomes.
+
+Parameters of other stages are replaced by tensors that have a shape and a dtype but no values. What is computed without them,
+masks or positions, is computed; what would need them is again such a tensor, and so is recognised wherever it goes. Mistakes
+cannot be silent: a change of a real tensor by a foreign value, which would lose the mark, is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshbolt.compat import FakeTensor, FakeTensorMode, storage_identity, tree_leaves, tree_map_only, written_arguments
+from meshbolt.errors import UnsupportedError
+from meshbolt.pipeline.streams import draws
+
+
+def is_foreign(value: Any) -> bool:
+    """Return whether a value is a tensor that another stage holds."""
+    return isinstance(value, FakeTensor)
+
+
+class Foreign(FakeTensorMode):
+    """Makes tensors that stand for another stage's, and computes with them; it is never entered as a context.
+
+    Args:
+        may_change: real tensors that foreign values may be written to, without effect: buffers, while a module is only
+            looked at.
+    """
+
+    def __init__(self, *, may_change: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.on_draw: Callable[[], None] = lambda: None
+        self._may_change = {storage_identity(tensor) for tensor in may_change}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute, unless a real tensor would be changed."""
+        if func._schema.is_mutable and any(map(is_foreign, tree_leaves((args, kwargs)))):
+            for written in written_arguments(func, args, kwargs or {}):
+                if not is_foreign(written) and storage_identity(written) not in self._may_change:
+                    raise UnsupportedError(
+                        f"{func} writes a value that another pipeline stage computes into a tensor of {tuple(written.shape)} "
+                        "that this one has made. A sum over layers that is kept outside of them, such as a router's auxiliary "
+                        "loss, cannot be cut: leave it out of the loss, or let the layers pass it on as an argument."
+                    )
+        if draws(func, kwargs):
+            self.on_draw()
+        # As values do not matter, a tensor that has some becomes one without; torch's own way of doing so takes long and warns.
+        args, kwargs = tree_map_only(torch.Tensor, self._without_values, (args, kwargs))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _without_values(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if is_foreign(tensor) else self.like(tensor, device=tensor.device)
+
+    def like(self, tensor: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+        """Return a tensor that stands for one of the same shape and dtype, without reading it.
+
+        Args:
+            tensor: on any device, meta included.
+            device: where computations with it would take place.
+        """
+        meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(self, meta, device)
+
+
+@contextmanager
+def foreign_parameters(
+    module: nn.Module, names: Iterable[str], mode: Foreign, *, device: torch.device
+) -> Iterator[None]:
+    """Put tensors without values in the place of parameters for a while; those that are shared stay shared.
+
+    Args:
+        module: whose parameters.
+        names: in `module`, every name of a shared one.
+        mode: makes the tensors.
+        device: where the module computes.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    wanted = frozenset(names)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name not in wanted:
+            continue
+        if parameter not in made:
+            made[parameter] = nn.Parameter(mode.like(parameter, device=device), requires_grad=parameter.requires_grad)
+        owner, _, key = name.rpartition(".")
+        held.append((module.get_submodule(owner), key, parameter))
+    try:
+        # By assignment, not in the dictionary: recurrent layers keep a list of their own.
+        for owner_module, key, parameter in held:
+            setattr(owner_module, key, made[parameter])
+        yield
+    finally:
+        for owner_module, key, parameter in held:
+            setattr(owner_module, key, parameter)
+
+
+@contextmanager
+def buffers_apart(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
+    """Let a module compute with copies of its buffers for a while; yields them by name."""
+    held = [
+        (child, key, buffer)
+        for child in module.modules()
+        for key, buffer in child._buffers.items()
+        if buffer is not None
+    ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in held}
+    try:
+        for child, key, buffer in held:
+            child._buffers[key] = copies[id(buffer)]
+        yield dict(module.named_buffers(remove_duplicate=False))
+    finally:
+        for child, key, buffer in held:
+            child._buffers[key] = buffer
