@@ -101,7 +101,7 @@ def verify_pipeline(
         >>> tokens = torch.randint(256, (4, 17), generator=torch.Generator().manual_seed(0))
         >>> report = verify_pipeline(ByteGPT(dim=16, num_layers=4, num_heads=2, max_length=16), (tokens[:, :-1], tokens[:, 1:]))
         >>> report.cuts, report.is_equal
-        (('blocks.2',), True)
+        (('blocks.3',), True)
     """
     _check(module)
     parts = split_batch(batch, microbatches)
@@ -112,10 +112,11 @@ def verify_pipeline(
         results, plan = emulate(module, steps, chosen, loss_of=_loss)
         found = _losses(results), _take_gradients(module)
         expected, compared_with = _reference(module, steps)
+        shares = _shares(module, steps[0], chosen)
     return PipelineReport(
         plan=plan,
         cuts=chosen,
-        shares=_shares(module, steps[0], chosen),
+        shares=shares,
         num_parameters=tuple(_count(module, plan.owned(stage)) for stage in range(plan.stages)),
         compared_with=compared_with,
         loss_difference=max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True)),
