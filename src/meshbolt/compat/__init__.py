@@ -8,6 +8,10 @@ this folder run on every supported version of torch.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import _PipelineSchedule as PipelineSchedule
+from torch.distributed.pipelining.schedules import get_schedule_class as schedule_class
+from torch.distributed.pipelining.stage import _PipelineStageBase as PipelineStageBase
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -70,6 +74,9 @@ __all__ = [
     "AllGather",
     "FakeTensor",
     "FakeTensorMode",
+    "PipelineSchedule",
+    "PipelineScheduleSingle",
+    "PipelineStageBase",
     "ReduceScatter",
     "TorchDispatchMode",
     "TorchFunctionMode",
@@ -110,6 +117,7 @@ __all__ = [
     "reset_after_error",
     "reshard",
     "same_bytes",
+    "schedule_class",
     "sections_of",
     "set_async_gather",
     "set_group_timeout",

@@ -53,6 +53,24 @@ def batch_size(batch: Any) -> int:
     )
 
 
+def signature_of(batch: Any) -> Any:
+    """Return what two batches share for which a step runs alike: the shapes and dtypes of tensors, and the other values.
+
+    Values that cannot be compared count by their type.
+
+    Args:
+        batch: of any form.
+    """
+    if isinstance(batch, torch.Tensor):
+        return tuple(batch.shape), batch.dtype, batch.requires_grad
+    values = tuple(signature_of(value) for value in _values(batch))
+    if isinstance(batch, Mapping):
+        return type(batch), tuple(batch), values
+    if values or isinstance(batch, (list, tuple)):
+        return type(batch), values
+    return batch if isinstance(batch, (str, int, float, bool, type(None))) else type(batch)
+
+
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:
     if isinstance(batch, torch.Tensor):
         yield batch

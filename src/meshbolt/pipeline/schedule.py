@@ -1,0 +1,112 @@
+"""The orders in which stages compute and communicate: torch's schedules, by the names of our setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from meshbolt.compat import PipelineSchedule, PipelineScheduleSingle, PipelineStageBase, schedule_class
+from meshbolt.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One order.
+
+    Attributes:
+        kind: name of torch's class.
+        single: it takes one stage a rank, others take two or more.
+        folded: with two stages a rank, the first rank has the first and the last one.
+        splits_backward: it computes the gradients of parameters apart from those of inputs.
+        needs_stages: there have to be as many microbatches as stages.
+    """
+
+    kind: str
+    single: bool = False
+    folded: bool = False
+    splits_backward: bool = False
+    needs_stages: bool = False
+
+    def stages_of(self, rank: int, *, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
+        """Return the stages of a rank, in the order in which data passes them.
+
+        Args:
+            rank: which one.
+            ranks: how many there are.
+            stages_per_rank: how many each has.
+
+        Example:
+            >>> SCHEDULES["zbv"].stages_of(0, ranks=2, stages_per_rank=2)
+            (0, 3)
+        """
+        if self.folded:
+            return rank, 2 * ranks - 1 - rank
+        return tuple(rank + ranks * turn for turn in range(stages_per_rank))
+
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "gpipe": Schedule(kind="GPipe", single=True),
+        "1f1b": Schedule(kind="1F1B", single=True, needs_stages=True),
+        "interleaved_1f1b": Schedule(kind="Interleaved1F1B"),
+        "looped_bfs": Schedule(kind="LoopedBFS"),
+        "interleaved_zero_bubble": Schedule(kind="InterleavedZeroBubble", splits_backward=True),
+        "zbv": Schedule(kind="ZBVZeroBubble", folded=True, splits_backward=True),
+        "dualpipev": Schedule(kind="DualPipeV", folded=True, splits_backward=True, needs_stages=True),
+    }
+)
+
+
+def find_schedule(name: str, *, stages: int, ranks: int, microbatches: int) -> Schedule:
+    """Return a schedule by its name.
+
+    Args:
+        name: as the setting has it.
+        stages: of all ranks.
+        ranks: among which they are distributed.
+        microbatches: of a step.
+
+    Raises:
+        ConfigError: there is none of that name, or it cannot be for these numbers.
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(f"schedule={name!r}: there is no such schedule{did_you_mean(name, SCHEDULES)}.")
+    schedule, per_rank = SCHEDULES[name], stages // ranks
+    asked = f"schedule={name!r} with {stages} stages on {ranks} ranks"
+    if stages % ranks or not per_rank:
+        raise ConfigError(f"{asked}: each rank needs as many stages as the others. Use a multiple of {ranks}.")
+    if schedule.single and per_rank != 1:
+        raise ConfigError(f"{asked}: it has one stage a rank. Use {ranks} stages, or schedule='interleaved_1f1b'.")
+    if schedule.folded and per_rank != 2:
+        raise ConfigError(f"{asked}: it has two stages a rank. Use {2 * ranks} stages.")
+    if not schedule.single and per_rank < 2:
+        raise ConfigError(f"{asked}: it has two stages a rank or more. Use {2 * ranks} stages, or schedule='1f1b'.")
+    if schedule.needs_stages and microbatches < stages:
+        raise ConfigError(
+            f"{asked} needs as many microbatches as stages, and has {microbatches}. Use microbatches={stages} or more, or "
+            "schedule='gpipe'."
+        )
+    return schedule
+
+
+def build_schedule(schedule: Schedule, stages: Sequence[PipelineStageBase], microbatches: int) -> PipelineSchedule:
+    """Return torch's schedule for a rank's stages.
+
+    Args:
+        schedule: which.
+        stages: of this rank.
+        microbatches: of a step.
+    """
+    kind = schedule_class(schedule.kind)
+    options: dict[str, Any] = {"n_microbatches": microbatches, "loss_fn": _loss_itself, "scale_grads": False}
+    built: PipelineSchedule = kind(stages[0] if issubclass(kind, PipelineScheduleSingle) else list(stages), **options)
+    return built
+
+
+def _loss_itself(output: torch.Tensor, _target: None) -> torch.Tensor:
+    """Return what the last stage has computed, which is the loss."""
+    return output

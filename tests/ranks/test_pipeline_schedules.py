@@ -1,0 +1,112 @@
+"""Every schedule on ranks computes what the whole module does: losses, gradients, and what is tied over stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.parity.pipeline_models import CUTS, Cut
+from tests.parity.test_pipeline_models import in_float64, made
+from tests.rows import full
+from torch import nn
+
+from meshbolt.errors import ConfigError
+from meshbolt.pipeline import SCHEDULES, Pipeline, emulate, split_batch
+from meshbolt.pipeline.schedule import find_schedule
+from meshbolt.testing import run_ranks
+
+# Four stages each.
+MODELS: dict[str, tuple[str, ...]] = {
+    "nanogpt": ("network.transformer.h.0", "network.transformer.h.1", "network.transformer.h.3"),
+    "unet": CUTS["unet"].cuts,  # type: ignore[dict-item]
+    "t5": CUTS["t5"].cuts,  # type: ignore[dict-item]
+    "resnet": ("network.layer1.0", "network.layer1.1", "network.layer2.1"),
+}
+
+
+def steps(cut: Cut, module: nn.Module, count: int) -> tuple[Any, list[Any]]:
+    """Return the step, and the microbatches: of a batch of six."""
+    batches = [in_float64(cut.model.batch(torch.Generator().manual_seed(seed))) for seed in range(3)]
+    batch = {key: torch.cat([each[key] for each in batches]) for key in batches[0]}
+    return lambda part: cut.model.loss(module["network"], part), split_batch(batch, count)  # type: ignore[index]
+
+
+def train(name: str, schedule: str, stages: int, count: int) -> tuple[list[float], dict[str, Any], list[str]]:
+    """Return losses, gradients, and buffers' names, on a rank."""
+    torch.set_default_dtype(torch.float64)
+    cut, cuts = CUTS[name], MODELS[name]
+    cuts = cuts if stages == 4 else cuts[1:2]
+    module = made(cut, training=True)
+    function, parts = steps(cut, module, count)
+    group = dist.group.WORLD
+    pipeline = Pipeline(module, cuts, schedule=schedule, microbatches=count, group=group, device=torch.device("cpu"))
+    losses = list[float]()
+    for step in range(2):  # the second adds to the first one's gradients
+        results = pipeline.step(function, parts, weights=[1 / count] * count, loss_of=lambda loss: loss, seed=step)
+        losses += [float(loss.detach()) for loss in results]
+    plan = pipeline.plan(function, parts[0])
+    pipeline.close()
+    own = {name for stage in pipeline._stages for name in plan.owned(stage.stage_index)}
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert gradients.keys() <= own, "a gradient of another rank's stage"
+    torch.set_default_dtype(torch.float32)
+    return losses, gradients, sorted(own)
+
+
+def expected(name: str, stages: int, count: int) -> tuple[list[float], dict[str, Any]]:
+    torch.set_default_dtype(torch.float64)
+    cut = CUTS[name]
+    cuts = MODELS[name] if stages == 4 else MODELS[name][1:2]
+    module = made(cut, training=True)
+    function, parts = steps(cut, module, count)
+    losses = list[float]()
+    for step in range(2):
+        runs = [lambda part=part: function(part) for part in parts]
+        results, _ = emulate(module, runs, cuts, loss_of=lambda loss: loss / count, seed=step)
+        losses += [float(loss.detach()) for loss in results]
+    torch.set_default_dtype(torch.float32)
+    return losses, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+ROWS = [
+    ((model, schedule, ranks) if (model, ranks) == ("nanogpt", 2) else full(model, schedule, ranks))
+    for model in MODELS
+    for schedule in SCHEDULES
+    for ranks in (2, 4)
+    if ranks == 2 or SCHEDULES[schedule].single
+]
+
+
+@pytest.mark.parametrize(("model", "schedule", "ranks"), ROWS)
+def test_a_schedule_computes_what_one_process_does(model: str, schedule: str, ranks: int) -> None:
+    stages, count = (2 if SCHEDULES[schedule].single and ranks == 2 else 4), 6 if model == "resnet" else 4
+    found = run_ranks(train, ranks, model, schedule, stages, count, timeout=120)
+    losses, gradients = expected(model, stages, count)
+    assert [loss for rank in found for loss in rank[0]] == pytest.approx(losses, abs=CUTS[model].tolerance)
+    merged: dict[str, Any] = {}
+    for _, own, _ in found:
+        for name, value in own.items():
+            torch.testing.assert_close(value, gradients[name], rtol=0.0, atol=max(1e-12, CUTS[model].tolerance))
+            merged[name] = value
+    assert merged.keys() == gradients.keys()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "stages", "microbatches", "message"),
+    [
+        ("1f1", 2, 2, 4, r"schedule='1f1': there is no such schedule \(did you mean '1f1b'\?"),
+        ("1f1b", 2, 3, 4, "3 stages on 2 ranks: each rank needs as many"),
+        ("1f1b", 2, 4, 4, "it has one stage a rank. Use 2 stages"),
+        ("1f1b", 2, 2, 1, "needs as many microbatches as stages, and has 1"),
+        ("zbv", 2, 2, 4, "it has two stages a rank. Use 4 stages"),
+        ("looped_bfs", 2, 2, 4, "it has two stages a rank or more"),
+        ("dualpipev", 2, 4, 3, "needs as many microbatches as stages, and has 3"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(
+    schedule: str, ranks: int, stages: int, microbatches: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_schedule(schedule, stages=stages, ranks=ranks, microbatches=microbatches)
