@@ -93,6 +93,29 @@ def test_a_schedule_computes_what_one_process_does(model: str, schedule: str, ra
     assert merged.keys() == gradients.keys()
 
 
+def evaluate(name: str, schedule: str, count: int) -> list[float]:
+    torch.set_default_dtype(torch.float64)
+    module = made(CUTS[name], training=False)
+    group, device = dist.group.WORLD, torch.device("cpu")
+    pipeline = Pipeline(module, MODELS[name], schedule=schedule, microbatches=4, group=group, device=device)
+    function, parts = steps(CUTS[name], module, count)
+    results = pipeline.evaluate(function, parts, seed=0)
+    pipeline.close()
+    torch.set_default_dtype(torch.float32)
+    assert not any(loss.requires_grad for loss in results)
+    return [float(loss) for loss in results]
+
+
+@pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv"])  # stages in turns, and folded
+@pytest.mark.parametrize("model", ["t5", full("unet"), full("resnet")])
+def test_any_number_of_microbatches_is_evaluated_as_in_one_process(model: str, schedule: str) -> None:
+    found = [loss for rank in run_ranks(evaluate, 2, model, schedule, 5) for loss in rank]
+    torch.set_default_dtype(torch.float64)
+    function, parts = steps(CUTS[model], made(CUTS[model], training=False), 5)
+    torch.set_default_dtype(torch.float32)
+    assert found == pytest.approx([float(function(part).detach()) for part in parts], abs=CUTS[model].tolerance)
+
+
 @pytest.mark.parametrize(
     ("schedule", "ranks", "stages", "microbatches", "message"),
     [

@@ -63,6 +63,10 @@ class Calls:
         wanted = {*self.cuts, *blocks, *outermost}
         self.units: Mapping[str, nn.Module] = {name: child for name, child in names.items() if name in wanted}
         self.around = holding & self.units.keys()
+        # Units with parameters, and the modules in each.
+        self.inside: Mapping[str, list[nn.Module]] = {
+            name: list(unit.modules()) for name, unit in self.units.items() if next(unit.parameters(), None) is not None
+        }
         self._watcher: Watcher | None = None
         self._counts = Counter[str]()
         for name, unit in self.units.items():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshbolt.compat import PipelineStageBase
+from meshbolt.errors import UnsupportedError
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.calls import Calls
 from meshbolt.pipeline.microbatch import signature_of
@@ -55,7 +56,9 @@ class Pipeline:
         order = find_schedule(schedule, stages=self._num_stages, ranks=ranks, microbatches=microbatches)
         per_rank = self._num_stages // ranks
         self._stages_of_ranks = [order.stages_of(rank, ranks=ranks, stages_per_rank=per_rank) for rank in range(ranks)]
-        self._calls, self._foreign = Calls(module, cuts), Foreign()
+        self._calls = Calls(module, cuts)
+        self._kept = ExitStack()
+        self._own: frozenset[str] | None = None
         self._plans: dict[Any, PipelinePlan] = {}
         self._stages = [
             _Stage(module, stage, self._num_stages, device, group) for stage in self._stages_of_ranks[group.rank()]
@@ -102,23 +105,24 @@ class Pipeline:
             What the function has returned for each microbatch, on the rank of the last stage; elsewhere nothing.
         """
         plans = [self.plan(function, microbatch) for microbatch in microbatches]
+        for plan in plans:
+            self._leave_others(plan)
         results: list[Any] = []
         for stage in self._stages:
 
             def forward(
                 number: int, received: list[Tensor], stage: int = stage.stage_index
             ) -> tuple[list[Tensor], Any]:
-                with self._own_parameters(plans[number], stage):
-                    sent, result = run_stage(
-                        self._calls,
-                        plans[number],
-                        functools.partial(function, microbatches[number]),
-                        stage=stage,
-                        received=received,
-                        seed=seed,
-                        microbatch=number,
-                        device=self._device,
-                    )
+                sent, result = run_stage(
+                    self._calls,
+                    plans[number],
+                    functools.partial(function, microbatches[number]),
+                    stage=stage,
+                    received=received,
+                    seed=seed,
+                    microbatch=number,
+                    device=self._device,
+                )
                 if stage < self._num_stages - 1:
                     return sent, None
                 results.append(result)
@@ -130,16 +134,75 @@ class Pipeline:
             self._schedule._step_microbatches([()] * self._count, [{} for _ in nothing], nothing, None, False)
         return results
 
+    def evaluate(self, function: Callable[[Any], Any], microbatches: Sequence[Any], *, seed: int) -> list[Any]:
+        """Run microbatches forwards only, any number of them and without gradients, one after the other through the stages.
+
+        Args:
+            function: the step of a microbatch.
+            microbatches: of any number.
+            seed: for random numbers.
+
+        Returns:
+            What the function has returned for each microbatch, on the rank of the last stage; elsewhere nothing.
+        """
+        plans = [self.plan(function, microbatch) for microbatch in microbatches]
+        for plan in plans:
+            self._leave_others(plan)
+        results: list[Any] = []
+        for stage in self._stages:
+            stage.begin(plans, lambda *_: ([], torch.empty(0)))
+        with torch.no_grad():
+            for number, microbatch in enumerate(microbatches):
+                step = functools.partial(function, microbatch)
+                results += self._forwards(plans[number], step, number=number, seed=seed)
+        return results
+
+    def _forwards(self, plan: PipelinePlan, step: Callable[[], Any], *, number: int, seed: int) -> list[Any]:
+        """Run a microbatch through this rank's stages; return what the last stage has returned."""
+        of_this_rank = {stage.stage_index: stage for stage in self._stages}
+        results, sent, leaving = list[Any](), list[Tensor](), list[Any]()
+        for index, stage in sorted(of_this_rank.items()):
+            received = sent if index - 1 in of_this_rank else stage.receive(number)
+            sent, result = run_stage(
+                self._calls,
+                plan,
+                step,
+                stage=index,
+                received=received,
+                seed=seed,
+                microbatch=number,
+                device=self._device,
+            )
+            if stage.is_last:
+                results.append(result)
+            elif index + 1 not in of_this_rank:
+                leaving += stage.send(sent)
+        for work in leaving:
+            work.wait()
+        return results
+
     def close(self) -> None:
         """Leave the module as it was."""
         self._calls.remove()
+        self._kept.close()
 
-    @contextmanager
-    def _own_parameters(self, plan: PipelinePlan, stage: int) -> Iterator[None]:
-        with ExitStack() as stack:
-            others = plan.stages_of.keys() - plan.owned(stage)
-            stack.enter_context(foreign_parameters(self._module, others, self._foreign, device=self._device))
-            yield
+    def _leave_others(self, plan: PipelinePlan) -> None:
+        """Keep the parameters of this rank's stages; those of others have no values from now on.
+
+        Raises:
+            UnsupportedError: a later kind of microbatch needs others than the first one.
+        """
+        own = frozenset[str]().union(*(plan.owned(stage.stage_index) for stage in self._stages))
+        if self._own is None:
+            others = plan.stages_of.keys() - own
+            self._kept.enter_context(foreign_parameters(self._module, others, Foreign(), device=self._device))
+            self._own = own
+        elif not own <= self._own:
+            raise UnsupportedError(
+                f"A microbatch of another form reads {sorted(own - self._own)[0]!r} on a stage that did not read it before, so "
+                "that another stage has it. Let the step read the same parameters on the same stages for every batch, or cut "
+                "elsewhere."
+            )
 
     @contextmanager
     def _tied_summed(self, plan: PipelinePlan) -> Iterator[None]:
@@ -216,6 +279,17 @@ class _Stage(PipelineStageBase):
     def _operations(self, kind: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
         peer = dist.get_global_rank(self._ranks, self.stage_index_to_group_rank[stage])
         return [dist.P2POp(kind, tensor, peer, self.group) for tensor in tensors]
+
+    def receive(self, number: int) -> list[Tensor]:
+        """Return a microbatch's inputs, when they have come from another rank."""
+        for operation in self.get_fwd_recv_ops(number):
+            operation.op(operation.tensor, group=operation.group, group_src=operation.group_peer).wait()
+        return self._arriving.pop(number, [])
+
+    def send(self, sent: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to send a microbatch's outputs to another rank."""
+        operations = self._operations(dist.isend, sent, self.stage_index + 1)
+        return [each.op(each.tensor, group=each.group, group_dst=each.group_peer) for each in operations]
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """Return how a microbatch's inputs arrive."""

@@ -89,7 +89,7 @@ class _Stage:
         draw: Callable[[Call], contextlib.AbstractContextManager[None]],
         drawn: DrawByNumber | None,
     ) -> None:
-        self._around, self._plan, self._stage, self._draw, self._drawn = calls.around, plan, stage, draw, drawn
+        self._calls, self._plan, self._stage, self._draw, self._drawn = calls, plan, stage, draw, drawn
         self._entry = plan.cuts[stage - 1] if stage > 0 else None
         self._exit = plan.cuts[stage] if stage < len(plan.cuts) else None
         self._received = list(zip(plan.received(stage), received, strict=True))
@@ -106,11 +106,12 @@ class _Stage:
             raise StageDone([self._leaving(each, args, kwargs) for each in self._plan.sent(self._stage)])
         if call == self._entry:
             self._enter(args, kwargs)
-        if call.unit in self._around:
+        if call.unit in self._calls.around:
             return proceed(*args, **kwargs)
         if not self.is_inside:
             return self._without(call, module, proceed, args, kwargs)
-        args, kwargs = tree_map_only(torch.Tensor, lambda leaf: self.real(leaf, call), (args, kwargs))
+        if _may_hold_foreign(args) or _may_hold_foreign(kwargs):
+            args, kwargs = tree_map_only(torch.Tensor, lambda leaf: self.real(leaf, call), (args, kwargs))
         self._set_in_unit(True)
         try:
             with self._draw(call):
@@ -156,8 +157,7 @@ class _Stage:
         self._held.append(foreign)
 
     def _without(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
-        has_parameters = next(module.parameters(), None) is not None
-        if not has_parameters or any(child._forward_hooks for child in module.modules()):
+        if call.unit not in self._calls.inside or any(child._forward_hooks for child in self._calls.inside[call.unit]):
             return proceed(*args, **kwargs)  # cheap, or somebody waits for what goes on inside
         if call not in self._plan.stubs:
             raise UnsupportedError(f"The step calls {call}, which it did not when it was looked at.")
@@ -205,6 +205,17 @@ class _Stage:
                 "such as F.linear(x, self.embedding.weight) where it could not be seen. Read them in a module, or name the "
                 "module in `replicate`."
             )
+
+
+def _may_hold_foreign(value: Any) -> bool:
+    """Return whether a value is, or may hold, a tensor without values: sooner known than with torch's general trees."""
+    if isinstance(value, torch.Tensor):
+        return is_foreign(value)
+    if isinstance(value, dict):
+        return any(map(_may_hold_foreign, value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(map(_may_hold_foreign, value))
+    return not isinstance(value, (str, int, float, type(None)))
 
 
 class _ReadReceived(TorchFunctionMode):
