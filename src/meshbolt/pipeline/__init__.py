@@ -4,8 +4,8 @@ A stage is the module's own step, entered where its first unit is called and lef
 stand for what other stages hold, `calls.py` stands between callers and units, `analyse.py` finds out by one run on tensors
 without values what crosses each cut and who needs which parameter (`plan.py`), `stage.py` runs a stage, `streams.py` has the
 random numbers, `balance.py` chooses cuts by the work that `cost.py` counts, `microbatch.py` divides batches, and `emulate.py`
-runs all stages in one process. `runtime.py` runs them on ranks, in the orders of `schedule.py`. May import: `blocks`, `compat`,
-`errors`.
+runs all stages in one process. `runtime.py` runs them on ranks, in the orders of `schedule.py`, which
+`timeline.py` plays through and `picture.py` draws. May import: `blocks`, `compat`, `errors`.
 """
 
 from meshbolt.pipeline.analyse import analyse
@@ -14,10 +14,12 @@ from meshbolt.pipeline.calls import Calls
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.emulate import emulate
 from meshbolt.pipeline.microbatch import batch_size, split_batch
+from meshbolt.pipeline.picture import draw
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
 from meshbolt.pipeline.runtime import Pipeline
 from meshbolt.pipeline.schedule import SCHEDULES
 from meshbolt.pipeline.stage import run_stage
+from meshbolt.pipeline.timeline import Timeline, plan_timeline
 
 __all__ = [
     "SCHEDULES",
@@ -29,11 +31,14 @@ __all__ = [
     "CutError",
     "Pipeline",
     "PipelinePlan",
+    "Timeline",
     "analyse",
     "balanced",
     "batch_size",
     "choose_cuts",
+    "draw",
     "emulate",
+    "plan_timeline",
     "run_stage",
     "split_batch",
 ]

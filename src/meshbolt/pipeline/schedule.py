@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 
-from meshbolt.compat import PipelineSchedule, PipelineScheduleSingle, PipelineStageBase, schedule_class
+from meshbolt.compat import PipelineSchedule, PipelineScheduleSingle, schedule_class
 from meshbolt.errors import ConfigError, did_you_mean
 
 
@@ -93,7 +94,55 @@ def find_schedule(name: str, *, stages: int, ranks: int, microbatches: int) -> S
     return schedule
 
 
-def build_schedule(schedule: Schedule, stages: Sequence[PipelineStageBase], microbatches: int) -> PipelineSchedule:
+def order_of(schedule: Schedule, stages: int, ranks: int, microbatches: int) -> list[list[tuple[str, int, int]]]:
+    """Return what each rank computes, in its order: work ("F", "B", "I" or "W"), stage and microbatch.
+
+    Args:
+        schedule: one that fits the numbers.
+        stages: of all ranks.
+        ranks: among which they are distributed.
+        microbatches: of a step.
+    """
+    if schedule.single:
+        return [_single_order(schedule, rank, ranks, microbatches) for rank in range(ranks)]
+    own = [
+        SimpleNamespace(
+            stage_index=stage,
+            num_stages=stages,
+            group_size=ranks,
+            group_rank=0,
+            is_first=stage == 0,
+            is_last=stage == stages - 1,
+            submod=torch.nn.Identity(),
+        )
+        for stage in schedule.stages_of(0, ranks=ranks, stages_per_rank=stages // ranks)
+    ]
+    order = build_schedule(schedule, own, microbatches).pipeline_order  # type: ignore[attr-defined]
+    return [[each for action in order[rank] for each in _pieces(action)] for rank in range(ranks)]
+
+
+def _single_order(schedule: Schedule, rank: int, ranks: int, microbatches: int) -> list[tuple[str, int, int]]:
+    """Return what a rank with one stage computes, which torch's own listing has wrong for 1F1B's last rank."""
+    ahead = min(ranks - rank, microbatches) if schedule.needs_stages else microbatches
+    order = [("F", rank, number) for number in range(ahead)]
+    for number in range(microbatches):
+        order.append(("B", rank, number))
+        if number + ahead < microbatches:
+            order.append(("F", rank, number + ahead))
+    return order
+
+
+def _pieces(action: Any) -> list[tuple[str, int, int]]:
+    if action is None:
+        return []
+    if action.sub_actions is not None:
+        return [piece for each in action.sub_actions for piece in _pieces(each)]
+    # As torch writes an action, which is the same in all of its versions: stage, work, microbatch.
+    written = re.fullmatch(r"(\d+)([FBIW])(\d+)", str(action))
+    return [(written[2], int(written[1]), int(written[3]))] if written else []
+
+
+def build_schedule(schedule: Schedule, stages: Sequence[Any], microbatches: int) -> PipelineSchedule:
     """Return torch's schedule for a rank's stages.
 
     Args:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from meshbolt.errors import ConfigError
-from meshbolt.pipeline import Calls, CountCost, PipelinePlan, analyse, choose_cuts, emulate, split_batch
+from meshbolt.pipeline import (
+    Calls,
+    CountCost,
+    PipelinePlan,
+    Timeline,
+    analyse,
+    choose_cuts,
+    draw,
+    emulate,
+    plan_timeline,
+    split_batch,
+)
 
 CPU = torch.device("cpu")
 
@@ -48,6 +60,30 @@ class PipelineReport:
     def is_equal(self) -> bool:
         """Whether the stages compute what they were compared with."""
         return max(self.loss_difference, self.gradient_difference) <= self.tolerance
+
+    def timeline(self, schedule: str = "1f1b", *, microbatches: int, ranks: int | None = None) -> Timeline:
+        """Return when each stage would compute which microbatch, by the work that was counted.
+
+        Args:
+            schedule: its name.
+            microbatches: of a step.
+            ranks: among which the stages are distributed; None: one each.
+
+        Raises:
+            ConfigError: the schedule does not fit the numbers.
+        """
+        return plan_timeline(schedule, self.shares, ranks=ranks or self.plan.stages, microbatches=microbatches)
+
+    def draw(self, path: str | Path, schedule: str = "1f1b", *, microbatches: int, ranks: int | None = None) -> None:
+        """Write the timeline of a schedule as a picture.
+
+        Args:
+            path: of the SVG file.
+            schedule: its name.
+            microbatches: of a step.
+            ranks: among which the stages are distributed; None: one each.
+        """
+        Path(path).write_text(draw(self.timeline(schedule, microbatches=microbatches, ranks=ranks)), encoding="utf-8")
 
     def __str__(self) -> str:
         """Return it as a table, with a line for each tensor that passes a cut."""
