@@ -1,7 +1,7 @@
 # `make test` and `make demo` need Python 3.10 or newer, git and make, and set up the rest themselves.
 PYTHON ?= python3
 TOX := .venv/bin/tox
-INTENTS := lint types architecture examples ranks-full parity-full faults bench
+INTENTS := lint types architecture examples commands ranks-full parity-full faults bench
 
 .PHONY: help tox test demo gpu multigpu clean $(INTENTS)
 
@@ -10,12 +10,12 @@ help:
 	@echo "make test   unit, ranks and parity tests (10 minutes on two cores)"
 	@echo "also:       $(INTENTS) gpu multigpu clean"
 
-# Ranks wait for each other a good part of their time, so that two of these share two cores well. The first installs what
-# all of them test. Each runs whatever became of the others.
+# Ranks wait for each other a good part of their time, so that two of these share two cores well; the longest begins first.
+# The first of all installs what they test. Each runs whatever became of the others.
 test: $(TOX)
 	@failed=; \
 	$(TOX) run -e unit || failed=1; \
-	$(TOX) run-parallel --parallel-live --skip-pkg-install -e ranks,parity || failed=1; \
+	$(TOX) run-parallel --parallel 2 --parallel-live --skip-pkg-install -e ranks,parity,commands || failed=1; \
 	test -z "$$failed"
 
 demo $(INTENTS): $(TOX)
