@@ -14,7 +14,7 @@ from torch import nn
 def attributes_restored(module: nn.Module) -> Iterator[None]:
     """Give a module and those in it their attributes back at the end: a step that is only looked at may count itself.
 
-    Parameters and buffers are not among them.
+    Parameters and buffers are those that were there at the beginning; put others in their place before, if at all.
 
     Args:
         module: what is called inside.
@@ -35,7 +35,7 @@ class _Attributes:
         self._contents = {
             key: copy.copy(value)
             for key, value in module.__dict__.items()
-            if isinstance(value, (list, dict, set)) and not key.startswith("_")
+            if isinstance(value, (list, dict, set))  # hooks, too, which a forward may register
         }
 
     def restore(self, module: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from meshbolt.compat.exiting import settle_before_exit
 from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
 from meshbolt.compat.tensors import (
+    NeedsValues,
     aliased_arguments,
     current_pass,
     distributed_part,
@@ -74,6 +75,7 @@ __all__ = [
     "AllGather",
     "FakeTensor",
     "FakeTensorMode",
+    "NeedsValues",
     "PipelineSchedule",
     "PipelineScheduleSingle",
     "PipelineStageBase",

@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.autograd import Variable
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
@@ -245,6 +245,10 @@ def aliased_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, 
     """
     for _, tensor in _aliases(operation, args, kwargs):
         yield tensor
+
+
+NeedsValues = (DataDependentOutputException, DynamicOutputShapeException)
+"""What is raised where an operation needs values of a tensor that has none."""
 
 
 def flops_of(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> int:

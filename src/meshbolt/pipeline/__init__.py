@@ -19,6 +19,7 @@ from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
 from meshbolt.pipeline.runtime import Pipeline
 from meshbolt.pipeline.schedule import SCHEDULES
 from meshbolt.pipeline.stage import run_stage
+from meshbolt.pipeline.taint import buffers_apart
 from meshbolt.pipeline.timeline import Timeline, plan_timeline
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "analyse",
     "balanced",
     "batch_size",
+    "buffers_apart",
     "choose_cuts",
     "draw",
     "emulate",

@@ -7,7 +7,7 @@ returned earlier. A value that is neither has no name by which a stage could be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from meshbolt.errors import UnsupportedError
 from meshbolt.pipeline.calls import Calls, Proceed
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
+from meshbolt.pipeline.streams import stream
 from meshbolt.pipeline.taint import Foreign, buffers_apart, foreign_parameters, is_foreign
 from meshbolt.pipeline.unknown import unknown_outputs_assumed
 
@@ -70,7 +71,7 @@ def analyse(
         UnsupportedError: the step cannot be cut anywhere.
     """
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), buffers_apart(module) as buffers:
+    with stream(0, device=device, python_too=True), buffers_apart(module) as buffers:
         mode = Foreign(may_change=buffers.values())
         # Attributes come back first: recurrent layers note their parameters in one of theirs.
         with foreign_parameters(module, names, mode, device=device), attributes_restored(module):
@@ -183,8 +184,8 @@ class _Run(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note which parameters and foreign tensors a function reads, and what it makes."""
         result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "__get__":
-            return result  # asks what a tensor is, not for its values
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(result, torch.Tensor):
+            return result  # asks what a tensor is, not for its values, as `.T` does
         for leaf in _foreign_leaves((args, kwargs)):
             if not self._use(leaf):
                 self._read(leaf, beside=self._inside == 0)
@@ -227,7 +228,7 @@ class _Run(TorchFunctionMode):
             before=self._before,
             draws_beside=self._draws_beside,
             ended_by=self._ended_by,
-            stubs={call: tree_map_only(torch.Tensor, _detached, result) for call, result in self._stubs.items()},
+            stubs=_as_stubs(self._stubs),
             reads_beside=beside,
         )
 
@@ -263,5 +264,38 @@ def _foreign_leaves(tree: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(tree) if is_foreign(leaf))
 
 
+def _as_stubs(results: Mapping[Call, Any]) -> dict[Call, Any]:
+    """Return what calls have returned without the graphs behind it; a tensor that several have returned stays one."""
+    made: dict[int, torch.Tensor] = {}
+
+    def stub(tensor: torch.Tensor) -> torch.Tensor:
+        return made.setdefault(id(tensor), _detached(tensor))
+
+    return {call: tree_map_only(torch.Tensor, stub, result) for call, result in results.items()}
+
+
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad) if is_foreign(tensor) else tensor
+    if not is_foreign(tensor):
+        return tensor
+    if not tensor.requires_grad:
+        return tensor.detach()
+    with torch.enable_grad():  # no leaf, as what a module returns is none, and may be changed in place
+        stub: torch.Tensor = _OfAnotherStage.apply(tensor.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return stub
+
+
+class _OfAnotherStage(torch.autograd.Function):
+    """The identity, to which no gradient comes: what a stage reads of another one is put in its place before."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as another one."""
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        """Refuse."""
+        raise UnsupportedError(
+            "A gradient went to a value that another stage holds: a torch.autograd.Function between modules has read it, which "
+            "cannot be seen. Put the function into a module of its own."
+        )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 from torch import nn
 
 from meshbolt.blocks import find_blocks
-from meshbolt.errors import ConfigError, did_you_mean
+from meshbolt.errors import ConfigError, UnsupportedError, did_you_mean
 from meshbolt.pipeline.plan import Call
 
 Proceed = Callable[..., Any]
@@ -68,6 +69,7 @@ class Calls:
             name: list(unit.modules()) for name, unit in self.units.items() if next(unit.parameters(), None) is not None
         }
         self._watcher: Watcher | None = None
+        self._is_in_backward = False
         self._counts = Counter[str]()
         for name, unit in self.units.items():
             unit.__dict__[_KEY] = functools.partial(self._called, name, unit)
@@ -90,8 +92,23 @@ class Calls:
         finally:
             self._watcher = None
 
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Refuse calls of units inside that no watcher is asked for: a step's backward passes call none."""
+        self._is_in_backward = True
+        try:
+            yield
+        finally:
+            self._is_in_backward = False
+
     def _called(self, name: str, unit: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
         watcher = self._watcher
+        if watcher is None and self._is_in_backward:
+            raise UnsupportedError(
+                f"{name!r} is called again in the backward pass: the step has wrapped it in torch.utils.checkpoint, so that its "
+                "random numbers and what other stages hold would be others. Recompute inside of the layers, as Hugging Face's "
+                "gradient_checkpointing_enable() does."
+            )
         if watcher is None:
             return proceed(*args, **kwargs)
         call = Call(name, self._counts[name])
@@ -104,7 +121,10 @@ def _watched(kind: Any) -> type[nn.Module]:
     """Return a subclass whose calls are seen; by its name, and to whoever asks what a module is, it is the class itself."""
 
     def called(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[_KEY](functools.partial(kind.__call__, self), args, kwargs)
+        watch = self.__dict__.get(_KEY)
+        if watch is None:  # another module of this class, such as a part of a sequence
+            return kind.__call__(self, *args, **kwargs)
+        return watch(functools.partial(kind.__call__, self), args, kwargs)
 
     inherited = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
     watched: type[nn.Module] = type(kind.__name__, (kind,), {**inherited, "__call__": called})

@@ -84,9 +84,10 @@ def _microbatch(
         edges.append((sent, received))
     loss = loss_of(result)
     if loss.requires_grad:
-        loss.backward()
-        for sent, arrived in reversed(edges):
-            pairs = [(s, a.grad) for s, a in zip(sent, arrived, strict=True) if a.grad is not None]
-            if pairs:
-                torch.autograd.backward([s for s, _ in pairs], [gradient for _, gradient in pairs])
+        with calls.backward():
+            loss.backward()
+            for sent, arrived in reversed(edges):
+                pairs = [(s, a.grad) for s, a in zip(sent, arrived, strict=True) if a.grad is not None]
+                if pairs:
+                    torch.autograd.backward([s for s, _ in pairs], [gradient for _, gradient in pairs])
     return result

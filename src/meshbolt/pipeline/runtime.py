@@ -130,7 +130,7 @@ class Pipeline:
 
             stage.begin(plans, forward)
         nothing = [None] * self._count
-        with self._tied_summed(plans[0]):
+        with self._tied_summed(plans[0]), self._calls.backward():
             self._schedule._step_microbatches([()] * self._count, [{} for _ in nothing], nothing, None, False)
         return results
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshbolt.compat import TorchFunctionMode, tree_leaves, tree_map_only
+from meshbolt.compat import NeedsValues, TorchFunctionMode, tree_leaves, tree_map_only
 from meshbolt.errors import UnsupportedError
 from meshbolt.pipeline.calls import Calls, Proceed
 from meshbolt.pipeline.plan import Call, Crossing, PipelinePlan
@@ -56,6 +56,8 @@ def run_stage(
         UnsupportedError: the step does something else than it did when it was looked at.
     """
     outer = stream_seed(seed, microbatch)
+    with torch.enable_grad():  # a module may change what it gets, which is no leaf in one process
+        received = [_Leave.apply(tensor) if tensor.requires_grad else tensor for tensor in received]  # type: ignore[no-untyped-call]
     drawn = DrawByNumber(outer, device=device) if plan.draws_beside else None
     run = _Stage(
         calls,
@@ -66,7 +68,7 @@ def run_stage(
         drawn=drawn,
     )
     read = _ReadReceived(run) if plan.reads_beside[stage] else contextlib.nullcontext()
-    with stream(outer, device=device):
+    with stream(outer, device=device, python_too=True):
         try:
             with read, drawn or contextlib.nullcontext():
                 result = calls.run(step, run)
@@ -98,6 +100,7 @@ class _Stage:
         # By identity of the tensor without values which the code around the units holds in the place of a received one.
         self._real: dict[int, torch.Tensor] = {}
         self._held: list[Any] = []
+        self._returned: dict[Call, Any] = {}
         self.is_inside, self.in_unit = stage == 0, False
 
     def called(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
@@ -149,7 +152,7 @@ class _Stage:
                 self._stand_in(leaves[crossing.argument], tensor)
             if crossing.output is not None:
                 call, index = crossing.output
-                self._stand_in(tree_leaves(self._plan.stubs[call])[index], tensor)
+                self._stand_in(tree_leaves(self._returned.get(call, self._plan.stubs[call]))[index], tensor)
         self.is_inside = True
 
     def _stand_in(self, foreign: Any, tensor: torch.Tensor) -> None:
@@ -157,11 +160,29 @@ class _Stage:
         self._held.append(foreign)
 
     def _without(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
-        if call.unit not in self._calls.inside or any(child._forward_hooks for child in self._calls.inside[call.unit]):
-            return proceed(*args, **kwargs)  # cheap, or somebody waits for what goes on inside
         if call not in self._plan.stubs:
             raise UnsupportedError(f"The step calls {call}, which it did not when it was looked at.")
+        children = self._calls.inside.get(call.unit)
+        # A unit without parameters is cheap; for another somebody may wait for what goes on inside, or it returns a value that
+        # does not depend on parameters, which is another one in each step.
+        if children is None or any(child._forward_hooks or child._forward_pre_hooks for child in children):
+            return self._run_without_values(call, proceed, args, kwargs)
+        if any(isinstance(leaf, torch.Tensor) and not is_foreign(leaf) for leaf in tree_leaves(self._plan.stubs[call])):
+            return self._run_without_values(call, proceed, args, kwargs)
         return self._plan.stubs[call]
+
+    def _run_without_values(self, call: Call, proceed: Proceed, args: Any, kwargs: Any) -> Any:
+        """Run a unit of an earlier stage for what it does beside; what needs values returns what it did when looked at."""
+        self._set_in_unit(True)
+        try:
+            with self._draw(call):
+                result = proceed(*args, **kwargs)
+        except NeedsValues:
+            result = self._plan.stubs[call]
+        finally:
+            self._set_in_unit(False)
+        self._returned[call] = result
+        return result
 
     def _keep(self, call: Call, result: Any) -> None:
         if any(output is not None and output[0] == call for output in self._to_send):
@@ -184,7 +205,13 @@ class _Stage:
                 f"Stage {self._stage} was to send {crossing} to {self._exit}, and it has {found}. The size of what passes a cut "
                 "may depend on sizes of the batch, not on values."
             )
-        left: torch.Tensor = _Leave.apply(leaf)  # type: ignore[no-untyped-call]
+        if leaf.requires_grad and not crossing.requires_grad:
+            raise UnsupportedError(
+                f"Stage {self._stage} sends {crossing} to {self._exit}, for which a gradient has to come back, and the step was "
+                "looked at as if none had. Let requires_grad not depend on values."
+            )
+        with torch.enable_grad():
+            left: torch.Tensor = _Leave.apply(leaf)  # type: ignore[no-untyped-call]
         return left
 
     def check_result(self, result: Any) -> None:
@@ -228,7 +255,7 @@ class _ReadReceived(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function."""
         kwargs = kwargs or {}
-        if self._run.is_inside and not self._run.in_unit and getattr(func, "__name__", "") != "__get__":
+        if self._run.is_inside and not self._run.in_unit:
             known = self._run._real
             args, kwargs = tree_map_only(torch.Tensor, lambda leaf: known.get(id(leaf), leaf), (args, kwargs))
         return func(*args, **kwargs)

@@ -8,6 +8,8 @@ microbatch, on every stage alike.
 from __future__ import annotations
 
 import hashlib
+import random
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,19 +33,31 @@ def stream_seed(seed: int, microbatch: int, call: Call | None = None) -> int:
 
 
 @contextmanager
-def stream(seed: int, *, device: torch.device) -> Iterator[None]:
+def stream(seed: int, *, device: torch.device, python_too: bool = False) -> Iterator[None]:
     """Draw from a stream inside, and go on with the surrounding one after it.
 
     Args:
         seed: of the stream.
         device: whose generator is used beside that of the host.
+        python_too: the generators of Python and numpy as well.
     """
     host, other = torch.default_generator, _generator(device)
     before = host.get_state(), None if other is None else other.get_state()
+    numpy = sys.modules.get("numpy") if python_too else None
+    before_python = random.getstate() if python_too else None
+    before_numpy = numpy.random.get_state() if numpy is not None else None
     try:
         _seed_generators(seed, device)
+        if python_too:
+            random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed % 2**32)
         yield
     finally:
+        if before_python is not None:
+            random.setstate(before_python)
+        if numpy is not None:
+            numpy.random.set_state(before_numpy)
         host.set_state(before[0])
         if other is not None and before[1] is not None:
             other.set_state(before[1])

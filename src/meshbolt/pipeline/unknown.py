@@ -38,7 +38,8 @@ def unknown_outputs_assumed(inside: Callable[[], bool], noted: Callable[[nn.Modu
             if first is None or not inside():
                 raise
             noted(self)
-            return torch.empty_like(first).requires_grad_(first.requires_grad)
+            is_trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+            return torch.empty_like(first).requires_grad_(first.requires_grad or is_trained)
 
     nn.Module.__call__ = call  # type: ignore[method-assign]
     try:

@@ -296,12 +296,12 @@ def _without_memory(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
             for key, tensor in places.items():
                 if tensor is not None:
                     places[key] = weights[f"{name}.{key}" if name else key] = stand_in(tensor)
-    with attributes_restored(module):
-        try:
+    try:
+        with attributes_restored(module):
             yield weights
-        finally:
-            for places, values in held:
-                places.update(values)
+    finally:
+        for places, values in held:
+            places.update(values)
 
 
 def _imagined_part(whole: torch.Tensor, layout: Layout, ranks: int) -> torch.Tensor:

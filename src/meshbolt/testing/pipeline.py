@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from meshbolt.pipeline import (
     PipelinePlan,
     Timeline,
     analyse,
+    buffers_apart,
     choose_cuts,
     draw,
     emulate,
@@ -115,8 +117,8 @@ def verify_pipeline(
     """Cut a module into pipeline stages, run all of them in this process, and compare their gradients with the module's own.
 
     Between stages only what the report names is handed over, and each stage has values only for its own parameters: a module
-    that passes here computes the same when its stages are on different ranks. Nothing is trained, and the module is left as it
-    was, without gradients.
+    that passes here computes the same when its stages are on different ranks, unless it hands values from one layer to another
+    in attributes or containers, which all stages share here. Nothing is trained, and the module is left as it was.
 
     Args:
         module: an ordinary LightningModule with a `training_step`, on the CPU.
@@ -144,18 +146,22 @@ def verify_pipeline(
     steps = [functools.partial(module.training_step, part, *_index(module)) for part in parts]
     with _quiet(module):
         chosen = tuple(cuts) if cuts is not None else choose_cuts(module, steps[0], stages, device=CPU)
+        kept = {parameter: parameter.grad for parameter in module.parameters()}
         module.zero_grad()
-        results, plan = emulate(module, steps, chosen, loss_of=_loss)
+        with buffers_apart(module):
+            results, plan = emulate(module, steps, chosen, loss_of=_loss)
         found = _losses(results), _take_gradients(module)
         expected, compared_with = _reference(module, steps)
         shares = _shares(module, steps[0], chosen)
+    for parameter, gradient in kept.items():
+        parameter.grad = gradient
     return PipelineReport(
         plan=plan,
         cuts=chosen,
         shares=shares,
         num_parameters=tuple(_count(module, plan.owned(stage)) for stage in range(plan.stages)),
         compared_with=compared_with,
-        loss_difference=max(abs(a - b) for a, b in zip(found[0], expected[0], strict=True)),
+        loss_difference=_loss_difference(found[0], expected[0]),
         gradient_difference=_largest_difference(found[1], expected[1]),
         tolerance=1e-12 if all(p.dtype == torch.float64 for p in module.parameters()) else 1e-5,
     )
@@ -196,14 +202,15 @@ def _reference(
 ) -> tuple[tuple[list[float], dict[str, Tensor]], str]:
     """Return losses and gradients of the whole module, or of one stage where random numbers are drawn."""
     before = torch.get_rng_state()
-    results = [step() for step in steps]
-    is_random = not torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
-    if is_random:
-        results, _ = emulate(module, steps, (), loss_of=_loss)
-    else:
-        for result in results:
+    with buffers_apart(module):
+        results = [step() for step in steps]
+        is_random = not torch.equal(before, torch.get_rng_state())
+        torch.set_rng_state(before)
+        for result in results if not is_random else ():
             _loss(result).backward()
+    if is_random:
+        with buffers_apart(module):
+            results, _ = emulate(module, steps, (), loss_of=_loss)
     return (_losses(results), _take_gradients(module)), "one stage" if is_random else "the whole module"
 
 
@@ -222,17 +229,27 @@ def _take_gradients(module: nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
+def _loss_difference(found: list[float], expected: list[float]) -> float:
+    if list(map(math.isfinite, found)) != list(map(math.isfinite, expected)):
+        return float("inf")
+    return max((abs(a - b) for a, b in zip(found, expected, strict=True) if math.isfinite(a)), default=0.0)
+
+
 def _largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     if found.keys() != expected.keys():
         return float("inf")
-    tiny = torch.finfo(torch.float32).tiny
-    return max(
-        (
-            float((found[name] - value).abs().max() / value.abs().max().clamp(min=tiny))
-            for name, value in expected.items()
-        ),
-        default=0.0,
-    )
+    return max((_difference(found[name], value) for name, value in expected.items()), default=0.0)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference relative to the largest value; infinite where one is not finite and the other is."""
+    is_finite = expected.isfinite()
+    if not torch.equal(found.isfinite(), is_finite):
+        return float("inf")
+    found, expected = found[is_finite], expected[is_finite]
+    if not expected.numel():
+        return 0.0
+    return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _count(module: nn.Module, names: frozenset[str]) -> int:

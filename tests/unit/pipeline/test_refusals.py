@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.pipeline import emulate
@@ -163,3 +164,38 @@ def test_a_module_is_left_as_it_was() -> None:
     assert [type(module) for module in net.modules()] == kinds
     assert all(after is before for after, before in zip(net.parameters(), parameters, strict=True))
     assert net.runs == 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("cuts", [(), ("layers.2",)])
+def test_a_checkpoint_around_layers_is_refused(cuts: tuple[str, ...], reentrant: bool) -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        for layer in net.layers:
+            x = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
+        return x
+
+    net = Net(forward)
+    net.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4))
+    with pytest.raises(UnsupportedError, match=r"'layers\.\d' is called again in the backward pass"):
+        emulate(net, [lambda: net(torch.ones(2, 4))], cuts)
+
+
+class Reversed(torch.autograd.Function):
+    """What domain adaptation puts between features and a second head."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+def test_a_function_of_ones_own_that_takes_a_value_past_the_pipeline_is_refused() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        early = net.layers[1](net.layers[0](x))
+        return net.layers[2](early) + net.layers[3](Reversed.apply(early))
+
+    with pytest.raises(UnsupportedError, match=r"another stage holds"):
+        run(forward)
