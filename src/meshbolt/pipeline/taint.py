@@ -54,7 +54,8 @@ class Foreign(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _without_values(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if is_foreign(tensor) else self.like(tensor, device=tensor.device)
+        is_own = isinstance(tensor, FakeTensor) and tensor.fake_mode is self
+        return tensor if is_own else self.like(tensor, device=tensor.device)
 
     def like(self, tensor: torch.Tensor, *, device: torch.device) -> torch.Tensor:
         """Return a tensor that stands for one of the same shape and dtype, without reading it.
