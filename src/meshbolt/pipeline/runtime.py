@@ -218,8 +218,10 @@ class Pipeline:
             parameter.grad = None
         yield
         for parameter, is_own in shared.items():
-            # Ranks that do not hold it add nothing.
-            added = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            # Ranks that do not hold it add nothing; theirs has no values, of which nothing could be sent.
+            added = parameter.grad
+            if added is None:
+                added = torch.zeros(parameter.shape, dtype=parameter.dtype, device=self._device)
             dist.all_reduce(added, group=self._group)
             before = earlier[parameter]
             parameter.grad = (added if before is None else before.add_(added)) if is_own else before
