@@ -104,9 +104,7 @@ class Pipeline:
         Returns:
             What the function has returned for each microbatch, on the rank of the last stage; elsewhere nothing.
         """
-        plans = [self.plan(function, microbatch) for microbatch in microbatches]
-        for plan in plans:
-            self._leave_others(plan)
+        plans = self._plans_of(function, microbatches)
         results: list[Any] = []
         for stage in self._stages:
 
@@ -145,9 +143,7 @@ class Pipeline:
         Returns:
             What the function has returned for each microbatch, on the rank of the last stage; elsewhere nothing.
         """
-        plans = [self.plan(function, microbatch) for microbatch in microbatches]
-        for plan in plans:
-            self._leave_others(plan)
+        plans = self._plans_of(function, microbatches)
         results: list[Any] = []
         for stage in self._stages:
             stage.begin(plans, lambda *_: ([], torch.empty(0)))
@@ -185,6 +181,12 @@ class Pipeline:
         """Leave the module as it was."""
         self._calls.remove()
         self._kept.close()
+
+    def _plans_of(self, function: Callable[[Any], Any], microbatches: Sequence[Any]) -> list[PipelinePlan]:
+        plans = [self.plan(function, microbatch) for microbatch in microbatches]
+        for plan in plans:
+            self._leave_others(plan)
+        return plans
 
     def _leave_others(self, plan: PipelinePlan) -> None:
         """Keep the parameters of this rank's stages; those of others have no values from now on.
