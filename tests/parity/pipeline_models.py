@@ -179,8 +179,7 @@ class Perceptron(nn.Sequential):
     """Layers of torch's, one after the other."""
 
     def __init__(self) -> None:
-        layers = [nn.Linear(WIDTH, WIDTH), nn.Tanh()] * 1
-        super().__init__(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())), *layers[:1])
+        super().__init__(*(layer for _ in range(LAYERS) for layer in (nn.Linear(WIDTH, WIDTH), nn.Tanh())))
 
     def forward(self, batch: Batch) -> Tensor:
         return super().forward(batch["x"])
