@@ -21,6 +21,7 @@ from meshbolt.errors import (
     TopologyError,
     UnsupportedError,
 )
+from meshbolt.pipeline import PipelineParallel
 from meshbolt.strategies import FabricMeshStrategy as _FabricMeshStrategy
 from meshbolt.strategies import MeshStrategy, load_from_checkpoint
 from meshbolt.strategies import register_presets as _register_presets
@@ -35,6 +36,7 @@ __all__ = [
     "MeshStrategy",
     "MeshboltError",
     "MissingPackageError",
+    "PipelineParallel",
     "Recompute",
     "TensorParallel",
     "TopologyError",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from meshbolt.checkpoint.tree import MARKER, rebuilt
+from meshbolt.checkpoint.tree import MARKER, markers, rebuilt
 
 # A key of our own among the user's: which of the tensors were sharded when they were saved, and notes on them.
 OWN = "meshbolt"
@@ -75,6 +75,20 @@ def sharded_keys(objects: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
                 if _is_marker(marker) and tensors[marker[MARKER]].shape == shape and shape
             ]
     return sorted(found)
+
+
+def owners_in(tree: Any) -> dict[str, str]:
+    """Return the parameters' names by the keys of the tensors that optimizers keep for them.
+
+    Args:
+        tree: objects with markers in the places of tensors; what is the state of an optimizer by name is found wherever it
+            is.
+    """
+    if isinstance(tree, Mapping) and _is_optimizer_state(tree):
+        states = ((name, values) for name, values in tree["state"].items() if isinstance(name, str))
+        return {key: name for name, values in states for key in markers(values)}
+    parts = tree.values() if isinstance(tree, Mapping) else tree if type(tree) in (list, tuple) else ()
+    return {key: name for part in parts for key, name in owners_in(part).items()}
 
 
 def _named(state: Mapping[str, Any], *, known: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -85,6 +85,7 @@ def resolve(
             shards=stage.shards,
             replicate=settings.zero.replicate,
             tensor_parallel=tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel.size,
         ),
         stage=stage,
         precision=precision,

@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.pipeline import PipelineParallel
 from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
 
 T = TypeVar("T")
 
-PLAIN_FIELDS: Mapping[str, str] = MappingProxyType({"zero": "stage", "tensor_parallel": "size", "recompute": "mode"})
+PLAIN_FIELDS: Mapping[str, str] = MappingProxyType(
+    {"zero": "stage", "tensor_parallel": "size", "pipeline_parallel": "size", "recompute": "mode"}
+)
 """Settings that may be given as a plain value, and the field that it stands for."""
 
 
@@ -27,6 +30,7 @@ class Settings:
     Attributes:
         zero: sharding over the data-parallel ranks.
         tensor_parallel: layers divided among ranks.
+        pipeline_parallel: the model cut into stages, which are distributed among ranks.
         recompute: activations computed again in backward.
         compile: compile each repeated block.
         checkpoint: how checkpoints are written and read.
@@ -34,6 +38,7 @@ class Settings:
 
     zero: Zero = field(default_factory=Zero)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
+    pipeline_parallel: PipelineParallel = field(default_factory=PipelineParallel)
     recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -44,7 +49,7 @@ class Settings:
         *,
         zero: int | Zero,
         tensor_parallel: int | str | TensorParallel,
-        pipeline_parallel: int,
+        pipeline_parallel: int | PipelineParallel,
         offload: str | None,
         recompute: str | Recompute,
         compile: bool,
@@ -56,14 +61,13 @@ class Settings:
             ConfigError: a value is wrong by itself.
             UnsupportedError: a value asks for what this version does not have.
         """
-        _check_size("pipeline_parallel", pipeline_parallel)
-        _refuse_unless(pipeline_parallel == 1, f"pipeline_parallel={pipeline_parallel!r}", "pipeline_parallel=1")
         _refuse_unless(offload is None, f"offload={offload!r}", "offload=None")
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
         return cls(
             zero=_setting("zero", zero, Zero),
             tensor_parallel=_setting("tensor_parallel", tensor_parallel, TensorParallel),
+            pipeline_parallel=_setting("pipeline_parallel", pipeline_parallel, PipelineParallel),
             recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
             checkpoint=Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint),
@@ -103,11 +107,6 @@ def _plain(name: str, value: Any, default: Any) -> Any:
     if any(given[key] != usual[key] for key in given if key != field):
         return value
     return getattr(value, field)
-
-
-def _check_size(name: str, size: Any) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ConfigError(f"{name}={size!r} is not a number of ranks. Use 1.")
 
 
 def _refuse_unless(is_default: bool, asked: str, remedy: str) -> None:

@@ -12,21 +12,38 @@ nearly independent of how many ranks it was summed over.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.compat import local_tensor
+from meshbolt.compat import device_of, local_tensor
 from meshbolt.errors import ConfigError
 
 _Groups = tuple[dist.ProcessGroup, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """What a rank counts of a norm, where ranks hold different parameters.
+
+    Attributes:
+        not_here: parameters that another rank counts, which holds them too.
+        over: the ranks that hold different parameters; None where all hold the same.
+    """
+
+    not_here: frozenset[nn.Parameter] = frozenset()
+    over: dist.ProcessGroup | None = None
+
+
+EVERYTHING = Counted()
+
+
 @torch.no_grad()
-def global_norm(params: Iterable[nn.Parameter], *, norm_type: float = 2.0) -> Tensor:
+def global_norm(params: Iterable[nn.Parameter], *, norm_type: float = 2.0, counted: Counted = EVERYTHING) -> Tensor:
     """Return the norm of all gradients as if they were one vector on one device.
 
     Every rank has to call this with the same parameters in the same order, and gradients missing on one rank have to be
@@ -36,6 +53,7 @@ def global_norm(params: Iterable[nn.Parameter], *, norm_type: float = 2.0) -> Te
     Args:
         params: parameters, a repeated one counts once; those without a gradient count nothing.
         norm_type: order p of the norm, any positive number or infinity.
+        counted: by this rank, where others hold other parameters.
 
     Returns:
         A plain 0-dim tensor with the same value on every rank: float64 if a gradient is, else float32.
@@ -43,12 +61,17 @@ def global_norm(params: Iterable[nn.Parameter], *, norm_type: float = 2.0) -> Te
     Raises:
         ConfigError: `norm_type` is not a positive number.
     """
-    return _norm(_gradients(params), norm_type=norm_type)
+    return _norm(_gradients(params), norm_type=norm_type, counted=counted)
 
 
 @torch.no_grad()
 def clip_norm_(
-    params: Iterable[nn.Parameter], max_norm: float, *, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    params: Iterable[nn.Parameter],
+    max_norm: float,
+    *,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    counted: Counted = EVERYTHING,
 ) -> Tensor:
     """Scale all gradients down in place so that their global norm is at most `max_norm`.
 
@@ -57,6 +80,7 @@ def clip_norm_(
         max_norm: the largest norm, >= 0. Gradients are multiplied by max_norm / (norm + 1e-6) where that is below 1.
         norm_type: as in `global_norm`.
         error_if_nonfinite: raise instead of clipping if the norm is inf or NaN; this waits for the device.
+        counted: as in `global_norm`.
 
     Returns:
         The norm before clipping, as `global_norm` returns it.
@@ -68,14 +92,14 @@ def clip_norm_(
     if not max_norm >= 0:
         raise ConfigError(f"Gradients were to be clipped to a norm of {max_norm}; give a number that is not negative.")
     gradients = _gradients(params)
-    norm = _norm(gradients, norm_type=norm_type)
+    norm = _norm(gradients, norm_type=norm_type, counted=counted)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(
             f"The gradients have a norm (order {norm_type:g}) of {norm.item()} and cannot be clipped to {max_norm:g}: "
             "some of them are inf or NaN. Look for the cause in the loss, or pass error_if_nonfinite=False to go on."
         )
     coefficient = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for tensors in _alike(map(local_tensor, gradients)):
+    for tensors in _alike(map(local_tensor, gradients.values())):
         torch._foreach_mul_(tensors, coefficient.to(tensors[0].device))
     return norm
 
@@ -93,14 +117,13 @@ def clip_value_(params: Iterable[nn.Parameter], value: float) -> None:
     """
     if not value >= 0:
         raise ConfigError(f"Gradients were to be clipped to values of {value}; give a number that is not negative.")
-    for tensors in _alike(map(local_tensor, _gradients(params))):
+    for tensors in _alike(map(local_tensor, _gradients(params).values())):
         torch._foreach_clamp_min_(tensors, -value)
         torch._foreach_clamp_max_(tensors, value)
 
 
-def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    unique = {id(param): param for param in params}
-    return [param.grad for param in unique.values() if param.grad is not None]
+def _gradients(params: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    return {param: param.grad for param in params if param.grad is not None}
 
 
 def _alike(tensors: Iterable[Tensor]) -> Collection[list[Tensor]]:
@@ -111,17 +134,33 @@ def _alike(tensors: Iterable[Tensor]) -> Collection[list[Tensor]]:
     return lists.values()
 
 
-def _norm(gradients: list[Tensor], *, norm_type: float) -> Tensor:
+def _norm(gradients: Mapping[nn.Parameter, Tensor], *, norm_type: float, counted: Counted) -> Tensor:
     if not norm_type > 0:
         raise ConfigError(f"A norm of order {norm_type} was asked for; give a positive number or inf.")
-    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
-    parts = [_sharded_part(tensors, groups, norm_type) for groups, tensors in _by_sharding(gradients).items()]
+    own = [gradient for param, gradient in gradients.items() if param not in counted.not_here]
+    dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients.values()) else torch.float32
+    parts = [_sharded_part(tensors, groups, norm_type) for groups, tensors in _by_sharding(own).items()]
+    if counted.over is not None:
+        parts = [_over_stages(parts, norm_type, counted.over)]
     if not parts:
         return torch.zeros((), dtype=dtype)
+    norm = _sum_of(parts, norm_type)
+    return (norm if math.isinf(norm_type) else norm.pow(1.0 / norm_type)).to(dtype)
+
+
+def _sum_of(parts: list[Tensor], norm_type: float) -> Tensor:
     total = torch.stack([part.to(parts[0].device) for part in parts])
     # amax, unlike a MAX all-reduce, keeps NaN.
-    norm = total.amax() if math.isinf(norm_type) else total.sum().pow(1.0 / norm_type)
-    return norm.to(dtype)
+    return total.amax() if math.isinf(norm_type) else total.sum()
+
+
+def _over_stages(parts: list[Tensor], norm_type: float, group: dist.ProcessGroup) -> Tensor:
+    """Return the part of all ranks of a group, each of which has another one, or none."""
+    device = parts[0].device if parts else device_of(group)
+    own = _sum_of([torch.zeros((), dtype=torch.float64, device=device), *parts], norm_type)
+    every = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(every, own, group=group)
+    return _sum_of(every, norm_type)
 
 
 def _by_sharding(gradients: list[Tensor]) -> dict[_Groups, list[Tensor]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -28,6 +29,7 @@ from meshbolt.blocks import compile_blocks, recompute_blocks
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
+from meshbolt.engine.stages import Stages
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis
 from meshbolt.tensor import (
@@ -74,6 +76,7 @@ def compose(
     mesh: DeviceMesh,
     device: torch.device,
     example: Callable[[nn.Module], Any] | None = None,
+    stages: Stages | None = None,
 ) -> Composition:
     """Apply a plan to a module, in place.
 
@@ -83,6 +86,7 @@ def compose(
         mesh: the mesh of the plan's shape.
         device: this rank's device.
         example: calls a module as the run will, for plans that are found by that.
+        stages: what of it this rank holds; None: all.
 
     Raises:
         ConfigError: the module does not fit the plan, or cannot be filled.
@@ -93,16 +97,19 @@ def compose(
     _check_same_on_all_ranks(module)
     keep_norms = _norms_to_keep(plan)
     tensor = _choose_tensor_plan(module, plan, example)
-    whole: frozenset[nn.Parameter] = frozenset()
+    stages = stages or Stages()
+    if tensor is not None:
+        tensor = _held_here(tensor, module, stages)
+    whole = stages.parameters_elsewhere(module)
     if tensor is not None and plan.stage.shards:
-        whole = _sections_in_one_dim(module, tensor)
+        whole |= _sections_in_one_dim(module, tensor)
         _check_sections(module, tensor, shards=plan.mesh.dp_shard)
     planned: list[UnitPlan] = []
     agree_on_error(
         lambda: planned.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms, also_whole=whole))
     )
-    units = planned[0]
-    _check_same_units(units)
+    units = stages.without_cuts(planned[0])
+    _check_same_units(units, stages.group)
     division = None
     if tensor is not None:
         division = Division(tensor, mesh=mesh[MeshAxis.TP.value])
@@ -110,8 +117,19 @@ def compose(
     blocks = list(units.blocks.values())
     recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
     compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
-    composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device)
+    composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device, stages=stages)
     return dataclasses.replace(composition, tensor=tensor, tensor_axis=division.axis if division else None)
+
+
+def _held_here(tensor: TensorPlan, module: nn.Module, stages: Stages) -> TensorPlan:
+    """Return a plan without the layers of which other stages hold all parameters."""
+    others = stages.parameters_elsewhere(module)
+    kept = {
+        name: entry
+        for name, entry in tensor.modules.items()
+        if not others or any(p not in others for p in module.get_submodule(name).parameters())
+    }
+    return dataclasses.replace(tensor, modules=kept)
 
 
 def _choose_tensor_plan(module: nn.Module, plan: Plan, example: Callable[[nn.Module], Any] | None) -> TensorPlan | None:
@@ -168,6 +186,7 @@ def _shard(
     plan: Plan,
     mesh: DeviceMesh,
     device: torch.device,
+    stages: Stages,
 ) -> Composition:
     names = {unit: name for name, unit in units.units.items()}
     all_names = {child: name for name, child in module.named_modules()}
@@ -192,13 +211,13 @@ def _shard(
         if division is not None:
             let_splits_through(unit)
 
-    fill_and_shard(module, units.units, shard, device=device)
+    fill_and_shard(module, units.units, shard, device=device, stages=stages)
     divide(module)
     if division is not None:
         division.forget()
     policy = plan.precision.root_policy(stored=_stored_dtype(module, whole_now()))
     root = apply(Root(module), precision=policy, whole=whole_now(), is_root=True)
-    whole = whole_now()
+    whole = whole_now() - stages.parameters_elsewhere(module)
     for name, parameter in module.named_parameters():
         for hook in hooks[name] if parameter not in whole else ():
             parameter.register_post_accumulate_grad_hook(hook)
@@ -282,8 +301,8 @@ def _check_same_on_all_ranks(module: nn.Module) -> None:
     )
 
 
-def _check_same_units(units: UnitPlan) -> None:
-    equal, lists = same_on_all_ranks(list(units.units))
+def _check_same_units(units: UnitPlan, group: dist.ProcessGroup | None) -> None:
+    equal, lists = same_on_all_ranks(list(units.units), group=group)
     if equal:
         return
     rank = next(rank for rank, other in enumerate(lists) if other != lists[0])

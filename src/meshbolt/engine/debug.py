@@ -33,15 +33,20 @@ _PIECE = 1 << 20
 class BranchWatch:
     """Announces every event of a rank to all others and compares."""
 
-    def __init__(self, units: Mapping[str, nn.Module], *, timeout: timedelta | None) -> None:
+    def __init__(
+        self, units: Mapping[str, nn.Module], *, timeout: timedelta | None, ranks: dist.ProcessGroup | None = None
+    ) -> None:
         """Watch the forwards of the units.
 
         Args:
             units: by name; equal on every rank.
             timeout: how long a rank waits for the others' announcements; None: torch's default.
+            ranks: the group of the ranks that use the same units; None: all.
         """
         # Its own group: ranks that have diverged wait in different collectives of the default one.
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        members = None if ranks is None else dist.get_process_group_ranks(ranks)
+        by_members = members is not None
+        self._group = dist.new_group(members, backend="gloo", timeout=timeout, use_local_synchronization=by_members)
         self._count = 0
         for name, unit in units.items():
             unit.register_forward_pre_hook(self._announcer(f"the forward of {name!r}"), prepend=True)

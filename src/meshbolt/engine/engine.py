@@ -31,6 +31,7 @@ from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
 from meshbolt.engine.load import follow_state_dicts
 from meshbolt.engine.misuse import explained, used_outside_of_its_unit
+from meshbolt.engine.stages import Stages
 from meshbolt.engine.window import Window
 from meshbolt.mesh import data_parallel_group
 from meshbolt.tensor import gathered as whole_of_splits
@@ -57,6 +58,7 @@ class Engine:
         device: torch.device,
         timeout: timedelta | None = None,
         example: Callable[[nn.Module], Any] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         """Shard the module in place; see `compose` for what can go wrong.
 
@@ -67,6 +69,7 @@ class Engine:
             device: this rank's device.
             timeout: how long debug mode waits for the other ranks; None: torch's default.
             example: calls a module as the run will; only called where a plan is found by that.
+            stages: what of the module this rank holds; None: all.
         """
         self.plan, self.mesh, self.module, self.device = plan, mesh, module, device
         if device.type == "cpu":
@@ -74,7 +77,7 @@ class Engine:
         fast = wants_fast_path(plan)
         if fast:
             compat.lighten_hooks()
-        composed = compose(module, plan=plan, mesh=mesh, device=device, example=example)
+        composed = compose(module, plan=plan, mesh=mesh, device=device, example=example, stages=stages)
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
         self.tensor_plan, self._tensor_axis = composed.tensor, composed.tensor_axis
@@ -85,7 +88,9 @@ class Engine:
         self._all_units: list[FSDPModule] = [*composed.units.values(), composed.root]
         self.parameters_by_name: dict[str, nn.Parameter] = dict(module.named_parameters())
         is_watched = plan.environment.debug
-        self._watch = BranchWatch(self._modules(composed.units), timeout=timeout) if is_watched else None
+        of_stage = None if stages is None else stages.group
+        units = self._modules(composed.units)
+        self._watch = BranchWatch(units, timeout=timeout, ranks=of_stage) if is_watched else None
         self._edits = Edits(module, units=self._all_units)
         self._fast = FastPath(module, units=self._units, root=self._root, plan=plan) if fast else None
         self._window = Window(
@@ -103,6 +108,11 @@ class Engine:
         self._is_last_batch = True
         self._settled = self._state_dicts = 0
         self._covers_forward = self._inside = self._reentered = self._primed = False
+
+    @property
+    def spans_stages(self) -> bool:
+        """Whether other ranks have parameters that this one has not."""
+        return False
 
     @property
     def inside(self) -> bool:

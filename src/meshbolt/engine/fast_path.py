@@ -21,7 +21,7 @@ def wants_fast_path(plan: Plan) -> bool:
     """Return whether the plan runs where the fast path is proved, and has not turned it off."""
     backend = str(dist.get_backend())
     proved = usable_fast_path(device_type=plan.device_type, backend=backend, shards=plan.mesh.dp_shard > 1)
-    return proved and plan.environment.fast_path
+    return proved and plan.environment.fast_path and plan.mesh.pp == 1
 
 
 class FastPath:

@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from meshbolt.compat import distributed_tensor, local_tensor, tree_map
 from meshbolt.engine.gathered import local_part
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.errors import CheckpointError, UnsupportedError
+from meshbolt.pipeline.taint import is_foreign
 
 _SHOWN_NAMES = 10
 
@@ -78,14 +80,23 @@ def load_model(module: nn.Module, state: Mapping[str, Any]) -> None:
     Args:
         module: sharded, with nothing gathered; its `load_state_dict` is called, so that parts which keep state in ways of
             their own (metrics, quantised layers) get it back.
-        state: by name, whole tensors or tensors in the layout of the module's own.
+        state: by name, whole tensors or tensors in the layout of the module's own. What belongs to parameters that another
+            stage of a pipeline holds is not looked at, and placeholders are passed over, but not where a parameter has
+            values here.
     """
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     device = next((local_tensor(parameter).device for parameter in module.parameters()), torch.device("cpu"))
     placed: Any = copy.copy(state)  # with the versions of modules that it may have
     for name in (module.state_dict().keys() & state.keys()) - own.keys():
+        if _is_placeholder(state[name]):
+            del placed[name]
+            continue
         # Modules may keep these as they are, instead of copying them to where their own are.
         placed[name] = tree_map(functools.partial(_placed, device=device), state[name])
+    for name in state.keys() & own.keys():
+        if is_foreign(own[name]) or (_is_placeholder(state[name]) and not isinstance(own[name], nn.Parameter)):
+            # Its own, since modules may ask for all of their names.
+            placed[name] = own[name].detach()
     module.load_state_dict(placed, strict=False)
 
 
@@ -123,6 +134,10 @@ def _divide(
         if isinstance(parameter, DTensor) and is_whole and value.shape == parameter.shape:
             part = local_part(value.detach(), like=parameter).to(local_tensor(parameter).device)
             state[prefix + key] = distributed_tensor(part, like=parameter, placements=parameter.placements)
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and held_elsewhere(value)
 
 
 def _placed(leaf: Any, *, device: torch.device) -> Any:

@@ -19,12 +19,20 @@ from torch import nn
 
 from meshbolt.engine.deferred import REMEDY, Deferred, attached, detach
 from meshbolt.engine.pretrained import PretrainedWeights, pretrained_weights
+from meshbolt.engine.stages import Stages
 from meshbolt.errors import ConfigError, UnsupportedError
 
 Shard = Callable[[nn.Module], None]
 
 
-def fill_and_shard(module: nn.Module, units: Mapping[str, nn.Module], shard: Shard, *, device: torch.device) -> None:
+def fill_and_shard(
+    module: nn.Module,
+    units: Mapping[str, nn.Module],
+    shard: Shard,
+    *,
+    device: torch.device,
+    stages: Stages | None = None,
+) -> None:
     """Walk the module in the order of registration, fill it, and shard every unit when its last module is full.
 
     Args:
@@ -32,12 +40,14 @@ def fill_and_shard(module: nn.Module, units: Mapping[str, nn.Module], shard: Sha
         units: modules to hand to `shard`, by name.
         shard: called once for each unit, inner units first.
         device: where tensors are to live.
+        stages: what of the module this rank holds; the rest is drawn too, where values are drawn in a row, and dropped.
 
     Raises:
         ConfigError: a module on the meta device cannot fill its own tensors.
         UnsupportedError: a module that was built without its values has changed since in a way that loses some.
     """
-    filler = _Filler(module, device, _noted(module))
+    stages = stages or Stages()
+    filler = _Filler(module, device, _noted(module), stages)
     unfinished: list[tuple[str, nn.Module]] = []
     with _random_state_of_rank_zero(device):
         for name, child in module.named_modules():
@@ -46,6 +56,7 @@ def fill_and_shard(module: nn.Module, units: Mapping[str, nn.Module], shard: Sha
             if name in units:
                 unfinished.append((name, child))
             filler.fill(name, child)
+            stages.leave_others(name, child, device=device)
         while unfinished:
             shard(unfinished.pop()[1])
 
@@ -60,8 +71,8 @@ def _noted(module: nn.Module) -> Deferred | None:
 class _Filler:
     """Fills one module's own tensors at a time, keeping tied parameters tied."""
 
-    def __init__(self, module: nn.Module, device: torch.device, deferred: Deferred | None) -> None:
-        self._root = module
+    def __init__(self, module: nn.Module, device: torch.device, deferred: Deferred | None, stages: Stages) -> None:
+        self._root, self._stages, self._group = module, stages, stages.group
         self._device = device
         self._deferred = deferred
         names = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
@@ -74,21 +85,27 @@ class _Filler:
         """Give the module's own tensors, not those of its children, their values."""
         if (weights := pretrained_weights(child)) is not None:
             self._pretrained[name] = weights
-        computed = self._compute(child)
+        computed = self._compute(name, child)
         own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         if any(tensor.is_meta for _, tensor in own):
             self._initialise(name, child, computed)
             return
         self._read_pretrained(name, child)
-        for _, tensor in own:
-            if tensor not in computed:
+        for key, tensor in own:
+            if tensor not in computed and not self._is_elsewhere(name, key):
                 self._broadcast(tensor)
 
-    def _compute(self, child: nn.Module) -> set[torch.Tensor]:
+    def _is_elsewhere(self, name: str, key: str) -> bool:
+        return (f"{name}.{key}" if name else key) in self._stages.elsewhere
+
+    def _compute(self, name: str, child: nn.Module) -> set[torch.Tensor]:
         """Give values to tensors whose making was noted, and return them."""
         computed: set[torch.Tensor] = set()
         for key, parameter in list(child.named_parameters(recurse=False)):
             if not self._is_noted(parameter):
+                continue
+            if self._is_elsewhere(name, key):
+                self._stages.leave(child, key, device=self._device)
                 continue
             if parameter not in self._real:
                 real = nn.Parameter(self._value(parameter), requires_grad=parameter.requires_grad)
@@ -111,7 +128,8 @@ class _Filler:
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._deferred is None:
             raise AssertionError("Nothing was noted.")
-        value = self._deferred.value(tensor) if dist.get_rank() == 0 else torch.empty_like(tensor, device="cpu")
+        is_first = dist.get_rank(self._group) == 0
+        value = self._deferred.value(tensor) if is_first else torch.empty_like(tensor, device="cpu")
         self._broadcast(value)
         return value
 
@@ -121,10 +139,10 @@ class _Filler:
         if tensor in self._tied:
             self._real[cast("nn.Parameter", tensor)] = cast("nn.Parameter", tensor)
         tensor.data = tensor.data.to(self._device)
-        if dist.get_world_size() > 1:
+        if dist.get_world_size(self._group) > 1:
             whole = tensor.data.clone(memory_format=torch.contiguous_format)
             # As bytes: backends know few of the dtypes.
-            dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+            dist.broadcast(whole.view(-1).view(torch.uint8), group=self._group, group_src=0)
             if _is_expanded(tensor):
                 tensor.data = whole  # no value can be written where several elements share a place
             else:

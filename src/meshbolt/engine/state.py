@@ -1,7 +1,7 @@
-"""What a checkpoint holds of an optimizer, by name.
+"""What a checkpoint holds of a module and an optimizer, by name.
 
 Names are those of the user's module, never of a unit or a wrapper, and optimizer state is keyed by the parameter's name, so
-that any layout can read what any other wrote.
+that any layout can read what any other wrote. `placeholders.py` has what is different where ranks hold different parameters.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from meshbolt.compat import local_tensor
 from meshbolt.engine.gathered import as_sharded, local_part
 from meshbolt.engine.optimizer import ELEMENTWISE
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.errors import CheckpointError
 
 _SHOWN = 3
@@ -29,7 +31,8 @@ _LATER_SETTINGS = frozenset({"capturable", "decoupled_weight_decay", "differenti
 def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
     """Return an optimizer's state keyed by parameter name; tensors of a parameter's layout are DTensors.
 
-    A fresh optimizer has no state, and gets none: no step is faked.
+    A fresh optimizer has no state, and gets none: no step is faked. What it keeps for parameters that another stage holds is
+    left out; `states_of_all_stages` adds what those ranks have for them.
 
     Args:
         optimizer: made on the sharded parameters.
@@ -37,6 +40,8 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> 
     """
     state = {}
     for parameter, values in cast("Mapping[nn.Parameter, dict[str, Any]]", optimizer.state).items():
+        if held_elsewhere(parameter):
+            continue
         state[names[parameter]] = {key: _saved(value, parameter) for key, value in values.items()}
     groups = []
     for group in optimizer.param_groups:
@@ -45,7 +50,11 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> 
 
 
 def trained_state(
-    state: Mapping[str, Any], module: nn.Module, optimizers: Iterable[Optimizer]
+    state: Mapping[str, Any],
+    module: nn.Module,
+    optimizers: Iterable[Optimizer],
+    *,
+    stages: dist.ProcessGroup | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return a module's state without the parameters that nobody trains, and the names of those.
 
@@ -55,13 +64,19 @@ def trained_state(
         state: the module's state dict.
         module: sharded, with nothing gathered.
         optimizers: of this module.
+        stages: the ranks that hold the parameters between them, which all call this; None where this one holds all.
     """
-    trained = {parameter for optimizer in optimizers for parameter in optimizer.state}
+    trained = {parameter for optimizer in optimizers for parameter in optimizer.state if not held_elsewhere(parameter)}
     frozen = {
         name
         for name, parameter in module.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad and parameter not in trained
     }
+    if stages is not None:
+        # Whether a parameter was trained, those know who hold it.
+        each: list[set[str]] = [set()] * stages.size()
+        dist.all_gather_object(each, frozen, group=stages)
+        frozen = set.intersection(*each)
     return {name: value for name, value in state.items() if name not in frozen}, sorted(frozen & set(state))
 
 
@@ -113,7 +128,8 @@ def load_optimizer_state(
 
     Args:
         optimizer: made on the sharded parameters.
-        saved: its tensors are in the layout of this run's parameters, or whole; by name, or by number.
+        saved: its tensors are in the layout of this run's parameters, or whole; by name, or by number. What belongs to
+            parameters that another stage holds is not looked at.
         names: of all parameters of the module.
         dtypes: of the saved parameters, by name. State in the dtype of its parameter then follows the parameter into
             this run's dtype; other state keeps its own.
@@ -126,7 +142,7 @@ def load_optimizer_state(
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         counts_on_device = bool(other.get("fused") or other.get("capturable"))
         for parameter, key in zip(group["params"], other["params"], strict=True):
-            if key in saved["state"]:
+            if key in saved["state"] and not held_elsewhere(parameter):
                 place = _Place(
                     parameter=parameter,
                     saved_dtype=(dtypes or {}).get(names[parameter]),
@@ -148,8 +164,11 @@ def empty_like_saved(key_shape: torch.Size, dtype: torch.dtype, parameter: torch
     Args:
         key_shape: whole shape of the saved tensor.
         dtype: of the saved tensor.
-        parameter: the parameter that is saved, or that the state belongs to, if any.
+        parameter: the parameter that is saved, or that the state belongs to, if any; for one that another stage holds, a
+            placeholder is returned, into which nothing can be read.
     """
+    if parameter is not None and held_elsewhere(parameter):
+        return torch.empty(key_shape, dtype=dtype, device="meta")
     if isinstance(parameter, DTensor) and parameter.shape == key_shape and key_shape != torch.Size([]):
         local = torch.empty_like(local_tensor(parameter), dtype=dtype)
         return as_sharded(local, like=parameter)

@@ -5,6 +5,14 @@ May import: `errors` and `compat`. `axes.py` is pure arithmetic and needs no pro
 """
 
 from meshbolt.mesh.axes import MeshAxis, MeshShape, shape_for
-from meshbolt.mesh.build import build_mesh, data_parallel_group
+from meshbolt.mesh.build import build_mesh, data_parallel_group, same_samples_group, stage_group
 
-__all__ = ["MeshAxis", "MeshShape", "build_mesh", "data_parallel_group", "shape_for"]
+__all__ = [
+    "MeshAxis",
+    "MeshShape",
+    "build_mesh",
+    "data_parallel_group",
+    "same_samples_group",
+    "shape_for",
+    "stage_group",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -45,13 +46,40 @@ def data_parallel_group(mesh: DeviceMesh, *, timeout: timedelta | None = None) -
         mesh: of all axes.
         timeout: as for `build_mesh`.
     """
-    axes = (MeshAxis.DP_REPLICATE.value, MeshAxis.DP_SHARD.value)
-    if mesh.ndim == len(axes):
-        group = dist.group.WORLD
-        if group is None:
-            raise AssertionError("A mesh needs an initialised process group.")
-        return group
-    group = flattened_group(mesh, axes)
-    if timeout is not None:
+    return _group_of(mesh, (MeshAxis.DP_REPLICATE.value, MeshAxis.DP_SHARD.value), timeout=timeout)
+
+
+def same_samples_group(mesh: DeviceMesh, *, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return the group of the ranks that see the same samples as this one: they share its layers, or are in its pipeline.
+
+    Args:
+        mesh: of all axes, at least one of these.
+        timeout: as for `build_mesh`.
+    """
+    names = mesh.mesh_dim_names or ()
+    axes = tuple(axis.value for axis in (MeshAxis.PP, MeshAxis.TP) if axis.value in names)
+    return _group_of(mesh, axes, timeout=timeout)
+
+
+def stage_group(mesh: DeviceMesh, *, timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """Return the group of the ranks that hold parts of the same parameters as this one: along all axes but the pipeline's.
+
+    Args:
+        mesh: of all axes.
+        timeout: as for `build_mesh`.
+    """
+    names = mesh.mesh_dim_names or ()
+    return _group_of(mesh, tuple(name for name in names if name != MeshAxis.PP.value), timeout=timeout)
+
+
+def _group_of(mesh: DeviceMesh, axes: tuple[str, ...], *, timeout: timedelta | None) -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    if world is None:
+        raise AssertionError("A mesh needs an initialised process group.")
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.mesh.shape, strict=True))
+    if math.prod(sizes[axis] for axis in axes) == world.size():
+        return world
+    group = mesh.get_group(axes[0]) if len(axes) == 1 else flattened_group(mesh, axes)
+    if timeout is not None and group is not world:
         set_group_timeout(group, timeout)
     return group

@@ -3,23 +3,25 @@
 A stage is the module's own step, entered where its first unit is called and left after its last. `taint.py` has the tensors that
 stand for what other stages hold, `calls.py` stands between callers and units, `analyse.py` finds out by one run on tensors
 without values what crosses each cut and who needs which parameter (`plan.py`), `stage.py` runs a stage, `streams.py` has the
-random numbers, `balance.py` chooses cuts by the work that `cost.py` counts, `microbatch.py` divides batches, and `emulate.py`
-runs all stages in one process. `runtime.py` runs them on ranks, in the orders of `schedule.py`, which
-`timeline.py` plays through and `picture.py` draws. May import: `blocks`, `compat`, `errors`.
+random numbers, `cuts.py` finds cuts as the user's `setting.py` says, `balance.py` chooses them by the work that `cost.py`
+counts, `microbatch.py` divides batches, and `emulate.py` runs all stages in one process. `runtime.py` runs them on ranks, in the
+orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draws. May import: `blocks`, `compat`, `errors`.
 """
 
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.balance import balanced, choose_cuts
 from meshbolt.pipeline.calls import Calls
 from meshbolt.pipeline.cost import Cost, CountCost
+from meshbolt.pipeline.cuts import cuts_of
 from meshbolt.pipeline.emulate import emulate
 from meshbolt.pipeline.microbatch import batch_size, split_batch
 from meshbolt.pipeline.picture import draw
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
 from meshbolt.pipeline.runtime import Pipeline
 from meshbolt.pipeline.schedule import SCHEDULES
+from meshbolt.pipeline.setting import PipelineParallel
 from meshbolt.pipeline.stage import run_stage
-from meshbolt.pipeline.taint import buffers_apart
+from meshbolt.pipeline.taint import Foreign, buffers_apart, is_foreign
 from meshbolt.pipeline.timeline import Timeline, plan_timeline
 
 __all__ = [
@@ -30,7 +32,9 @@ __all__ = [
     "CountCost",
     "Crossing",
     "CutError",
+    "Foreign",
     "Pipeline",
+    "PipelineParallel",
     "PipelinePlan",
     "Timeline",
     "analyse",
@@ -38,8 +42,10 @@ __all__ = [
     "batch_size",
     "buffers_apart",
     "choose_cuts",
+    "cuts_of",
     "draw",
     "emulate",
+    "is_foreign",
     "plan_timeline",
     "run_stage",
     "split_batch",

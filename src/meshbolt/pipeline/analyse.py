@@ -22,7 +22,7 @@ from meshbolt.pipeline.calls import Calls, Proceed
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
 from meshbolt.pipeline.streams import stream
-from meshbolt.pipeline.taint import Foreign, buffers_apart, foreign_parameters, is_foreign
+from meshbolt.pipeline.taint import Foreign, buffers_apart, foreign_parameters, is_foreign, plain_parameters
 from meshbolt.pipeline.unknown import unknown_outputs_assumed
 
 
@@ -70,14 +70,18 @@ def analyse(
         CutError: the step cannot be cut at one of the cuts; the message names the value.
         UnsupportedError: the step cannot be cut anywhere.
     """
-    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    with stream(0, device=device, python_too=True), buffers_apart(module) as buffers:
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in calls.replicated]
+    with stream(0, device=device, python_too=True), buffers_apart(module, device=device) as buffers:
         mode = Foreign(may_change=buffers.values())
         # Attributes come back first: recurrent layers note their parameters in one of theirs.
-        with foreign_parameters(module, names, mode, device=device), attributes_restored(module):
+        with (
+            foreign_parameters(module, names, mode, device=device),
+            plain_parameters(module, calls.replicated, device=device),
+            attributes_restored(module),
+        ):
             run = _Run(module, calls, cost)
             mode.on_draw = run.note_draw
-            with torch.enable_grad(), cost or nullcontext(), unknown_outputs_assumed(run.is_in_unit, run.use), run:
+            with cost or nullcontext(), unknown_outputs_assumed(run.is_in_unit, run.use), run:
                 run.finish(lambda: calls.run(step, run))
     return run.plan()
 
@@ -87,11 +91,12 @@ class _Run(TorchFunctionMode):
 
     def __init__(self, module: nn.Module, calls: Calls, cost: CountCost | None) -> None:
         super().__init__()
-        cuts, self._around = calls.cuts, calls.around
+        cuts, self._around, self._replicated = calls.cuts, calls.around, calls.replicated
         self._draws_beside, self._ended_by = False, ""
         self._cost, self._before = cost, dict[Call, Cost]()
         self._cuts, self._region, self._inside = cuts, 0, 0
         self._begun: list[Call] = []
+        self._unit_regions: dict[str, int] = {}
         self._seen: dict[int, _Seen] = {}
         self._stubs: dict[Call, Any] = {}
         self._parameters: dict[int, list[str]] = {}
@@ -147,6 +152,7 @@ class _Run(TorchFunctionMode):
             self._begin(call, args, kwargs)
         for leaf in _foreign_leaves((args, kwargs)):
             self._read(leaf, beside=False)
+        self._unit_regions.setdefault(call.unit, self._region)
         if call.unit in self._around:
             return proceed(*args, **kwargs)
         self._inside += 1
@@ -221,10 +227,12 @@ class _Run(TorchFunctionMode):
             for stage in range(last + 1)
         )
         stages_of = {name: tuple(sorted(used)) or (self._home[name],) for name, used in self._used.items()}
+        stages_of.update(dict.fromkeys(self._replicated, tuple(range(last + 1))))
         return PipelinePlan(
             cuts=tuple(self._begun),
             crossings=crossings,
             stages_of=stages_of,
+            stages_of_units={unit: region for unit, region in self._unit_regions.items() if unit not in self._around},
             before=self._before,
             draws_beside=self._draws_beside,
             ended_by=self._ended_by,
@@ -244,7 +252,7 @@ class _Run(TorchFunctionMode):
                     f"{seen.maker} makes a value of {list(seen.tensor.shape)} on stage {seen.region} that is read on stage "
                     f"{seen.read}, and it is neither an argument of {entry}, with which stage {cut + 1} begins, nor what a "
                     "module has returned: no stage could be told to pass it on. Compute it in a module of its own, pass it to "
-                    "the layers as an argument, or cut elsewhere.",
+                    "the layers as an argument, name the modules that it is made from in `replicate`, or cut elsewhere.",
                 )
             yield Crossing(
                 shape=tuple(seen.tensor.shape),

@@ -1,9 +1,15 @@
-"""Choose where stages begin, so that the slowest takes as little time as can be."""
+"""Choose where stages begin, so that the slowest takes as little time as can be, and the fullest as little memory.
+
+Counted are operations of matrix products and bytes that all operations write, from the step's first line to its last: an
+embedding before the first unit belongs to the first stage, a head and the loss to the last. Bytes written also stand for the
+activations that a stage keeps for its backward pass; early stages keep those of more microbatches than late ones.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +18,23 @@ from torch import nn
 from meshbolt.errors import ConfigError
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.calls import Calls
-from meshbolt.pipeline.cost import CountCost
+from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.plan import CutError, PipelinePlan
 
+_AS_FAST = 1.01
+"""A choice whose slowest stage takes no longer than this times that of the fastest choice is as fast."""
 
-def choose_cuts(module: nn.Module, step: Callable[[], Any], stages: int, *, device: torch.device) -> tuple[str, ...]:
+
+def choose_cuts(
+    module: nn.Module,
+    step: Callable[[], Any],
+    stages: int,
+    *,
+    device: torch.device,
+    among: Collection[str] | None = None,
+    live: Sequence[int] | None = None,
+    replicate: Iterable[str] = (),
+) -> tuple[str, ...]:
     """Return the modules with which stages 1, 2, ... begin, for stages that take the same time, as far as units allow.
 
     The step is looked at once to count the work of each unit, what comes before the first and after the last one included, and
@@ -27,49 +45,56 @@ def choose_cuts(module: nn.Module, step: Callable[[], Any], stages: int, *, devi
         step: runs a microbatch of it.
         stages: how many.
         device: where it computes.
+        among: modules with which stages may begin, and the first stage has to have one of them; None: any unit.
+        live: of how many microbatches each stage holds activations at once. Among choices that are as fast, the one is taken
+            whose fullest stage holds least; None: it does not matter.
+        replicate: names of modules that every stage keeps.
 
     Raises:
         ConfigError: there are fewer places for a cut than stages need.
         UnsupportedError: the step cannot be cut at all.
     """
-    calls, counted = Calls(module, ()), CountCost()
+    replicate = tuple(replicate)
+    calls, counted = Calls(module, (), units=among or (), replicate=replicate), CountCost()
     try:
         whole = analyse(module, calls, step, device=device, cost=counted)
-        open_to_cut = _candidates(whole, calls)
+        open_to_cut = _candidates(whole, calls, among)
     finally:
         calls.remove()
     refused: dict[str, str] = {}
     while len(open_to_cut) >= stages - 1:
-        starts, end = [time for _, time in open_to_cut], counted.so_far.time
-        cuts = tuple(open_to_cut[place][0] for place in balanced(starts, end, stages))
-        failure = _failure(module, cuts, step, device=device)
+        chosen = _chosen([cost for _, cost in open_to_cut], counted.so_far, stages, live)
+        cuts = tuple(open_to_cut[place][0] for place in chosen)
+        failure = _failure(module, cuts, step, device=device, replicate=replicate)
         if failure is None:
             return cuts
         refused[failure.cut] = str(failure)
-        open_to_cut = [(name, time) for name, time in open_to_cut if name != failure.cut]
+        open_to_cut = [(name, cost) for name, cost in open_to_cut if name != failure.cut]
     why = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
     if whole.ended_by:
         why += f"\n  The step could be looked at as far as {whole.ended_by}"
+    what = "units" if among is None else "blocks"
     raise ConfigError(
-        f"{type(module).__name__} cannot be cut into {stages} stages: {len(open_to_cut)} of its units can begin one. Use fewer "
+        f"{type(module).__name__} cannot be cut into {stages} stages: {len(open_to_cut)} of its {what} can begin one. Use fewer "
         f"stages, or name cuts.{why}"
     )
 
 
-def _candidates(plan: PipelinePlan, calls: Calls) -> list[tuple[str, float]]:
+def _candidates(plan: PipelinePlan, calls: Calls, among: Collection[str] | None) -> list[tuple[str, Cost]]:
     """Return the units that a stage may begin with, in their order, and how much work lies before each."""
     often = Counter(call.unit for call in plan.before)
+    wanted = [(call.unit, cost) for call, cost in plan.before.items() if among is None or call.unit in among]
     return [
-        (call.unit, cost.time)
-        for call, cost in list(plan.before.items())[1:]
-        if often[call.unit] == 1 and next(calls.units[call.unit].parameters(), None) is not None
+        (unit, cost)
+        for unit, cost in wanted[1:]
+        if often[unit] == 1 and next(calls.units[unit].parameters(), None) is not None and not calls.is_replicated(unit)
     ]
 
 
 def _failure(
-    module: nn.Module, cuts: tuple[str, ...], step: Callable[[], Any], *, device: torch.device
+    module: nn.Module, cuts: tuple[str, ...], step: Callable[[], Any], *, device: torch.device, replicate: Iterable[str]
 ) -> CutError | None:
-    calls = Calls(module, cuts)
+    calls = Calls(module, cuts, replicate=replicate)
     try:
         analyse(module, calls, step, device=device)
     except CutError as error:
@@ -77,6 +102,22 @@ def _failure(
     finally:
         calls.remove()
     return None
+
+
+def _chosen(starts: Sequence[Cost], end: Cost, stages: int, live: Sequence[int] | None) -> list[int]:
+    """Return which places stages begin at: the fastest choice, and the one of least memory among those as fast."""
+    times = [cost.time for cost in starts]
+    fastest = balanced(times, end.time, stages)
+    if live is None:
+        return fastest
+    edges, sizes = [0.0, *times, end.time], [0, *(cost.num_bytes for cost in starts), end.num_bytes]
+    chosen = [0, *(place + 1 for place in fastest), len(edges) - 1]
+    limit = _AS_FAST * max(edges[stop] - edges[begin] for begin, stop in itertools.pairwise(chosen))
+
+    def held(stage: int, begin: int, stop: int) -> float:
+        return live[stage] * (sizes[stop] - sizes[begin]) if edges[stop] - edges[begin] <= limit else float("inf")
+
+    return _least(held, len(starts), stages)
 
 
 def balanced(starts: Sequence[float], end: float, stages: int) -> list[int]:
@@ -91,20 +132,30 @@ def balanced(starts: Sequence[float], end: float, stages: int) -> list[int]:
         >>> balanced([10, 20, 30, 40], 90, 2)
         [3]
     """
-    # best[k][i]: the longest of the k stages before place i, which is where the next one begins, and where the k-th began.
-    best: list[list[tuple[float, int]]] = [[(start, -1) for start in starts]]
-    for count in range(2, stages):
-        row = [(float("inf"), -1)] * len(starts)
-        for place in range(count - 1, len(starts)):
-            row[place] = min(
-                (max(best[-1][before][0], starts[place] - starts[before]), before) for before in range(count - 2, place)
-            )
-        best.append(row)
-    if stages == 1:
-        return []
-    place = min(range(stages - 2, len(starts)), key=lambda index: max(best[-1][index][0], end - starts[index]))
-    chosen = [place]
+    edges = [0.0, *starts, end]
+    return _least(lambda _stage, begin, stop: edges[stop] - edges[begin], len(starts), stages)
+
+
+def _least(size: Callable[[int, int, int], float], places: int, stages: int) -> list[int]:
+    """Return which places stages begin at, so that the largest stage is as small as can be.
+
+    Args:
+        size: of a stage, by its number and edges: edge 0 is the beginning, edge n + 1 the end, those between are the places.
+        places: how many there are.
+        stages: at most one more.
+    """
+    # best[k][i]: the largest of stages 0 to k if stage k ends at edge i, and the edge at which that one begins.
+    best: list[dict[int, tuple[float, int]]] = [{edge: (size(0, 0, edge), 0) for edge in range(1, places + 2)}]
+    for stage in range(1, stages):
+        before = best[-1]
+        best.append(
+            {
+                edge: min((max(before[begin][0], size(stage, begin, edge)), begin) for begin in range(stage, edge))
+                for edge in range(stage + 1, places + 2)
+            }
+        )
+    chosen, edge = list[int](), places + 1
     for row in reversed(best[1:]):
-        place = row[place][1]
-        chosen.append(place)
+        edge = row[edge][1]
+        chosen.append(edge - 1)
     return chosen[::-1]

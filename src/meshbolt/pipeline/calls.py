@@ -43,9 +43,15 @@ class Calls:
     Args:
         module: the user's.
         cuts: names of the modules with which stages begin.
+        units: names of further units.
+        replicate: names of modules that every stage keeps.
+
+    Attributes:
+        replicated: names of the parameters of these modules, every name of a shared one.
 
     Raises:
-        ConfigError: a cut names no module, one twice, or one that is never called.
+        ConfigError: a cut names no module, one twice, or one that is never called; a module that every stage keeps is unknown
+            or holds a cut.
 
     Example:
         >>> layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
@@ -53,15 +59,20 @@ class Calls:
         ['0', '1', '2', '3']
     """
 
-    def __init__(self, module: nn.Module, cuts: Iterable[str]) -> None:
+    def __init__(
+        self, module: nn.Module, cuts: Iterable[str], *, units: Iterable[str] = (), replicate: Iterable[str] = ()
+    ) -> None:
         names = dict(module.named_modules())
-        self.cuts = tuple(cuts)
+        self.cuts, self._replicate = tuple(cuts), tuple(replicate)
         _check(module, names, self.cuts)
-        holding = {cut[:index] for cut in self.cuts for index in _dots(cut)}
+        _check_replicate(module, names, self.cuts, self._replicate)
+        self.replicated = _parameters_of(module, [names[name] for name in self._replicate])
+        asked = (*self.cuts, *units)
+        holding = {name[:index] for name in asked for index in _dots(name)}
         blocks = find_blocks(module).keys() - holding
-        above = {name[:index] for name in (*self.cuts, *blocks) for index in (0, *_dots(name))} or {""}
+        above = {name[:index] for name in (*asked, *blocks) for index in (0, *_dots(name))} or {""}
         outermost = {name for name in names if name and name not in above and name.rpartition(".")[0] in above}
-        wanted = {*self.cuts, *blocks, *outermost}
+        wanted = {*asked, *blocks, *outermost}
         self.units: Mapping[str, nn.Module] = {name: child for name, child in names.items() if name in wanted}
         self.around = holding & self.units.keys()
         # Units with parameters, and the modules in each.
@@ -71,15 +82,22 @@ class Calls:
         self._watcher: Watcher | None = None
         self._is_in_backward = False
         self._counts = Counter[str]()
+        self._ran: dict[int, tuple[int, set[Call]]] = {}
         for name, unit in self.units.items():
             unit.__dict__[_KEY] = functools.partial(self._called, name, unit)
             unit.__class__ = _watched(cast("Any", type(unit)))
+
+    def is_replicated(self, unit: str) -> bool:
+        """Return whether a unit lies in a module that every stage keeps, or is one."""
+        return any(f"{unit}.".startswith(f"{name}.") for name in self._replicate)
 
     def remove(self) -> None:
         """Leave the modules as they were."""
         for unit in self.units.values():
             del unit.__dict__[_KEY]
-            unit.__class__ = type(unit).__bases__[0]
+            # Where sharding has made a class of its own of ours, ours lets calls through from now on.
+            if "_meshbolt_watches" in vars(type(unit)):
+                unit.__class__ = type(unit).__bases__[0]
 
     def run(self, step: Callable[[], Any], watcher: Watcher) -> Any:
         """Return what a step returns while a watcher is asked."""
@@ -91,6 +109,19 @@ class Calls:
             return step()
         finally:
             self._watcher = None
+
+    def ran_before(self, *, stage: int, microbatch: int) -> set[Call]:
+        """Return the calls that earlier stages of this process have run for a microbatch; the stage adds its own.
+
+        Args:
+            stage: which is about to run.
+            microbatch: its number in the step.
+        """
+        last, ran = self._ran.get(microbatch, (stage, set()))
+        if stage <= last:  # of another step
+            ran = set()
+        self._ran[microbatch] = stage, ran
+        return ran
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -127,7 +158,9 @@ def _watched(kind: Any) -> type[nn.Module]:
         return watch(functools.partial(kind.__call__, self), args, kwargs)
 
     inherited = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
-    watched: type[nn.Module] = type(kind.__name__, (kind,), {**inherited, "__call__": called})
+    watched: type[nn.Module] = type(
+        kind.__name__, (kind,), {**inherited, "__call__": called, "_meshbolt_watches": True}
+    )
     return watched
 
 
@@ -148,3 +181,26 @@ def _check(module: nn.Module, names: Mapping[str, nn.Module], cuts: tuple[str, .
     twice = next((cut for cut in cuts if cuts.count(cut) > 1), None)
     if twice is not None:
         raise ConfigError(f"cuts={list(cuts)}: {twice!r} stands there twice, and a stage begins once in a step.")
+
+
+def _check_replicate(
+    module: nn.Module, names: Mapping[str, nn.Module], cuts: tuple[str, ...], replicate: tuple[str, ...]
+) -> None:
+    for name in replicate:
+        if name not in names or not name:
+            known = [each for each in names if each and each.count(".") <= name.count(".")]
+            raise ConfigError(
+                f"replicate: {type(module).__name__} has no module {name!r}{did_you_mean(name, known[:40])}."
+            )
+        cut = next((cut for cut in cuts if f"{cut}.".startswith(f"{name}.")), None)
+        if cut is not None:
+            raise ConfigError(
+                f"replicate={list(replicate)}: a stage begins with {cut!r}, and {name!r} is to be kept whole by every stage. "
+                "Name smaller modules, or cut elsewhere."
+            )
+
+
+def _parameters_of(module: nn.Module, kept: list[nn.Module]) -> frozenset[str]:
+    """Return all names that the parameters of some modules have."""
+    own = {id(parameter) for each in kept for parameter in each.parameters()}
+    return frozenset(name for name, each in module.named_parameters(remove_duplicate=False) if id(each) in own)

@@ -23,6 +23,7 @@ def emulate(
     cuts: Sequence[str],
     *,
     loss_of: Callable[[Any], Tensor] = lambda result: result,
+    replicate: Sequence[str] = (),
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[list[Any], PipelinePlan]:
@@ -35,6 +36,7 @@ def emulate(
         steps: one per microbatch; each runs the module from its inputs to the loss.
         cuts: names of the modules with which stages 1, 2, ... begin.
         loss_of: finds the loss in what a step returns.
+        replicate: names of modules that every stage keeps.
         seed: of the step, for random numbers.
         device: of the module.
 
@@ -42,11 +44,11 @@ def emulate(
         What the last stage has returned for each microbatch, and the plan of the first one.
 
     Raises:
-        ConfigError: a cut names no module.
+        ConfigError: a cut, or what every stage is to keep, names no module.
         UnsupportedError: the step cannot be cut there.
     """
     device = torch.device(device)
-    calls = Calls(module, cuts)
+    calls = Calls(module, cuts, replicate=replicate)
     try:
         plans = [analyse(module, calls, step, device=device) for step in steps]
         results = [

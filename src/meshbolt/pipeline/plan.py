@@ -80,6 +80,7 @@ class PipelinePlan:
         cuts: the calls with which stages 1, 2, ... begin.
         crossings: what passes each cut, in the order in which it is sent.
         stages_of: the stages that use a parameter, by every name of it; a parameter of several is tied over stages.
+        stages_of_units: the stage that calls a unit first, by its name.
         before: how much work lies before each call of a unit, in their order; only where it was counted.
         stubs: what each call of a unit returns, with tensors without values.
         reads_beside: whether a stage's code outside of units reads what it was sent.
@@ -90,6 +91,7 @@ class PipelinePlan:
     cuts: tuple[Call, ...]
     crossings: tuple[tuple[Crossing, ...], ...]
     stages_of: Mapping[str, tuple[int, ...]]
+    stages_of_units: Mapping[str, int] = field(repr=False)
     before: Mapping[Call, Cost] = field(repr=False)
     stubs: Mapping[Call, Any] = field(repr=False)
     reads_beside: tuple[bool, ...]

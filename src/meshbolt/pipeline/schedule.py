@@ -24,6 +24,7 @@ class Schedule:
         folded: with two stages a rank, the first rank has the first and the last one.
         splits_backward: it computes the gradients of parameters apart from those of inputs.
         needs_stages: there have to be as many microbatches as stages.
+        in_rounds: a rank computes its stages in turns, of about as many microbatches as there are ranks, all of them equal.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Schedule:
     folded: bool = False
     splits_backward: bool = False
     needs_stages: bool = False
+    in_rounds: bool = False
 
     def stages_of(self, rank: int, *, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
         """Return the stages of a rank, in the order in which data passes them.
@@ -48,14 +50,30 @@ class Schedule:
             return rank, 2 * ranks - 1 - rank
         return tuple(rank + ranks * turn for turn in range(stages_per_rank))
 
+    def allows(self, microbatches: int, *, stages: int, ranks: int) -> bool:
+        """Return whether a step may have so many microbatches.
+
+        Args:
+            microbatches: how many.
+            stages: of all ranks.
+            ranks: among which they are distributed.
+
+        Example:
+            >>> [count for count in range(1, 9) if SCHEDULES["interleaved_1f1b"].allows(count, stages=4, ranks=2)]
+            [1, 2, 3, 4, 6, 8]
+        """
+        if self.needs_stages and microbatches < stages:
+            return False
+        return not self.in_rounds or microbatches % max(1, microbatches // ranks) == 0
+
 
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
     {
         "gpipe": Schedule(kind="GPipe", single=True),
         "1f1b": Schedule(kind="1F1B", single=True, needs_stages=True),
-        "interleaved_1f1b": Schedule(kind="Interleaved1F1B"),
+        "interleaved_1f1b": Schedule(kind="Interleaved1F1B", in_rounds=True),
         "looped_bfs": Schedule(kind="LoopedBFS"),
-        "interleaved_zero_bubble": Schedule(kind="InterleavedZeroBubble", splits_backward=True),
+        "interleaved_zero_bubble": Schedule(kind="InterleavedZeroBubble", splits_backward=True, in_rounds=True),
         "zbv": Schedule(kind="ZBVZeroBubble", folded=True, splits_backward=True),
         "dualpipev": Schedule(kind="DualPipeV", folded=True, splits_backward=True, needs_stages=True),
     }
@@ -91,7 +109,30 @@ def find_schedule(name: str, *, stages: int, ranks: int, microbatches: int) -> S
             f"{asked} needs as many microbatches as stages, and has {microbatches}. Use microbatches={stages} or more, or "
             "schedule='gpipe'."
         )
+    if not schedule.allows(microbatches, stages=stages, ranks=ranks):
+        less, more = microbatches - microbatches % ranks, microbatches + -microbatches % ranks
+        raise ConfigError(
+            f"{asked} computes in rounds of {ranks} microbatches or a few more, and {microbatches} cannot be divided into "
+            f"{microbatches // ranks} equal rounds. Use microbatches={less} or {more}, or schedule='looped_bfs'."
+        )
     return schedule
+
+
+def schedule_for(name: str, *, stages: int, ranks: int, microbatches: int) -> Schedule:
+    """Return a schedule by its name, or for a number of microbatches that it cannot have one of the same stages that can.
+
+    Args:
+        name: of a schedule that fits the other numbers.
+        stages: of all ranks.
+        ranks: among which they are distributed.
+        microbatches: of a step; of an epoch's last batch there may be few.
+    """
+    schedule = SCHEDULES[name]
+    if schedule.needs_stages and microbatches < stages:
+        name = "gpipe" if schedule.single else "zbv"
+    elif not schedule.allows(microbatches, stages=stages, ranks=ranks):
+        name = "looped_bfs"
+    return find_schedule(name, stages=stages, ranks=ranks, microbatches=microbatches)
 
 
 def order_of(schedule: Schedule, stages: int, ranks: int, microbatches: int) -> list[list[tuple[str, int, int]]]:

@@ -14,7 +14,7 @@ from meshbolt.errors import UnsupportedError
 from meshbolt.pipeline.calls import Calls, Proceed
 from meshbolt.pipeline.plan import Call, Crossing, PipelinePlan
 from meshbolt.pipeline.streams import DrawByNumber, stream, stream_seed
-from meshbolt.pipeline.taint import is_foreign
+from meshbolt.pipeline.taint import buffers_apart, is_foreign
 
 
 class StageDone(BaseException):
@@ -36,6 +36,7 @@ def run_stage(
     seed: int = 0,
     microbatch: int = 0,
     device: torch.device,
+    leaving: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> tuple[list[torch.Tensor], Any]:
     """Run one microbatch through a stage.
 
@@ -48,6 +49,7 @@ def run_stage(
         seed: of the step, for random numbers.
         microbatch: its number in the step.
         device: where the module computes.
+        leaving: returns what leaves the stage as the next one takes it.
 
     Returns:
         What is to be sent to the next stage, and on the last one what the step has returned.
@@ -66,7 +68,9 @@ def run_stage(
         received,
         draw=lambda call: stream(stream_seed(seed, microbatch, call), device=device),
         drawn=drawn,
+        ran=calls.ran_before(stage=stage, microbatch=microbatch),
     )
+    run.leaving = leaving
     read = _ReadReceived(run) if plan.reads_beside[stage] else contextlib.nullcontext()
     with stream(outer, device=device, python_too=True):
         try:
@@ -90,8 +94,11 @@ class _Stage:
         *,
         draw: Callable[[Call], contextlib.AbstractContextManager[None]],
         drawn: DrawByNumber | None,
+        ran: set[Call],
     ) -> None:
         self._calls, self._plan, self._stage, self._draw, self._drawn = calls, plan, stage, draw, drawn
+        self._ran = ran
+        self.leaving: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
         self._entry = plan.cuts[stage - 1] if stage > 0 else None
         self._exit = plan.cuts[stage] if stage < len(plan.cuts) else None
         self._received = list(zip(plan.received(stage), received, strict=True))
@@ -115,6 +122,7 @@ class _Stage:
             return self._without(call, module, proceed, args, kwargs)
         if _may_hold_foreign(args) or _may_hold_foreign(kwargs):
             args, kwargs = tree_map_only(torch.Tensor, lambda leaf: self.real(leaf, call), (args, kwargs))
+        self._ran.add(call)
         self._set_in_unit(True)
         try:
             with self._draw(call):
@@ -165,7 +173,9 @@ class _Stage:
         children = self._calls.inside.get(call.unit)
         # A unit without parameters is cheap; for another somebody may wait for what goes on inside, or it returns a value that
         # does not depend on parameters, which is another one in each step.
-        if children is None or any(child._forward_hooks or child._forward_pre_hooks for child in children):
+        if children is None or self._calls.is_replicated(call.unit):
+            return self._run_without_values(call, proceed, args, kwargs)
+        if any(child._forward_hooks or child._forward_pre_hooks for child in children):
             return self._run_without_values(call, proceed, args, kwargs)
         if any(isinstance(leaf, torch.Tensor) and not is_foreign(leaf) for leaf in tree_leaves(self._plan.stubs[call])):
             return self._run_without_values(call, proceed, args, kwargs)
@@ -173,9 +183,12 @@ class _Stage:
 
     def _run_without_values(self, call: Call, proceed: Proceed, args: Any, kwargs: Any) -> Any:
         """Run a unit of an earlier stage for what it does beside; what needs values returns what it did when looked at."""
+        # An earlier stage of this process has updated what the unit keeps of this microbatch, such as running statistics.
+        keeps = buffers_apart(self._calls.units[call.unit]) if call in self._ran else contextlib.nullcontext()
+        self._ran.add(call)
         self._set_in_unit(True)
         try:
-            with self._draw(call):
+            with self._draw(call), keeps:
                 result = proceed(*args, **kwargs)
         except NeedsValues:
             result = self._plan.stubs[call]
@@ -194,13 +207,17 @@ class _Stage:
             leaf = self._real.get(id(leaf), leaf)
         else:
             leaf = self._by_output.get(crossing.output) if crossing.output else None
+        if isinstance(leaf, torch.Tensor) and not is_foreign(leaf):
+            leaf = self.leaving(leaf)
         found = f"{list(leaf.shape)} {leaf.dtype}" if isinstance(leaf, torch.Tensor) else f"{leaf!r}"
         if not isinstance(leaf, torch.Tensor) or is_foreign(leaf):
             raise UnsupportedError(
                 f"Stage {self._stage} has no {crossing} to send to {self._exit}: it found {found}, which depends on another "
                 "stage in a way that was not there when the step was looked at."
             )
-        if (tuple(leaf.shape), leaf.dtype) != (crossing.shape, crossing.dtype):
+        # Where parameters are gathered in 16 bits, values are of fewer bits than when it was looked at, with whole parameters.
+        keeps_bits = torch.promote_types(leaf.dtype, crossing.dtype) == crossing.dtype
+        if tuple(leaf.shape) != crossing.shape or not keeps_bits:
             raise UnsupportedError(
                 f"Stage {self._stage} was to send {crossing} to {self._exit}, and it has {found}. The size of what passes a cut "
                 "may depend on sizes of the batch, not on values."
@@ -210,9 +227,7 @@ class _Stage:
                 f"Stage {self._stage} sends {crossing} to {self._exit}, for which a gradient has to come back, and the step was "
                 "looked at as if none had. Let requires_grad not depend on values."
             )
-        with torch.enable_grad():
-            left: torch.Tensor = _Leave.apply(leaf)  # type: ignore[no-untyped-call]
-        return left
+        return left_stage(leaf)
 
     def check_result(self, result: Any) -> None:
         """Refuse what a step has returned if it is not of this stage.
@@ -232,6 +247,13 @@ class _Stage:
                 "such as F.linear(x, self.embedding.weight) where it could not be seen. Read them in a module, or name the "
                 "module in `replicate`."
             )
+
+
+def left_stage(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it leaves a stage: another one of the same values, which is neither a view nor a leaf."""
+    with torch.enable_grad():
+        left: torch.Tensor = _Leave.apply(tensor)  # type: ignore[no-untyped-call]
+    return left
 
 
 def _may_hold_foreign(value: Any) -> bool:

@@ -80,6 +80,32 @@ def foreign_parameters(
         mode: makes the tensors.
         device: where the module computes.
     """
+    with _replaced(module, names, lambda parameter: mode.like(parameter, device=device)):
+        yield
+
+
+@contextmanager
+def plain_parameters(module: nn.Module, names: Iterable[str], *, device: torch.device) -> Iterator[None]:
+    """Let a module compute with parameters as whole tensors on a device for a while; those without values are zeros there.
+
+    Args:
+        module: whose parameters.
+        names: in `module`, every name of a shared one.
+        device: where the module computes.
+    """
+
+    def plain(parameter: nn.Parameter) -> torch.Tensor:
+        if parameter.is_meta or type(parameter) is not nn.Parameter:  # or one that ranks share
+            return torch.zeros(tuple(parameter.shape), dtype=parameter.dtype, device=device)
+        return parameter.detach().to(device)
+
+    with _replaced(module, names, plain):
+        yield
+
+
+@contextmanager
+def _replaced(module: nn.Module, names: Iterable[str], make: Callable[[nn.Parameter], torch.Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters for a while; those that are shared stay shared."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
     wanted = frozenset(names)
@@ -87,7 +113,7 @@ def foreign_parameters(
         if name not in wanted:
             continue
         if parameter not in made:
-            made[parameter] = nn.Parameter(mode.like(parameter, device=device), requires_grad=parameter.requires_grad)
+            made[parameter] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
         owner, _, key = name.rpartition(".")
         held.append((module.get_submodule(owner), key, parameter))
     try:
@@ -101,15 +127,23 @@ def foreign_parameters(
 
 
 @contextmanager
-def buffers_apart(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
-    """Let a module compute with copies of its buffers for a while; yields them by name."""
+def buffers_apart(module: nn.Module, *, device: torch.device | str = "cpu") -> Iterator[Mapping[str, torch.Tensor]]:
+    """Let a module compute with copies of its buffers for a while, where it has none yet with zeros; yields them by name.
+
+    Args:
+        module: whose buffers.
+        device: for those that have no values yet.
+    """
     held = [
         (child, key, buffer)
         for child in module.modules()
         for key, buffer in child._buffers.items()
         if buffer is not None
     ]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in held}
+    copies = {
+        id(buffer): torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.clone()
+        for _, _, buffer in held
+    }
     try:
         for child, key, buffer in held:
             child._buffers[key] = copies[id(buffer)]

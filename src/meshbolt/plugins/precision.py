@@ -131,7 +131,7 @@ class MeshPrecision(trainer_plugins.Precision):
 
     def clip_gradients(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip by norm or by value, over all ranks and on unscaled gradients; without gradients there is nothing to unscale."""
-        if any(parameter.grad is not None for parameter in _parameters(optimizer)):
+        if self.engine.spans_stages or any(parameter.grad is not None for parameter in _parameters(optimizer)):
             self.unscale(optimizer)
             super().clip_gradients(optimizer, *args, **kwargs)
 

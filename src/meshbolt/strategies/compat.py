@@ -28,6 +28,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO as Wrappi
 from lightning.pytorch.strategies.launchers.launcher import _Launcher as TrainerLauncher
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint, pl_legacy_patch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
@@ -52,6 +53,7 @@ __all__ = [
     "file_is_there",
     "is_compiled",
     "link_instead",
+    "loader_of_run",
     "look_before_dividing",
     "note_termination_instead",
     "plain_optimizer",
@@ -61,6 +63,7 @@ __all__ = [
     "skip_broadcast_of_termination",
     "time_between_validations",
     "trainer_of",
+    "transferred",
 ]
 
 
@@ -123,10 +126,24 @@ def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
     return getattr(module, "_trainer", None)
 
 
-def training_loader(trainer: pl.Trainer) -> Any:
-    """Return the loader of the training data as the user made it, before the loop prepares it; None where there is none."""
-    source = trainer.fit_loop._data_source
-    return source.dataloader() if source.is_defined() else None
+def loader_of_run(trainer: pl.Trainer) -> Any:
+    """Return the first loader of what a Trainer is about to run, as the user made it; None where there is none."""
+    loops = {
+        TrainerFn.FITTING: trainer.fit_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    source = loops[trainer.state.fn]._data_source if trainer.state.fn in loops else None  # type: ignore[index]
+    loader = source.dataloader() if source is not None and source.is_defined() else None
+    return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+
+
+def transferred(trainer: pl.Trainer, batch: Any) -> Any:
+    """Return a batch as the loops hand it to a step: through the hooks of the user's, on the device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def time_between_validations(trainer: pl.Trainer) -> float | None:

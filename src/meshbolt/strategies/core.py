@@ -23,10 +23,11 @@ from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
-from meshbolt.engine import Engine, gathered
+from meshbolt.engine import Engine, PipelinedEngine, Stages, gathered
 from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
 from meshbolt.errors import ConfigError
 from meshbolt.mesh import build_mesh
+from meshbolt.pipeline import PipelineParallel
 from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
 from meshbolt.strategies.announcing import say_what_is_divided
@@ -52,7 +53,6 @@ from meshbolt.zero import Zero
 class MeshCore(DataParallelRanks):
     """The part of a strategy that does not depend on whose loop runs it; stands before Lightning's class in the bases."""
 
-    is_distributed = True
     call: ClassVar[str]
     is_for: ClassVar[str]
     parallel_devices: list[torch.device] | None
@@ -63,7 +63,7 @@ class MeshCore(DataParallelRanks):
         *,
         zero: int | Zero = 3,
         tensor_parallel: int | str | TensorParallel = 1,
-        pipeline_parallel: int = 1,
+        pipeline_parallel: int | PipelineParallel = 1,
         offload: str | None = None,
         recompute: str | Recompute = "none",
         compile: bool = False,
@@ -83,7 +83,8 @@ class MeshCore(DataParallelRanks):
             zero: ZeRO stage, or `Zero` with more: stage, replicate, unit, reduce_dtype.
             tensor_parallel: ranks that share each layer, or `TensorParallel` with more: size, plan, sequence_parallel,
                 loss_parallel.
-            pipeline_parallel: not in this version; 1.
+            pipeline_parallel: ranks among which the stages of the model are distributed, or `PipelineParallel` with more: size,
+                microbatches, schedule, cuts.
             offload: not in this version; None.
             recompute: "none", "full" or "selective", or `Recompute`.
             compile: compile each repeated block with torch's default mode.
@@ -328,16 +329,19 @@ class MeshCore(DataParallelRanks):
             raise ConfigError("The module is not set up yet, so there is nothing sharded to work on.")
         return next(reversed(self._engines.values()))
 
-    def _compose(self, module: nn.Module, *, example: Example) -> Engine:
+    def _compose(self, module: nn.Module, *, example: Example, stages: Stages | None = None) -> Engine:
         """Shard a module, unless that was done already."""
         if module not in self._engines:
-            self._engines[module] = Engine(
+            make = Engine if stages is None else PipelinedEngine
+            options = {} if stages is None else {"stages": stages}
+            self._engines[module] = make(
                 module,
                 plan=self.plan,
                 mesh=self.device_mesh,
                 device=self.root_device,
                 timeout=self._timeout,
                 example=example,
+                **options,
             )
             say_what_is_divided(self._engines[module])
         self._count_samples_once(module)

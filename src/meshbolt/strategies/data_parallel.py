@@ -1,7 +1,7 @@
 """Which ranks see different samples, and which the same: what a strategy reduces, gathers, seeds and checks by it.
 
-Ranks that share layers (the `tp` axis) are one to the data: they see the same samples, count once in every mean and sum, and
-draw the same random numbers, so that what each computes by itself is the same on all of them.
+Ranks that share layers (the `tp` axis) or are stages of one pipeline (`pp`) are one to the data: they see the same samples, count
+once in every mean and sum, and draw the same random numbers, so that what each computes by itself is the same on all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from meshbolt.config import Plan
 from meshbolt.engine.debug import SameBatch
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
-from meshbolt.mesh import MeshAxis, data_parallel_group
+from meshbolt.mesh import data_parallel_group, same_samples_group
 from meshbolt.strategies.compat import ranks_are_connected, reduce_over_ranks
 
 
@@ -32,6 +32,7 @@ class DataParallelRanks:
     _plan: Plan | None
     _mesh: DeviceMesh | None
     _samples_group: dist.ProcessGroup | None = None
+    _copies_group: dist.ProcessGroup | None = None
     _same_batch: SameBatch | None = None
 
     @property
@@ -45,8 +46,13 @@ class DataParallelRanks:
         raise NotImplementedError
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether samples are divided: Lightning gives loaders a sampler for it, which shuffles what was in order."""
+        return self._copies == 1 or self.data_parallel_size > 1
+
+    @property
     def data_parallel_size(self) -> int:
-        """The number of ranks that see different samples: all of them, divided by those that share each layer.
+        """The number of ranks that see different samples: all of them, divided by those that share layers or a pipeline.
 
         Example:
             >>> samples_in_a_step = batch_size * trainer.strategy.data_parallel_size
@@ -55,7 +61,7 @@ class DataParallelRanks:
 
     @property
     def data_parallel_rank(self) -> int:
-        """Which part of the samples this rank sees; the same number on all ranks that share layers.
+        """Which part of the samples this rank sees; the same number on all ranks that share layers or a pipeline.
 
         Example:
             >>> own = itertools.islice(samples, strategy.data_parallel_rank, None, strategy.data_parallel_size)
@@ -127,7 +133,7 @@ class DataParallelRanks:
 
     @property
     def _copies(self) -> int:
-        return 1 if self._plan is None else self._plan.mesh.tp
+        return 1 if self._plan is None else self._plan.mesh.copies
 
     # Ranks that see the same samples ----------------------------------------------------------------------------------
 
@@ -137,19 +143,19 @@ class DataParallelRanks:
             return
         self._samples_group = data_parallel_group(self._mesh, timeout=timeout)
         if self._copies > 1:
-            axis = self._mesh.get_group(MeshAxis.TP.value)
-            self._same_batch = SameBatch(axis, device=self.root_device, always=self.plan.environment.debug)
+            self._copies_group = group = same_samples_group(self._mesh, timeout=timeout)
+            self._same_batch = SameBatch(group, device=self.root_device, always=self.plan.environment.debug)
 
     def _draw_alike(self) -> None:
-        """Let ranks that share layers go on from the random state of the first of them: seeds of their own would part them."""
-        if self._mesh is None or self._copies == 1:
+        """Let ranks that see the same samples go on from the random state of the first of them: seeds of their own part them."""
+        if self._copies_group is None:
             return
         box = [collect_random_state(self.root_device)]
-        dist.broadcast_object_list(box, group=self._mesh.get_group(MeshAxis.TP.value), group_src=0)
+        dist.broadcast_object_list(box, group=self._copies_group, group_src=0)
         restore_random_state(box[0], self.root_device)
 
     def _look_at_step(self, name: str, args: tuple[Any, ...]) -> None:
-        """Compare a batch with those of the ranks that share layers: the first of each loader, in debug mode all.
+        """Compare a batch with those of the ranks that are to see the same: the first of each loader, in debug mode all.
 
         Args:
             name: of the step that takes it.
@@ -171,7 +177,7 @@ class DataParallelRanks:
             )
 
     def _seed_workers(self, loader: Any) -> None:
-        """Let workers of ranks that share layers draw the same numbers, where Lightning seeds workers by the rank."""
+        """Let workers of ranks that see the same samples draw the same numbers, where Lightning seeds workers by the rank."""
         if self._copies == 1 or not int(os.environ.get("PL_SEED_WORKERS", 0)) or not hasattr(loader, "worker_init_fn"):
             return
         known = loader.worker_init_fn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +18,15 @@ from torch.distributed.tensor import DTensor
 from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, saved_tensors
 from meshbolt.checkpoint.agreement import Ranks
 from meshbolt.checkpoint.chunks import bytes_of
-from meshbolt.checkpoint.optimizers import OWN
+from meshbolt.checkpoint.optimizers import OWN, owners_in
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.engine.state import empty_like_saved
 from meshbolt.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 # By data-parallel coordinate: random states, the buffers that differ from those of the first one, and those that a run which
 # resumes goes on with, where they are others still.
@@ -38,8 +42,10 @@ class LoadInto:
     """What a checkpoint is read for; nothing of it is changed while it is read.
 
     Attributes:
-        weights: tensors of modules, by key; saved ones are read in their layout.
-        parameters: by the beginning of keys, the parameters by name that other sharded tensors under these keys belong to.
+        weights: tensors of modules, by key; saved ones are read in their layout, and those that another stage holds are not
+            read.
+        parameters: by the beginning of keys, the parameters by name that other sharded tensors under these keys belong to,
+            and the state of optimizers. What belongs to those that another stage holds is not read.
         check: raises if the checkpoint does not fit; called, before any tensor is read, with what `load_tree` returns
             but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
@@ -58,7 +64,8 @@ class Loaded:
     """What a checkpoint holds.
 
     Attributes:
-        tree: what was saved, with tensors in their places.
+        tree: what was saved, with tensors in their places, and placeholders on the meta device for those that another stage
+            holds.
         notes: what was said about it when it was saved.
         random_state: of this rank's data-parallel coordinate, or of the first one where the numbers of them differ;
             empty if none was saved.
@@ -78,7 +85,9 @@ class ToSave:
     """What a checkpoint is to hold.
 
     Attributes:
-        tree: a state dict of any shape; of rank 0 everything is saved, of the others the sharded tensors.
+        tree: a state dict of any shape; of rank 0 everything is saved, of the others the sharded tensors. Where ranks have
+            stages of a pipeline, tensors that others hold are on the meta device, or without values: rank 0's tree says what
+            there is, and the first stage that holds a tensor saves it, as rank 0 would.
         notes: plain data about the tree, for whoever loads it.
         random_state: this rank's.
         buffers: keys of tensors of modules that are no parameters: of them, each rank may have its own.
@@ -110,7 +119,7 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
     """Return what `save_directory` takes to write a checkpoint; a collective of all ranks.
 
     Of this rank, its shards, its random state, those buffers that differ from rank 0's, and those that a run which resumes has
-    others for; of ranks that see the same samples, one saves the latter three.
+    others for; of ranks that see the same samples, one saves the latter three, of a pipeline each stage its buffers.
 
     Args:
         state: this rank's.
@@ -119,15 +128,18 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
         failing: how an error's message begins.
 
     Raises:
-        CheckpointError: two tensors would have the same name, or some rank has buffers that cannot be read; the same on
-            every rank.
+        CheckpointError: two tensors would have the same name, some rank has buffers that cannot be read, or no stage holds a
+            tensor that the first one has in its tree; the same on every rank.
     """
     objects, tensors = ranks.agree(lambda: _split(state.tree), failing=failing)
-    sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
-    held = tensors if dist.get_rank() == 0 else {key: tensors[key] for key in sharded}
-    buffers = {key: tensors[key] for key in sorted(state.buffers & tensors.keys() - set(sharded))}
+    share = _share_of(tensors, plan=plan, ranks=ranks, failing=failing)
+    sharded = {key for key, value in share.tensors.items() if isinstance(value, DTensor)}
+    held = share.tensors if dist.get_rank() == share.first else {key: share.tensors[key] for key in sorted(sharded)}
+    buffers = {key: share.tensors[key] for key in sorted(state.buffers & share.tensors.keys() - sharded)}
     resumed = {key: value for key, value in state.resumed.items() if key in buffers}
-    own = {_RANDOM: state.random_state, **_stored_apart(buffers, resumed, ranks=ranks, failing=failing)}
+    apart = _stored_apart(buffers, resumed, first=share.first, ranks=ranks, failing=failing)
+    # The random state is the same in all stages.
+    own = {_RANDOM: {} if share.first else state.random_state, **apart}
     coordinate = plan.mesh.data_parallel_rank(dist.get_rank())
     if dist.get_rank() % plan.mesh.tp:
         own = {}  # the first of those that share a coordinate, and are in the same state, saves it
@@ -136,7 +148,7 @@ def savable(state: ToSave, *, plan: Plan, ranks: Ranks, failing: str) -> dict[st
             **held,
             **{_prefix(kind, coordinate) + key: value for kind, values in own.items() for key, value in values.items()},
         },
-        "objects": {**objects, OWN: {**state.notes, "sharded": sharded}},
+        "objects": {**objects, OWN: {**state.notes, "sharded": share.sharded}},
         "plan": dict(plan.rows()),
         "versions": {"lightning": lightning.__version__},
         "keep_partial": plan.settings.checkpoint.keep_partial,
@@ -151,6 +163,66 @@ def _split(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Ten
             f"what is to be saved has an entry {taken[0]!r}, and meshbolt keeps notes of its own under {OWN!r}. Rename it"
         )
     return objects, tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """What is saved by the ranks that have the same stages of a pipeline as this one; without a pipeline, all ranks.
+
+    Attributes:
+        tensors: what they save, by key, as this rank has it.
+        sharded: keys of all tensors that are sharded, whoever saves them.
+        first: the first of these ranks, which saves what is not sharded.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    sharded: list[str]
+    first: int
+
+
+def _share_of(tensors: Mapping[str, torch.Tensor], *, plan: Plan, ranks: Ranks, failing: str) -> _Share:
+    """Divide what is saved among the stages: each tensor goes to the first one that holds it.
+
+    Args:
+        tensors: of this rank's tree, by key.
+        plan: what the run does.
+        ranks: all of them.
+        failing: how an error's message begins.
+    """
+    sharded = sorted(key for key, value in tensors.items() if isinstance(value, DTensor))
+    if plan.mesh.pp == 1:
+        return _Share(tensors=tensors, sharded=sharded, first=0)
+    size = plan.mesh.world_size // plan.mesh.pp
+    stage, position = divmod(dist.get_rank(), size)
+    held = {key: value for key, value in tensors.items() if not held_elsewhere(value)}
+    # Ranks of the same stages hold the same: the first of them speaks for all.
+    told = ranks.gather(None if position else (list(tensors), list(held), sharded), failing=failing)[::size]
+    named = told[0][0]
+    holders = {key: number for number, (_, keys, _) in reversed(list(enumerate(told))) for key in keys}
+    if lost := [key for key in named if key not in holders]:
+        more = f", nor have {len(lost) - 1} others" if lost[1:] else ""
+        raise CheckpointError(
+            f"{failing}: {lost[0]!r} has no values on any rank{more}. Each stage of a pipeline saves what it holds: let the tree "
+            "have such a tensor on every rank, with values on one of them."
+        )
+    if stray := sorted(holders.keys() - set(named)):
+        _say_what_is_lost(stray)
+    mine = {key for key in named if holders[key] == stage}
+    return _Share(
+        tensors={key: value for key, value in held.items() if key in mine},
+        sharded=sorted({key for _, _, keys in told for key in keys}.intersection(named)),
+        first=stage * size,
+    )
+
+
+def _say_what_is_lost(keys: list[str]) -> None:
+    if dist.get_rank() == 0:
+        _log.warning(
+            "%r%s is not saved: only ranks of later pipeline stages have it, and rank 0 says what a checkpoint holds. Save an "
+            "entry of that name on every rank, with a tensor on the meta device where it has no values.",
+            keys[0],
+            f" (like {len(keys) - 1} more)" if keys[1:] else "",
+        )
 
 
 def load_tree(
@@ -183,10 +255,11 @@ def load_tree(
     if into.resumes:
         own.insert(0, _prefix(_RESUMED, coordinate if same_ranks else 0))
     places = {key: next((p + key for p in own if p + key in saved), key) for key in markers(objects)}
-    tensors = _room(places, saved, sharded=set(notes.get("sharded", ())), into=into)
+    tensors = _room(places, saved, sharded=set(notes.get("sharded", ())), owners=owners_in(objects), into=into)
     random_keys = [key for key in saved if prefix and key.startswith(prefix)]
     random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
-    asked = {**{places[key]: tensor for key, tensor in tensors.items()}, **random_state}
+    held = {places[key]: tensor for key, tensor in tensors.items() if not held_elsewhere(tensor)}
+    asked = {**held, **random_state}
     # Nothing is unexpected, since the objects name what is read; and all of it was made for this load.
     load_tensors(path, asked, prefix=(), verify=plan.settings.checkpoint.verify, fresh=asked.keys(), group=group)
     return Loaded(
@@ -207,20 +280,30 @@ def _joined(objects: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _room(
-    places: Mapping[str, str], saved: Mapping[str, TensorInfo], *, sharded: set[str], into: LoadInto
+    places: Mapping[str, str],
+    saved: Mapping[str, TensorInfo],
+    *,
+    sharded: set[str],
+    owners: Mapping[str, str],
+    into: LoadInto,
 ) -> dict[str, torch.Tensor]:
     """Return tensors to read into, of the shapes and dtypes that were saved, in the layout of what they belong to.
+
+    Of what belongs to a tensor that another stage holds they are placeholders.
 
     Args:
         places: the key under which each was saved, by its key in the tree.
         saved: what is known of them.
         sharded: keys of those that were sharded.
+        owners: the name of its parameter, by the key of what is an optimizer's state.
         into: what they belong to.
     """
     room = {}
     for key, place in places.items():
         shape = torch.Size(saved[place].shape)
         owner = into.weights.get(key)
+        if owner is None:
+            owner = _trained_elsewhere(key, owners.get(key), into.parameters)
         if owner is None and key in sharded:
             owner = _owner(key, shape, into.parameters)
         room[key] = empty_like_saved(shape, saved[place].dtype, owner)
@@ -232,16 +315,21 @@ def _prefix(kind: str, coordinate: int) -> str:
 
 
 def _stored_apart(
-    buffers: Mapping[str, torch.Tensor], resumed: Mapping[str, torch.Tensor], *, ranks: Ranks, failing: str
+    buffers: Mapping[str, torch.Tensor],
+    resumed: Mapping[str, torch.Tensor],
+    *,
+    first: int,
+    ranks: Ranks,
+    failing: str,
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return those buffers of this rank that differ from rank 0's in any bit, and those to resume with that differ from them."""
+    """Return those buffers of this rank that differ from the first one's in any bit, and those to resume with that differ."""
     digests = ranks.each(
         lambda: [{key: _digest(value) for key, value in values.items()} for values in (buffers, resumed)],
         failing=failing,
     )
-    (now, then), (first, _) = digests[ranks.rank], digests[0]
+    (now, then), (firsts, _) = digests[ranks.rank], digests[first]
     return {
-        _BUFFERS: {key: value for key, value in buffers.items() if now[key] != first.get(key)},
+        _BUFFERS: {key: value for key, value in buffers.items() if now[key] != firsts.get(key)},
         _RESUMED: {key: value for key, value in resumed.items() if then[key] != now[key]},
     }
 
@@ -272,3 +360,11 @@ def _owner(key: str, shape: torch.Size, parameters: Mapping[str, Mapping[str, nn
                 if found is not None and found.shape == shape:
                     return found
     return None
+
+
+def _trained_elsewhere(
+    key: str, name: str | None, parameters: Mapping[str, Mapping[str, nn.Parameter]]
+) -> nn.Parameter | None:
+    """Return the parameter of another stage that an optimizer's state belongs to, whatever its shape is; None if it is ours."""
+    named = (found.get(name) for prefix, found in parameters.items() if name is not None and key.startswith(prefix))
+    return next((found for found in named if found is not None and held_elsewhere(found)), None)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from meshbolt.compat import tree_map
 from meshbolt.engine.random_state import Snapshot
 from meshbolt.errors import ConfigError
-from meshbolt.strategies.compat import training_loader
+from meshbolt.strategies.compat import loader_of_run
 
 Example = Callable[[nn.Module], Any]
 Convert = Callable[[Any], Any]
@@ -65,7 +65,7 @@ def example_of_run(trainer: pl.Trainer, module: pl.LightningModule, convert: Con
     def call(called: nn.Module) -> Any:
         # What optimizes by itself would step optimizers that do not exist yet.
         has_own = getattr(module, "example_input_array", None) is not None or not module.automatic_optimization
-        batch = None if has_own else _first_batch(trainer)
+        batch = None if has_own or trainer.state.fn != TrainerFn.FITTING else first_batch(loader_of_run(trainer))
         if batch is None:
             return example_of(module, convert)(called)
         with _silent(module):
@@ -75,9 +75,12 @@ def example_of_run(trainer: pl.Trainer, module: pl.LightningModule, convert: Con
     return call
 
 
-def _first_batch(trainer: pl.Trainer) -> Any:
-    """Return the collated first samples of the training data, or None where that is not a plain loader over a dataset."""
-    loader = training_loader(trainer) if trainer.state.fn == TrainerFn.FITTING else None
+def first_batch(loader: Any) -> Any:
+    """Return the collated first samples of a loader's data, or None where that is not a plain loader over a dataset.
+
+    Args:
+        loader: any; it is not iterated over.
+    """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     # Whatever is drawn or counted to make a batch, is to be drawn and counted again for the first one of the run.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from meshbolt.strategies.hooks import (
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.pipelined import PipelinedSteps
 from meshbolt.strategies.position import Position
 from meshbolt.strategies.predicting import Predicting, check_there_are_enough
 from meshbolt.strategies.signals import Signals
@@ -160,8 +161,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             if self._layer_sync is not None:
                 self.model = module = self._layer_sync.apply(module)  # type: ignore[assignment]
             self.precision_plugin.convert_module(module)
-            self._compose(module, example=example_of_run(trainer, module, self.precision_plugin.convert_input))
-        redirect_entries(module, self.engine)
+            self._shard(trainer, module)
+        if self._steps is None:
+            redirect_entries(module, self.engine)
         if not module.automatic_optimization:
             follow_requires_grad(module, self.engine)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -170,6 +172,17 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self.precision_plugin.attach(self.engine, report_norm=report_norm(module))
         if self.precision_plugin.loss_scaler is not None:
             hold_schedulers_on_skips(module, self.precision_plugin)
+
+    def _shard(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        example = example_of_run(trainer, module, self.precision_plugin.convert_input)
+        if self.plan.mesh.pp == 1:
+            self._compose(module, example=example)
+            return
+        steps = PipelinedSteps(trainer, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
+        steps.run_by(self._compose(module, example=example, stages=steps.stages))
+        self._steps = steps
+
+    _steps: PipelinedSteps | None = None
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -230,6 +243,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Run the user's training_step with the root's parameters gathered."""
         module = self._module()
         self._look_at_step("training_step", args)
+        if self._steps is not None:
+            return self._steps.train(args)
         with self.precision_plugin.train_step_context():
             output = self.engine.call(module.training_step, *args, **kwargs)
         refuse_skipped_batch(module, output)
@@ -238,27 +253,25 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's validation_step with the root's parameters gathered."""
-        self._look_at_step("validation_step", args)
-        with self.precision_plugin.val_step_context():
-            return self.engine.call(self._module().validation_step, *args, **kwargs)
+        return self._evaluate("validation_step", self.precision_plugin.val_step_context(), args, kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's test_step with the root's parameters gathered."""
-        self._look_at_step("test_step", args)
-        with self.precision_plugin.test_step_context():
-            return self.engine.call(self._module().test_step, *args, **kwargs)
+        return self._evaluate("test_step", self.precision_plugin.test_step_context(), args, kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's predict_step with the root's parameters gathered."""
-        self._look_at_step("predict_step", args)
+        context = self.precision_plugin.predict_step_context()
+        return self._predicting.step(lambda: self._evaluate("predict_step", context, args, kwargs))
 
-        def take() -> Any:
-            with self.precision_plugin.predict_step_context():
-                return self.engine.call(self._module().predict_step, *args, **kwargs)
-
-        return self._predicting.step(take)
+    def _evaluate(self, name: str, context: AbstractContextManager[Any], args: Any, kwargs: Any) -> Any:
+        self._look_at_step(name, args)
+        if self._steps is not None:
+            return self._steps.evaluate(name, args)
+        with context:
+            return self.engine.call(getattr(self._module(), name), *args, **kwargs)
 
     @override
     def on_predict_start(self) -> None:
@@ -327,6 +340,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             return {}
         with self.engine.settled():
             state = self._module().state_dict()
+            if self._steps is not None:
+                state = self._steps.model_state(state)
             self._left_out: list[str] = []
             if self.settings.checkpoint.trainable_only:
                 state, self._left_out = trained_state(state, self._module(), self.optimizers)
@@ -338,7 +353,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self._reachable() is None:
             return {}
         with self._settled() as names:
-            return optimizer_state(plain_optimizer(optimizer), names)
+            state = optimizer_state(plain_optimizer(optimizer), names)
+        return state if self._steps is None else self._steps.optimizer_state(state)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:

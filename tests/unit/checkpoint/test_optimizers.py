@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshbolt.checkpoint.optimizers import by_name, by_number, sharded_keys
+from meshbolt.checkpoint.optimizers import by_name, by_number, owners_in, sharded_keys
 from meshbolt.checkpoint.tree import split_tensors
 
 
@@ -71,3 +71,17 @@ def test_what_has_the_shape_of_its_weight_is_sharded_and_a_count_of_steps_is_not
     tree: dict[str, Any] = {"state_dict": {"w": torch.ones(2, 3)}, "optimizer_states": [{"state": state}]}
     objects = {key: split_tensors(value, key, tensors) for key, value in tree.items()}
     assert sharded_keys(objects, tensors) == ["optimizer_states.0.state.w.exp_avg", "state_dict.w"]
+
+
+def test_state_by_name_says_whose_it_is_wherever_it_stands_and_other_tensors_belong_to_nobody() -> None:
+    values = {"step": torch.tensor(1.0), "rows": [torch.ones(2), {"part": torch.ones(1)}], "count": 3}
+    by_name_ = {"state": {"a.b": values}, "param_groups": [{"params": ["a.b", "c"]}]}
+    by_number_ = {"state": {0: values}, "param_groups": [{"params": [0]}]}
+    tree = {
+        "model": {"a.b": torch.ones(1)},
+        "optimizers": [by_name_, by_number_],
+        "inside": {"state": by_name_["state"]},
+    }
+    objects = {key: split_tensors(value, key, {}) for key, value in tree.items()}
+    keys = ("step", "rows.0", "rows.1.part")
+    assert owners_in(objects) == {f"optimizers.0.state.a.b.{key}": "a.b" for key in keys}

@@ -164,3 +164,20 @@ def test_hooks_that_a_forward_registers_are_gone_when_it_was_only_looked_at() ->
     net = Net(forward)
     emulate(net, [lambda: net(torch.ones(2, 4))], ["layers.2"])
     assert len(net.layers[0]._forward_hooks) == 1  # of the run, not of the look before it
+
+
+def test_statistics_of_a_unit_that_all_stages_run_count_each_microbatch_once() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return through(net, net.embed(net.noise(x)))  # the unit in the place of noise has no parameters
+
+    def buffers(*cuts: str) -> Any:
+        torch.manual_seed(0)
+        net = Net(forward).double()
+        net.noise = nn.BatchNorm1d(4, affine=False).double()  # type: ignore[assignment]
+        x = torch.randn(3, 4, dtype=torch.float64)
+        for _ in range(2):
+            emulate(net, [lambda: net(x), lambda: net(x + 1)], cuts)
+        return dict(net.named_buffers())
+
+    torch.testing.assert_close(buffers("layers.1", "layers.3"), buffers(), rtol=0.0, atol=1e-12)
+    assert buffers()["noise.num_batches_tracked"] == 4

@@ -5,8 +5,16 @@ import torch
 from torch import nn
 
 from meshbolt.config import Settings, resolve
+from meshbolt.pipeline.taint import Foreign
 from meshbolt.precision import precision_policy
-from meshbolt.strategies.directories import _digest, _owner, _random_state_for, buffers_of, left_out_of
+from meshbolt.strategies.directories import (
+    _digest,
+    _owner,
+    _random_state_for,
+    _trained_elsewhere,
+    buffers_of,
+    left_out_of,
+)
 
 BODY, HEAD, BIAS = (nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (3, 2), (3,)))
 NAMES = {"body.weight": BODY, "weight": HEAD, "body.weight.bias": BIAS}
@@ -28,6 +36,16 @@ def test_a_tensor_of_another_shape_name_or_part_of_the_tree_belongs_to_none() ->
     assert owner("state.body.weight.exp_avg", 2, 3) is None
     assert owner("state.tail.exp_avg", 3, 2) is None
     assert owner("state.body.weight.exp_avg", 3, 2, prefix="optimizer") is None
+
+
+def test_state_of_any_shape_belongs_to_a_parameter_that_another_stage_holds_and_to_no_other() -> None:
+    foreign = nn.Parameter(Foreign().like(BODY, device=torch.device("cpu")))
+    parameters = {"optimizer.": {"weight": foreign, "bias": BIAS}, "other.": {"weight": HEAD}}
+    key = "optimizer.state.weight.step"
+    assert _trained_elsewhere(key, "weight", parameters) is foreign
+    assert _trained_elsewhere(key, None, parameters) is None
+    assert _trained_elsewhere("optimizer.state.bias.step", "bias", parameters) is None
+    assert _trained_elsewhere("other.state.weight.step", "weight", parameters) is None
 
 
 def random_state_for(coordinate: int, *, ranks: int, saved: list[str]) -> tuple[str, bool]:

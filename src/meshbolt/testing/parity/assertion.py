@@ -125,8 +125,7 @@ def meshed_records(cases: Sequence[Case], *, timeout: float) -> list[Record]:
     for parts in zip(*by_rank, strict=True):
         whole: Record = parts[0]
         for part in parts[1:]:
-            whole.losses.update(part.losses)
-            whole.buffers.update(part.buffers)
+            whole.add(part)
         records.append(whole)
     return records
 
@@ -153,10 +152,11 @@ def _run_ranks(fn: Callable[..., list[Record]], n: int, cases: Sequence[Any], *,
 
 def _all_meshed(cases: Sequence[Case]) -> list[Record]:
     records = [_run(case) for case in cases]
-    if dist.get_rank() > 0:
-        # Whole tensors are the same on every rank, and travel once.
-        return [Record(losses=record.losses, buffers=record.buffers) for record in records]
-    return records
+    # Whole tensors are the same on every rank that has them, and travel once.
+    return [
+        record if case.has_whole_tensors(dist.get_rank()) else Record(losses=record.losses, buffers=record.buffers)
+        for case, record in zip(cases, records, strict=True)
+    ]
 
 
 def _run(case: Case) -> Record:

@@ -63,7 +63,7 @@ class Case:
             raise ConfigError(f"gradient_clip_algorithm={self.gradient_clip_algorithm!r}: use 'norm' or 'value'.")
         have = len(self.data)  # type: ignore[arg-type]
         if self.ranks % self.sharing:
-            raise ConfigError(f"{self.sharing} ranks are to share each layer, which {self.ranks} ranks cannot do.")
+            raise ConfigError(f"{self.sharing} ranks are to see the same samples, which {self.ranks} ranks cannot do.")
         need = self.num_batches * self.data_ranks * (1 if self.has_batches else self.batch_size)
         if have < need:
             raise ConfigError(
@@ -74,12 +74,31 @@ class Case:
     @property
     def sharing(self) -> int:
         """How many ranks see the same samples."""
+        return self._size_of("tensor_parallel") * self._size_of("pipeline_parallel")
+
+    def data_rank(self, rank: int) -> int:
+        """Return which part of the samples a rank sees.
+
+        Args:
+            rank: global rank.
+        """
+        return rank // self._size_of("tensor_parallel") % self.data_ranks
+
+    def has_whole_tensors(self, rank: int) -> bool:
+        """Return whether a rank is the first of those that have the same tensors, when they are gathered.
+
+        Args:
+            rank: global rank.
+        """
+        return rank % (self.ranks // self._size_of("pipeline_parallel")) == 0
+
+    def _size_of(self, setting: str) -> int:
         asked = self.strategy
-        size: Any = NODE if asked == "tensor_parallel" else 1
+        size: Any = NODE if asked == setting == "tensor_parallel" else 1
         if isinstance(asked, Mapping):
-            size = asked.get("tensor_parallel", 1)
+            size = asked.get(setting, 1)
         elif callable(asked):
-            size = asked().settings.tensor_parallel
+            size = getattr(asked().settings, setting)
         size = getattr(size, "size", size)
         return self.ranks if size == NODE else int(size)
 

@@ -23,7 +23,7 @@ from meshbolt.testing.parity.record import Record
 
 def run_fabric(case: Case) -> Record:
     """Train on this rank, one of the case's, and return what it saw."""
-    record, rank = Record(), dist.get_rank() // case.sharing
+    record, rank = Record(), case.data_rank(dist.get_rank())
     fabric = lf.Fabric(
         accelerator="cpu",
         devices=case.ranks,

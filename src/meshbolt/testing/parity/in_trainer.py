@@ -17,9 +17,8 @@ from meshbolt.testing.parity.record import Record
 
 def run_trainer(case: Case) -> Record:
     """Train on this rank, one of the case's, and return what it saw."""
-    record, rank = Record(), dist.get_rank() // case.sharing
+    record, rank = Record(), case.data_rank(dist.get_rank())
     module = case.module()
-    watch_losses(module, record, rank=rank)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=case.ranks,
@@ -29,6 +28,8 @@ def run_trainer(case: Case) -> Record:
         **trainer_arguments(case),
         **case.precision_arguments(),
     )
+    # Not the module's own step: under pipeline parallelism that runs once per microbatch.
+    watch_losses(trainer.strategy, record, rank=rank)
     trainer.fit(module, loader_of_rank(case, rank))
     return record
 

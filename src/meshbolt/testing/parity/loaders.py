@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from meshbolt.testing.parity.case import Case
 
@@ -21,8 +21,11 @@ def loader_of_rank(case: Case, rank: int) -> DataLoader[Any]:
     if case.has_batches:
         batches = [case.batch(index, rank) for index in range(case.num_batches)]
         return loader_of(batches, collate=_SeedFirst(as_it_is, case.seed + rank))
-    collate = _SeedFirst(default_collate, case.seed + rank)
-    return DataLoader(case.data, batch_size=case.batch_size, shuffle=True, collate_fn=collate)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"batch_size": case.batch_size, "collate_fn": _SeedFirst(default_collate, case.seed + rank)}
+    data: Any = case.data
+    if case.ranks > 1 and case.data_ranks == 1:  # whose loaders are left as they are: this is Lightning's order elsewhere
+        return DataLoader(data, sampler=DistributedSampler(data, 1, 0, shuffle=True, seed=case.seed), **options)
+    return DataLoader(data, shuffle=True, **options)
 
 
 def loader_of(batches: list[Any], *, collate: Callable[[Any], Any]) -> DataLoader[Any]:

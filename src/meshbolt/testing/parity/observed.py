@@ -12,15 +12,22 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from meshbolt.engine import Engine
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.engine.state import optimizer_state
 from meshbolt.errors import ConfigError
 from meshbolt.strategies import FabricMeshStrategy, MeshStrategy
 from meshbolt.testing.parity.record import Record, whole
 
 
-def watch_losses(module: pl.LightningModule, record: Record, *, rank: int) -> None:
-    """Note every loss that the module's training_step returns."""
-    method, count = module.training_step, len(record.losses)
+def watch_losses(stepping: Any, record: Record, *, rank: int) -> None:
+    """Note every loss that a training_step returns.
+
+    Args:
+        stepping: has the method: a module, or the strategy that calls it.
+        record: of this rank.
+        rank: its place among those that see different samples.
+    """
+    method, count = stepping.training_step, len(record.losses)
 
     @functools.wraps(method)
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -31,7 +38,7 @@ def watch_losses(module: pl.LightningModule, record: Record, *, rank: int) -> No
         count += 1
         return output
 
-    module.__dict__["training_step"] = watched
+    stepping.__dict__["training_step"] = watched
 
 
 def loss_of(output: Any) -> torch.Tensor | None:
@@ -53,7 +60,12 @@ def engine_of(strategy: Any) -> Engine:
 
 def note_start(record: Record, engine: Engine) -> None:
     """Note the parameters before the first step."""
-    record.initial = {name: whole(parameter) for name, parameter in engine.parameters_by_name.items()}
+    record.initial = {name: whole(parameter) for name, parameter in _held(engine).items()}
+
+
+def _held(engine: Engine) -> dict[str, torch.Tensor]:
+    """Return the parameters that this rank has, whole or in part: of a pipeline those of its stages."""
+    return {name: parameter for name, parameter in engine.parameters_by_name.items() if not held_elsewhere(parameter)}
 
 
 def note_end(record: Record, engine: Engine, optimizer: Optimizer) -> None:
@@ -61,7 +73,7 @@ def note_end(record: Record, engine: Engine, optimizer: Optimizer) -> None:
     engine.settle()
     names = {parameter: name for name, parameter in engine.parameters_by_name.items()}
     saved = optimizer_state(optimizer, names)
-    record.parameters = {name: whole(parameter) for name, parameter in engine.parameters_by_name.items()}
+    record.parameters = {name: whole(parameter) for name, parameter in _held(engine).items()}
     record.add_optimizer(saved["state"], saved["param_groups"])
     record.add_buffers(engine.module.named_buffers(), rank=engine.plan.mesh.data_parallel_rank(dist.get_rank()))
     record.optimizer = type(optimizer).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ class Record:
     buffers: Named = field(default_factory=dict)
     optimizer: str = ""
     zero: Zero = field(default_factory=Zero)
+
+    def add(self, other: Record) -> None:
+        """Take over what another rank has noted.
+
+        Args:
+            other: of the same run.
+        """
+        for each in fields(self):
+            if isinstance(noted := getattr(self, each.name), dict):
+                noted.update(getattr(other, each.name))
 
     def add_loss(self, loss: torch.Tensor, *, batch: int, rank: int) -> None:
         """Note the loss that training_step returned."""

@@ -1,0 +1,80 @@
+"""What of a module this rank holds, where a pipeline divides its stages among ranks; by default all of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meshbolt.pipeline import Foreign, is_foreign
+from meshbolt.zero import UnitPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """This rank's part of a module.
+
+    Attributes:
+        elsewhere: names of the parameters that only other ranks of the pipeline hold.
+        around: modules that hold the beginning of a stage inside of them, which no unit can be.
+        of_units: the stage, of this rank's, of each module that begins with a name.
+        tied: by name, the ranks of the pipeline that hold a parameter which several hold.
+        pipeline: the ranks of the pipeline.
+        group: the ranks that hold parts of the same parameters; None: all.
+    """
+
+    elsewhere: frozenset[str] = frozenset()
+    around: frozenset[str] = frozenset()
+    of_units: Mapping[str, int] = field(default_factory=dict)
+    tied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    pipeline: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
+    _foreign: Foreign = field(default_factory=Foreign, repr=False)
+    _made: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
+
+    def parameters_elsewhere(self, module: nn.Module) -> frozenset[nn.Parameter]:
+        """Return the parameters of a module that other ranks hold, as they are now."""
+        named = module.named_parameters(remove_duplicate=False) if self.elsewhere else ()
+        return frozenset(parameter for name, parameter in named if name in self.elsewhere)
+
+    def without_cuts(self, units: UnitPlan) -> UnitPlan:
+        """Return units without those in which a stage begins."""
+        kept = {name: unit for name, unit in units.units.items() if name not in self.around}
+        blocks = {name: block for name, block in units.blocks.items() if self._is_here(block, units)}
+        return dataclasses.replace(units, units=kept, blocks={n: b for n, b in blocks.items() if n not in self.around})
+
+    def _is_here(self, block: nn.Module, units: UnitPlan) -> bool:
+        return not self.elsewhere or any(parameter not in units.whole for parameter in block.parameters())
+
+    def leave_others(self, name: str, child: nn.Module, *, device: torch.device) -> None:
+        """Let go of a module's own parameters that other ranks hold; what stands in their places has no values.
+
+        Args:
+            name: of the module.
+            child: the module.
+            device: where computations with them would take place.
+        """
+        for key in list(child._parameters) if self.elsewhere else ():
+            if (f"{name}.{key}" if name else key) in self.elsewhere:
+                self.leave(child, key, device=device)
+
+    def leave(self, child: nn.Module, key: str, *, device: torch.device) -> None:
+        """Let go of one parameter of a module.
+
+        Args:
+            child: the module.
+            key: of the parameter in it.
+            device: where computations with it would take place.
+        """
+        parameter = child._parameters[key]
+        if parameter is None or is_foreign(parameter):
+            return
+        if parameter not in self._made:
+            foreign = self._foreign.like(parameter, device=device)
+            self._made[parameter] = nn.Parameter(foreign, requires_grad=parameter.requires_grad)
+        # By assignment: recurrent layers keep a list of their parameters.
+        setattr(child, key, self._made[parameter])

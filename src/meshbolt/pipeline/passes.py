@@ -1,0 +1,46 @@
+"""What surrounds the passes of stages: nothing, or a sharding engine that gathers parameters and reduces gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Passes(Protocol):
+    """Surrounds each pass of a microbatch through a stage."""
+
+    def forward_pass(self, function: Callable[[], T]) -> T:
+        """Call what runs a microbatch forwards through a stage."""
+
+    def leaving(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return what leaves a stage as the next one takes it: whole, where layers have divided it."""
+
+    def backward_pass(self, stage: int, *, ends_stage: bool, ends_step: bool) -> AbstractContextManager[None]:
+        """Surround what runs a microbatch backwards through a stage.
+
+        Args:
+            stage: which.
+            ends_stage: it is the step's last one through this stage.
+            ends_step: it is the step's last one on this rank.
+        """
+
+
+class PlainPasses:
+    """Surrounds them with nothing."""
+
+    def forward_pass(self, function: Callable[[], T]) -> T:
+        """Call it."""
+        return function()
+
+    def leaving(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return it as it is."""
+        return tensor
+
+    def backward_pass(self, stage: int, *, ends_stage: bool, ends_step: bool) -> AbstractContextManager[Any]:
+        """Surround it with nothing."""
+        return nullcontext()

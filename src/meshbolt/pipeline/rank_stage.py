@@ -1,0 +1,191 @@
+"""A stage of this rank as torch's schedules see it: what arrives, what is computed, what leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshbolt.compat import PipelineStageBase
+from meshbolt.pipeline.passes import Passes, PlainPasses
+from meshbolt.pipeline.plan import Crossing, PipelinePlan
+from meshbolt.pipeline.stage import left_stage
+
+Forward = Callable[[int, list[Tensor]], tuple[list[Tensor], Tensor | None]]
+
+
+class RankStage(PipelineStageBase):
+    """What torch's schedules ask of a stage, answered from a plan."""
+
+    def __init__(
+        self, module: nn.Module, stage: int, num_stages: int, device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(module, stage, num_stages, device, group)
+        self._ranks = group
+        self.has_backward = True
+        self.args_recv_info = {0: ()}  # which torch reads once to see that only neighbours communicate
+        self._plans: Sequence[PipelinePlan] = ()
+        self._forward: Forward = lambda _number, _received: ([], None)
+        self._passes: Passes = PlainPasses()
+        self._surround: Callable[[int], Any] = nullcontext
+        self._arriving: dict[int, list[Tensor]] = {}
+        self._arriving_gradients: dict[int, list[Tensor]] = {}
+        self._edges: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._leaving_gradients: dict[int, list[Tensor]] = {}
+
+    def begin(
+        self,
+        plans: Sequence[PipelinePlan],
+        forward: Forward,
+        passes: Passes,
+        surround: Callable[[int], Any] = nullcontext,
+    ) -> None:
+        """Prepare for a step.
+
+        Args:
+            plans: of its microbatches.
+            forward: runs a microbatch through this stage.
+            passes: surrounds its passes.
+            surround: returns what surrounds the next pass backwards through a stage.
+        """
+        self._plans, self._forward, self._passes, self._surround = plans, forward, passes, surround
+
+    def as_planned(self, sent: Sequence[Tensor], number: int) -> list[Tensor]:
+        """Return a microbatch's outputs in the dtypes in which the next stage expects them, as tensors of their own."""
+        pairs = zip(sent, self._sent(number), strict=True)
+        return [left_stage(tensor.to(crossing.dtype)) for tensor, crossing in pairs]
+
+    def _received(self, number: int) -> tuple[Crossing, ...]:
+        return self._plans[number].received(self.stage_index)
+
+    def _sent(self, number: int) -> tuple[Crossing, ...]:
+        return self._plans[number].sent(self.stage_index)
+
+    def _empty(self, crossing: Crossing) -> Tensor:
+        return torch.empty(crossing.shape, dtype=crossing.dtype, device=self.device)
+
+    # What torch asks before the first step ---------------------------------------------------------------------------------
+
+    def _prepare_forward_infra(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def _prepare_backward_infra(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def _create_grad_recv_info(self, *_: Any) -> tuple[()]:
+        return ()
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return []  # gloo connects ranks when they meet; two neighbours may be on one rank
+
+    # Communication ---------------------------------------------------------------------------------------------------------
+
+    def _operations(self, kind: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
+        peer = dist.get_global_rank(self._ranks, self.stage_index_to_group_rank[stage])
+        return [dist.P2POp(kind, tensor, peer, self.group) for tensor in tensors]
+
+    def receive(self, number: int) -> list[Tensor]:
+        """Return a microbatch's inputs, when they have come from another rank."""
+        for operation in self.get_fwd_recv_ops(number):
+            operation.op(operation.tensor, group=operation.group, group_src=operation.group_peer).wait()
+        return self._arriving.pop(number, [])
+
+    def send(self, sent: Sequence[Tensor]) -> list[dist.Work]:
+        """Begin to send a microbatch's outputs to another rank."""
+        operations = self._operations(dist.isend, sent, self.stage_index + 1)
+        return [each.op(each.tensor, group=each.group, group_dst=each.group_peer) for each in operations]
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Return how a microbatch's inputs arrive."""
+        if self.is_first:
+            return []
+        arriving = [self._empty(crossing) for crossing in self._received(fwd_chunk_id)]
+        self._arriving[fwd_chunk_id] = arriving
+        return self._operations(dist.irecv, arriving, self.stage_index - 1)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """Return how a microbatch's outputs leave."""
+        if self.is_last:
+            return []
+        sent = [tensor.detach() for tensor in self._edges[fwd_chunk_id][1]]
+        return self._operations(dist.isend, sent, self.stage_index + 1)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Return how the gradients of a microbatch's outputs arrive."""
+        if self.is_last:
+            return []
+        arriving = [self._empty(crossing) for crossing in self._sent(bwd_chunk_id) if crossing.requires_grad]
+        self._arriving_gradients[bwd_chunk_id] = arriving
+        return self._operations(dist.irecv, arriving, self.stage_index + 1)
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """Return how the gradients of a microbatch's inputs leave."""
+        if self.is_first:
+            return []
+        return self._operations(dist.isend, self._leaving_gradients.pop(bwd_chunk_id), self.stage_index - 1)
+
+    # Two neighbours on one rank --------------------------------------------------------------------------------------------
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        """Take a microbatch's inputs from the stage before, which is on this rank."""
+        outputs = prev_stage_outputs if isinstance(prev_stage_outputs, (tuple, list)) else (prev_stage_outputs,)
+        self._arriving[mb_index] = [tensor.detach() for tensor in outputs]
+
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor, ...]:
+        """Return the gradients of a microbatch's inputs to the stage before, which is on this rank."""
+        return tuple(self._leaving_gradients.pop(mb_index))
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        """Take the gradients of a microbatch's outputs from the stage after, which is on this rank."""
+        self._arriving_gradients[mb_index] = list(next_stage_bwd_outputs)
+
+    # Computation -----------------------------------------------------------------------------------------------------------
+
+    def forward_one_chunk(
+        self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Run a microbatch forwards; the last stage returns its loss."""
+        arrived = self._arriving.pop(fwd_chunk_id, [])
+        received = [
+            tensor.requires_grad_(crossing.requires_grad and torch.is_grad_enabled())
+            for tensor, crossing in zip(arrived, self._received(fwd_chunk_id), strict=True)
+        ]
+        sent, loss = self._passes.forward_pass(lambda: self._forward(fwd_chunk_id, received))
+        left = self.as_planned(sent, fwd_chunk_id)
+        self._edges[fwd_chunk_id] = received, left
+        return tuple(left) if loss is None else loss
+
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """Run a microbatch backwards, for inputs and parameters together."""
+        received, sent = self._edges.pop(bwd_chunk_id)
+        with self._surround(self.stage_index):
+            if loss is not None:
+                loss.backward()
+            else:
+                self._back_from(sent, number=bwd_chunk_id)
+        self._leaving_gradients[bwd_chunk_id] = [
+            torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous()
+            for tensor, crossing in zip(received, self._received(bwd_chunk_id), strict=True)
+            if crossing.requires_grad
+        ]
+
+    def _back_from(self, sent: Sequence[Tensor], *, number: int) -> None:
+        leaving = [tensor for tensor, crossing in zip(sent, self._sent(number), strict=True) if crossing.requires_grad]
+        gradients = self._arriving_gradients.pop(number)
+        pairs = [pair for pair in zip(leaving, gradients, strict=True) if pair[0].requires_grad]
+        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """Do nothing: `backward_one_chunk` has done it, as torch's split of the two loses gradients of some modules."""
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Do nothing: there is one rank for each stage."""
+
+    def clear_runtime_states(self) -> None:
+        """Do nothing: what a step has made is gone with its last microbatch."""
