@@ -40,6 +40,7 @@ class PipelinedEngine(Engine):
             stages: what of it this rank holds.
             options: as for `Engine`.
         """
+        self._keeps_parts = plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1
         self._frees_each_batch = plan.stage.reshards_after_forward
         kept = dataclasses.replace(plan.stage, reshards_after_forward=False)
         super().__init__(module, plan=dataclasses.replace(plan, stage=kept), stages=stages, **options)
@@ -112,6 +113,8 @@ class PipelinedEngine(Engine):
         self._edits.refuse_other_data()
         if not self._window.is_open:
             self._hide_gradients()
+        for unit in self._all_units if self._keeps_parts else ():
+            unit.unshard()  # so that it is known from the first batch on which parameters each uses
         self._window.before_backward(last=self._is_last_batch)
         last = self._is_last_batch
         for unit in self._all_units:

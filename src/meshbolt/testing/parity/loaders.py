@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,10 @@ class _SeedFirst:
 
     def __call__(self, batch: Any) -> Any:
         if self._is_first:
+            # The seed of samplers stays: a batch may be made before they are.
+            before = os.environ.get("PL_GLOBAL_SEED")
             seed(self._value)
+            if before is not None:
+                os.environ["PL_GLOBAL_SEED"] = before
             self._is_first = False
         return self._collate(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -87,11 +88,15 @@ def several_times(module: Plain, loss: Tensor, _probabilities: Tensor, _labels: 
     module.log("other", loss.mean())
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, float]:
-    """Return by how much values of the same names differ, where they do."""
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return the values of the same names that differ."""
     assert list(one) == list(other)
-    found = {key: abs(float(one[key]) - float(other[key])) for key in one}
-    return {key: value for key, value in found.items() if not value <= TOLERANCE * max(1.0, abs(float(one[key])))}
+    pairs = {key: (float(one[key]), float(other[key])) for key in one}
+    return {
+        key: (left, right)
+        for key, (left, right) in pairs.items()
+        if not (abs(left - right) <= TOLERANCE * max(1.0, abs(left)) or (math.isnan(left) and math.isnan(right)))
+    }
 
 
 def rows(trainer: pl.Trainer) -> list[dict[str, str]]:
