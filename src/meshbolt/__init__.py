@@ -1,6 +1,7 @@
 """meshbolt: train a model that one GPU cannot hold, by changing one line of a Lightning script.
 
-Importing it registers the strategy names `zero0` ... `zero3` and `tensor_parallel` with Lightning's Trainer and with Fabric.
+Importing it registers the strategy names `zero0` ... `zero3`, `tensor_parallel`, `pipeline_parallel` and `mesh_3d` with
+Lightning's Trainer and with Fabric.
 
 Example:
     >>> import meshbolt

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
-PRESETS = ("zero0", "zero1", "zero2", "zero3", "tensor_parallel")
+PRESETS = ("zero0", "zero1", "zero2", "zero3", "tensor_parallel", "pipeline_parallel", "mesh_3d")
 
 # One process a recipe for three commands: most of what a command costs is importing torch.
 PROGRAM = """

@@ -93,6 +93,11 @@ class ExponentialMovingAverage(pl.Callback):
                 f"{type(trainer.strategy).__name__}. Use strategy='zero3' (or another of meshbolt's), or Lightning's "
                 "EMAWeightAveraging."
             )
+        if trainer.strategy.plan.mesh.pp > 1:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                "ExponentialMovingAverage cannot be used under pipeline parallelism yet: each rank has the parameters of its own "
+                "stages. Leave it out, or train without pipeline_parallel."
+            )
         self._was_restored = False
 
     @override

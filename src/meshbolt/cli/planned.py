@@ -168,7 +168,9 @@ def _origin(key: str, loaded: Loaded, precision_origin: str, plan: Plan) -> str:
 
 
 def _sizes_of(plan: Plan) -> str:
-    return ", zero and tensor_parallel" if plan.mesh.tp > 1 else " and zero"
+    others = {"tensor_parallel": plan.mesh.tp, "pipeline_parallel": plan.mesh.pp}
+    (*first, last) = ["zero", *(name for name, size in others.items() if size > 1)]
+    return "".join(f", {name}" for name in first) + f" and {last}"
 
 
 def _setting_origin(section: str, name: str, loaded: Loaded) -> str:

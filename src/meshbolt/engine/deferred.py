@@ -8,6 +8,7 @@ are also made while the module is built, into memory that is freed at once: what
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -165,6 +166,16 @@ class Deferred:
                 self._steps[number].run(real)
             empty = torch.empty(0, dtype=part.dtype)
             return empty.set_(real[part.storage], part.offset, part.shape, part.stride)
+
+    def fingerprint(self) -> str:
+        """Return what is equal in processes that would compute equal values; files that would be read are taken to be."""
+        digest = hashlib.sha256()
+        for step in self._steps:
+            state = () if step.drawn_from is None else (step.drawn_from,)
+            digest.update(str(step.operation).encode())
+            for leaf in (*state, *tree_leaves((step.args, step.kwargs))):
+                digest.update(_bytes_of(leaf))
+        return digest.hexdigest()
 
     def gap(self, module: nn.Module) -> str | None:
         """Return why the module would not be what a plain build makes, if so.
@@ -372,6 +383,15 @@ def detach(module: nn.Module) -> Deferred | None:
         deferred.stop()
         delattr(module, _ATTRIBUTE)
     return deferred
+
+
+def _bytes_of(leaf: Any) -> bytes:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if isinstance(leaf, _Part):
+        return repr((leaf.dtype, leaf.shape, leaf.stride, leaf.offset)).encode()
+    is_plain = isinstance(leaf, (int, float, complex, str, torch.dtype, torch.device))
+    return (repr(leaf) if is_plain else type(leaf).__name__).encode()
 
 
 def _draws(operation: Any) -> bool:

@@ -4,11 +4,14 @@ A module that was built with real weights is broadcast from rank 0. A module bui
 module in the order of registration, from rank 0's random state, and each unit is sharded as soon as it is full: weights do not
 depend on the number of ranks, and for modules that draw in their layers' constructors they are those of a plain build. Where
 what the constructors do was noted (`deferred.py`), rank 0 does it, and weights are always those of a plain build.
+
+Of a pipeline's stages each rank keeps its own. Rank 0's values count there too, so what is sent passes through every rank, one
+tensor at a time; numbers are drawn for all tensors, one module at a time. What is read from files, or noted alike on all ranks,
+only those take who keep it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -17,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from meshbolt.collectives import same_on_all_ranks
 from meshbolt.engine.deferred import REMEDY, Deferred, attached, detach
 from meshbolt.engine.pretrained import PretrainedWeights, pretrained_weights
 from meshbolt.engine.stages import Stages
 from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.pipeline import is_foreign
 
 Shard = Callable[[nn.Module], None]
 
@@ -47,7 +52,8 @@ def fill_and_shard(
         UnsupportedError: a module that was built without its values has changed since in a way that loses some.
     """
     stages = stages or Stages()
-    filler = _Filler(module, device, _noted(module), stages)
+    ties = _ties(module)
+    filler = _Filler(module, device, _noted(module), stages, ties)
     unfinished: list[tuple[str, nn.Module]] = []
     with _random_state_of_rank_zero(device):
         for name, child in module.named_modules():
@@ -56,9 +62,17 @@ def fill_and_shard(
             if name in units:
                 unfinished.append((name, child))
             filler.fill(name, child)
-            stages.leave_others(name, child, device=device)
+            stages.leave_others(name, child, ties=ties, device=device)
         while unfinished:
             shard(unfinished.pop()[1])
+
+
+def _ties(module: nn.Module) -> dict[str, str]:
+    """Return the first name of each parameter that has several, by each of them: to hold on to parameters would keep them."""
+    first: dict[nn.Parameter, str] = {}
+    names = [(name, first.setdefault(p, name)) for name, p in module.named_parameters(remove_duplicate=False)]
+    several = {first_name for name, first_name in names if name != first_name}
+    return {name: first_name for name, first_name in names if first_name in several}
 
 
 def _noted(module: nn.Module) -> Deferred | None:
@@ -71,14 +85,21 @@ def _noted(module: nn.Module) -> Deferred | None:
 class _Filler:
     """Fills one module's own tensors at a time, keeping tied parameters tied."""
 
-    def __init__(self, module: nn.Module, device: torch.device, deferred: Deferred | None, stages: Stages) -> None:
-        self._root, self._stages, self._group = module, stages, stages.group
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        deferred: Deferred | None,
+        stages: Stages,
+        ties: Mapping[str, str],
+    ) -> None:
+        self._root, self._stages, self._ties = module, stages, ties
         self._device = device
         self._deferred = deferred
-        names = Counter(parameter for _, parameter in module.named_parameters(remove_duplicate=False))
-        # Only tied parameters are remembered: to hold on to all would keep the whole model in memory.
-        self._tied = {parameter for parameter, count in names.items() if count > 1}
-        self._real: dict[nn.Parameter, nn.Parameter] = {}
+        self._notes_agree = deferred is not None and _agree(deferred, stages)
+        # Only tied parameters are remembered, and only here: to hold on to all would keep the whole model in memory.
+        self._real: dict[str, nn.Parameter] = {}
+        self._done: set[str] = set()
         self._pretrained: dict[str, PretrainedWeights] = {}
 
     def fill(self, name: str, child: nn.Module) -> None:
@@ -86,41 +107,59 @@ class _Filler:
         if (weights := pretrained_weights(child)) is not None:
             self._pretrained[name] = weights
         computed = self._compute(name, child)
-        own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-        if any(tensor.is_meta for _, tensor in own):
+        own = _own(name, child)
+        if any(tensor.is_meta for tensor in own.values()):
+            if all(self._weights_of(full) for full in own):
+                self._stages.leave_others(name, child, ties=self._ties, device=self._device)
             self._initialise(name, child, computed)
             return
         self._read_pretrained(name, child)
-        for key, tensor in own:
-            if tensor not in computed and not self._is_elsewhere(name, key):
-                self._broadcast(tensor)
+        for full, tensor in own.items():
+            if tensor not in computed and not is_foreign(tensor):
+                self._broadcast(full, tensor)
 
-    def _is_elsewhere(self, name: str, key: str) -> bool:
-        return (f"{name}.{key}" if name else key) in self._stages.elsewhere
+    def _is_first(self, full: str) -> bool:
+        """Return whether a tensor comes by for the first time, under any of its names; the same on every rank."""
+        first = self._ties.get(full, full)
+        is_new = first not in self._done
+        self._done.add(first)
+        return is_new
+
+    def _remember(self, full: str, parameter: nn.Parameter) -> None:
+        if full in self._ties and full not in self._stages.elsewhere:
+            self._real[self._ties[full]] = parameter
+
+    def _remembered(self, full: str) -> nn.Parameter | None:
+        return self._real.get(self._ties.get(full, ""))
 
     def _compute(self, name: str, child: nn.Module) -> set[torch.Tensor]:
         """Give values to tensors whose making was noted, and return them."""
         computed: set[torch.Tensor] = set()
-        for key, parameter in list(child.named_parameters(recurse=False)):
-            if not self._is_noted(parameter):
+        for full, tensor in _own(name, child).items() if self._deferred is not None else ():
+            key = full.rpartition(".")[2]
+            if not self._is_noted(tensor):
                 continue
-            if self._is_elsewhere(name, key):
-                self._stages.leave(child, key, device=self._device)
-                continue
-            if parameter not in self._real:
-                real = nn.Parameter(self._value(parameter), requires_grad=parameter.requires_grad)
-                real.__dict__.update(parameter.__dict__)
-                if parameter in self._tied:
-                    self._real[parameter] = real
-            else:
-                real = self._real[parameter]
-            setattr(child, key, real)
-            computed.add(real)
-        for key, buffer in list(child.named_buffers(recurse=False)):
-            if self._is_noted(buffer):
-                child._buffers[key] = value = self._value(buffer)
+            if not isinstance(tensor, nn.Parameter):
+                child._buffers[key] = value = self._value(tensor)
                 computed.add(value)
+            elif full not in self._stages.elsewhere:
+                setattr(child, key, real := self._computed(full, tensor))
+                computed.add(real)
+            else:
+                if not self._notes_agree and self._is_first(full):
+                    self._value(tensor)  # for those who keep it
+                first = self._ties.get(full, full)
+                self._stages.leave(child, key, first=first, device=self._device)
         return computed
+
+    def _computed(self, full: str, parameter: nn.Parameter) -> nn.Parameter:
+        real = self._remembered(full)
+        if real is None:
+            self._is_first(full)
+            real = nn.Parameter(self._value(parameter), requires_grad=parameter.requires_grad)
+            real.__dict__.update(parameter.__dict__)
+            self._remember(full, real)
+        return real
 
     def _is_noted(self, tensor: torch.Tensor) -> bool:
         return self._deferred is not None and self._deferred.knows(tensor)
@@ -128,28 +167,23 @@ class _Filler:
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._deferred is None:
             raise AssertionError("Nothing was noted.")
-        is_first = dist.get_rank(self._group) == 0
+        group = self._stages.group if self._notes_agree else None
+        is_first = dist.get_rank(group) == 0
         value = self._deferred.value(tensor) if is_first else torch.empty_like(tensor, device="cpu")
-        self._broadcast(value)
-        return value
+        return _sent(value.to(self._device), group=group)
 
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        if tensor in self._real:
+    def _broadcast(self, full: str, tensor: torch.Tensor) -> None:
+        if not self._is_first(full):
             return
-        if tensor in self._tied:
-            self._real[cast("nn.Parameter", tensor)] = cast("nn.Parameter", tensor)
-        tensor.data = tensor.data.to(self._device)
-        if dist.get_world_size(self._group) > 1:
-            whole = tensor.data.clone(memory_format=torch.contiguous_format)
-            # As bytes: backends know few of the dtypes.
-            dist.broadcast(whole.view(-1).view(torch.uint8), group=self._group, group_src=0)
-            if _is_expanded(tensor):
-                tensor.data = whole  # no value can be written where several elements share a place
-            else:
-                tensor.data.copy_(whole)
+        if full in self._stages.elsewhere:
+            _sent(tensor.data.to(self._device))  # for those who keep it
+            return
+        if isinstance(tensor, nn.Parameter):
+            self._remember(full, tensor)
+        tensor.data = _sent(tensor.data.to(self._device))
 
     def _initialise(self, name: str, child: nn.Module, computed: set[torch.Tensor]) -> None:
-        tied = self._make_real(child)
+        tied = self._make_real(name, child)
         before: dict[torch.Tensor, torch.Tensor] = {parameter: parameter.detach().clone() for parameter in tied}
         if not self._read_pretrained(name, child):
             with _kept(computed):
@@ -158,36 +192,45 @@ class _Filler:
         _put_back(before)
         _check_filled(name, child)
 
-    def _make_real(self, child: nn.Module) -> list[nn.Parameter]:
+    def _make_real(self, name: str, child: nn.Module) -> set[nn.Parameter]:
         """Replace meta tensors by real ones full of NaN; return those that another module has filled already."""
-        tied = []
-        for key, parameter in list(child.named_parameters(recurse=False)):
-            if parameter in self._real:
-                tied.append(self._real[parameter])
-                setattr(child, key, self._real[parameter])
-            elif parameter.is_meta:
-                real = nn.Parameter(_unfilled(parameter, self._device), requires_grad=parameter.requires_grad)
-                if parameter in self._tied:
-                    self._real[parameter] = real
+        tied, made = set[nn.Parameter](), set[nn.Parameter]()
+        for full, tensor in _own(name, child).items():
+            key = full.rpartition(".")[2]
+            if not isinstance(tensor, nn.Parameter):
+                child._buffers[key] = _unfilled(tensor, self._device) if tensor.is_meta else tensor.to(self._device)
+                continue
+            real = self._remembered(full)
+            if real is not None and real not in made:
+                tied.add(real)
+            elif real is None and tensor.is_meta:
+                real = nn.Parameter(_unfilled(tensor, self._device), requires_grad=tensor.requires_grad)
+                made.add(real)
+                self._remember(full, real)
+            if real is not None:
                 setattr(child, key, real)
-        for key, buffer in list(child.named_buffers(recurse=False)):
-            child._buffers[key] = _unfilled(buffer, self._device) if buffer.is_meta else buffer.to(self._device)
         return tied
 
     def _read_pretrained(self, name: str, child: nn.Module) -> bool:
         """Fill what pretrained weights there are; return whether that was everything."""
-        own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-        found = [self._read_tensor(f"{name}.{key}" if name else key, tensor) for key, tensor in own]
+        found = [self._read_tensor(full, tensor) for full, tensor in _own(name, child).items()]
         return all(found)
 
-    @torch.no_grad()
-    def _read_tensor(self, name: str, tensor: torch.Tensor) -> bool:
+    def _weights_of(self, full: str) -> tuple[PretrainedWeights, str] | None:
+        """Return which weights have a tensor, and its name in them."""
         for owner, weights in self._pretrained.items():
-            inside = name.removeprefix(f"{owner}.") if owner else name
-            if (not owner or name.startswith(f"{owner}.")) and inside in weights.files:
-                tensor.copy_(weights.read(inside))
-                return True
-        return False
+            inside = full.removeprefix(f"{owner}.") if owner else full
+            if (not owner or full.startswith(f"{owner}.")) and inside in weights.files:
+                return weights, inside
+        return None
+
+    @torch.no_grad()
+    def _read_tensor(self, full: str, tensor: torch.Tensor) -> bool:
+        found = self._weights_of(full)
+        if found is not None and not is_foreign(tensor):
+            weights, inside = found
+            tensor.copy_(weights.read(inside))
+        return found is not None
 
     def _call_initialiser(self, name: str, child: nn.Module) -> None:
         own = getattr(child, "reset_parameters", None) or getattr(child, "_reset_parameters", None)
@@ -212,6 +255,29 @@ class _Filler:
         return None
 
 
+def _own(name: str, child: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a module's own tensors by their whole names, parameters first."""
+    parameters = child.named_parameters(name, recurse=False, remove_duplicate=False)
+    buffers = child.named_buffers(name, recurse=False, remove_duplicate=False)
+    return dict[str, torch.Tensor]([*parameters, *buffers])
+
+
+def _agree(deferred: Deferred, stages: Stages) -> bool:
+    """Return whether all stages would compute the same values, so that each can compute its own."""
+    return stages.pipeline is None or same_on_all_ranks(deferred.fingerprint())[0]
+
+
+def _sent(value: torch.Tensor, *, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+    """Return the first rank's value on all ranks of a group, in place where that can be."""
+    if dist.get_world_size(group) == 1:
+        return value
+    whole = value if value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
+    # As bytes: backends know few of the dtypes.
+    dist.broadcast(whole.view(-1).view(torch.uint8), group=group, group_src=0)
+    # No value can be written where several elements share a place.
+    return whole if whole is value or _is_expanded(value) else value.copy_(whole)
+
+
 @contextmanager
 def _kept(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
     before = {tensor: tensor.detach().clone() for tensor in tensors}
@@ -231,11 +297,11 @@ def _unfilled(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _check_filled(name: str, child: nn.Module) -> None:
-    own = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
-    for key, tensor in own:
-        if tensor.is_floating_point() and tensor.numel() and bool(tensor.detach().isnan().any()):
+    for full, tensor in _own(name, child).items():
+        has_values = tensor.is_floating_point() and tensor.numel() and not is_foreign(tensor)
+        if has_values and bool(tensor.detach().isnan().any()):
             raise ConfigError(
-                f"{name + '.' if name else ''}{key} of {type(child).__name__} was built on the meta device, and "
+                f"{full} of {type(child).__name__} was built on the meta device, and "
                 "reset_parameters() left it without values. Fill it there, create it with device='cpu', or build the model "
                 "in __init__ instead of configure_model."
             )

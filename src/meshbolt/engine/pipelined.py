@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -136,8 +136,10 @@ class PipelinedEngine(Engine):
                 for hook in hooks if parameter.grad is not None else ():
                     hook(parameter)
         self._apply_window()
-        self._stash = [(p, p.grad) for p in self._held() if p.grad is not None] if self._hidden is not None else []
-        for parameter in self._held() if self._hidden is not None else ():
+        if self._hidden is None:
+            return
+        self._stash = [(p, p.grad) for p in self._held() if p.grad is not None]
+        for parameter in self._held():
             parameter.grad = self._hidden.get(parameter)
         self._hidden = None
 

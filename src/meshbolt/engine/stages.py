@@ -34,7 +34,7 @@ class Stages:
     pipeline: dist.ProcessGroup | None = None
     group: dist.ProcessGroup | None = None
     _foreign: Foreign = field(default_factory=Foreign, repr=False)
-    _made: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict, repr=False)
+    _made: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)  # by name: what is let go of must be free
 
     def parameters_elsewhere(self, module: nn.Module) -> frozenset[nn.Parameter]:
         """Return the parameters of a module that other ranks hold, as they are now."""
@@ -50,31 +50,34 @@ class Stages:
     def _is_here(self, block: nn.Module, units: UnitPlan) -> bool:
         return not self.elsewhere or any(parameter not in units.whole for parameter in block.parameters())
 
-    def leave_others(self, name: str, child: nn.Module, *, device: torch.device) -> None:
+    def leave_others(self, name: str, child: nn.Module, *, ties: Mapping[str, str], device: torch.device) -> None:
         """Let go of a module's own parameters that other ranks hold; what stands in their places has no values.
 
         Args:
             name: of the module.
             child: the module.
+            ties: the first name of each parameter that has several, by each of them, so that it stays one.
             device: where computations with them would take place.
         """
         for key in list(child._parameters) if self.elsewhere else ():
-            if (f"{name}.{key}" if name else key) in self.elsewhere:
-                self.leave(child, key, device=device)
+            full = f"{name}.{key}" if name else key
+            if full in self.elsewhere:
+                self.leave(child, key, first=ties.get(full, full), device=device)
 
-    def leave(self, child: nn.Module, key: str, *, device: torch.device) -> None:
+    def leave(self, child: nn.Module, key: str, *, first: str, device: torch.device) -> None:
         """Let go of one parameter of a module.
 
         Args:
             child: the module.
             key: of the parameter in it.
+            first: the parameter's first name in the whole module.
             device: where computations with it would take place.
         """
         parameter = child._parameters[key]
         if parameter is None or is_foreign(parameter):
             return
-        if parameter not in self._made:
+        if first not in self._made:
             foreign = self._foreign.like(parameter, device=device)
-            self._made[parameter] = nn.Parameter(foreign, requires_grad=parameter.requires_grad)
+            self._made[first] = nn.Parameter(foreign, requires_grad=parameter.requires_grad)
         # By assignment: recurrent layers keep a list of their parameters.
-        setattr(child, key, self._made[parameter])
+        setattr(child, key, self._made[first])

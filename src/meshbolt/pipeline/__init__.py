@@ -5,18 +5,21 @@ stand for what other stages hold, `calls.py` stands between callers and units, `
 without values what crosses each cut and who needs which parameter (`plan.py`), `stage.py` runs a stage, `streams.py` has the
 random numbers, `cuts.py` finds cuts as the user's `setting.py` says, `balance.py` chooses them by the work that `cost.py`
 counts, `microbatch.py` divides batches, and `emulate.py` runs all stages in one process. `runtime.py` runs them on ranks, in the
-orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draws. May import: `blocks`, `compat`, `errors`.
+orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draws. `compare.py` compares stages with the module,
+and `report.py` says what was found. May import: `blocks`, `compat`, `errors`.
 """
 
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.balance import balanced, choose_cuts
 from meshbolt.pipeline.calls import Calls
+from meshbolt.pipeline.compare import compare_stages
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.cuts import cuts_of
 from meshbolt.pipeline.emulate import emulate
 from meshbolt.pipeline.microbatch import batch_size, split_batch
 from meshbolt.pipeline.picture import draw
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
+from meshbolt.pipeline.report import PipelineReport
 from meshbolt.pipeline.runtime import Pipeline
 from meshbolt.pipeline.schedule import SCHEDULES
 from meshbolt.pipeline.setting import PipelineParallel
@@ -36,12 +39,14 @@ __all__ = [
     "Pipeline",
     "PipelineParallel",
     "PipelinePlan",
+    "PipelineReport",
     "Timeline",
     "analyse",
     "balanced",
     "batch_size",
     "buffers_apart",
     "choose_cuts",
+    "compare_stages",
     "cuts_of",
     "draw",
     "emulate",

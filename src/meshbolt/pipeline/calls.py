@@ -80,6 +80,7 @@ class Calls:
             name: list(unit.modules()) for name, unit in self.units.items() if next(unit.parameters(), None) is not None
         }
         self._watcher: Watcher | None = None
+        self.is_in_pieces = False  # whether it can be called in steps only
         self._is_in_backward = False
         self._counts = Counter[str]()
         self._ran: dict[int, tuple[int, set[Call]]] = {}
@@ -139,6 +140,11 @@ class Calls:
                 f"{name!r} is called again in the backward pass: the step has wrapped it in torch.utils.checkpoint, so that its "
                 "random numbers and what other stages hold would be others. Recompute inside of the layers, as Hugging Face's "
                 "gradient_checkpointing_enable() does."
+            )
+        if watcher is None and self.is_in_pieces:
+            raise UnsupportedError(
+                f"{name!r} was called outside of a step, and under pipeline parallelism no rank has all of the module. Call it "
+                "in training_step, validation_step, test_step or predict_step."
             )
         if watcher is None:
             return proceed(*args, **kwargs)

@@ -124,7 +124,7 @@ class Pipeline:
         """
         others = self.others(plan)
         self._kept.enter_context(foreign_parameters(self._module, others, Foreign(), device=self._device))
-        self._own = plan.stages_of.keys() - others
+        self._own = frozenset(plan.stages_of) - others
 
     def run_by(self, passes: Passes, plan: PipelinePlan) -> None:
         """Let an engine surround the passes of stages, which has left the parameters of others and reduces gradients.
@@ -133,7 +133,8 @@ class Pipeline:
             passes: the engine.
             plan: of the first step.
         """
-        self._passes, self._own = passes, plan.stages_of.keys() - self.others(plan)
+        self._calls.is_in_pieces = True
+        self._passes, self._own = passes, self._needed(plan)
 
     def others(self, plan: PipelinePlan) -> frozenset[str]:
         """Return the names of the parameters that only other ranks need for a step."""

@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from meshbolt.errors import ConfigError, UnsupportedError
@@ -60,6 +62,31 @@ def check_trainer(trainer: pl.Trainer, *, world_size: int) -> None:
             "sync_batchnorm=True needs GPUs: torch's SyncBatchNorm does not run on a CPU. Set sync_batchnorm=False; each "
             "rank then normalises by its own batch."
         )
+
+
+def check_pipelined(trainer: pl.Trainer) -> None:
+    """Refuse what cannot be with a model whose stages are on different ranks.
+
+    Args:
+        trainer: with its module.
+
+    Raises:
+        UnsupportedError: there is such a thing.
+    """
+    module = trainer.lightning_module
+    name = type(module).__name__
+    if trainer.state.fn == TrainerFn.FITTING and not module.automatic_optimization:
+        raise UnsupportedError(
+            f"{name} optimises by itself (automatic_optimization = False). Under pipeline parallelism forward and backward "
+            "passes of microbatches take turns, so that no code of its own could stand between them. Use automatic "
+            "optimisation, or train without pipeline_parallel."
+        )
+    for step in ("training_step", "validation_step", "test_step", "predict_step"):
+        if is_param_in_hook_signature(getattr(module, step), "dataloader_iter", explicit=True):
+            raise UnsupportedError(
+                f"{name}.{step} takes a dataloader_iter, so that it would take another batch for each microbatch and stage. Let "
+                "it take a batch, which pipeline parallelism divides."
+            )
 
 
 def refuse_compiled(module: pl.LightningModule | None) -> None:

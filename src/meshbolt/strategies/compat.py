@@ -128,13 +128,13 @@ def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
 
 def loader_of_run(trainer: pl.Trainer) -> Any:
     """Return the first loader of what a Trainer is about to run, as the user made it; None where there is none."""
-    loops = {
+    loops: dict[Any, Any] = {
         TrainerFn.FITTING: trainer.fit_loop,
         TrainerFn.VALIDATING: trainer.validate_loop,
         TrainerFn.TESTING: trainer.test_loop,
         TrainerFn.PREDICTING: trainer.predict_loop,
     }
-    source = loops[trainer.state.fn]._data_source if trainer.state.fn in loops else None  # type: ignore[index]
+    source = loops[trainer.state.fn]._data_source if trainer.state.fn in loops else None
     loader = source.dataloader() if source is not None and source.is_defined() else None
     return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
 

@@ -23,7 +23,7 @@ from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
-from meshbolt.engine import Engine, PipelinedEngine, Stages, gathered
+from meshbolt.engine import Engine, PipelinedEngine, gathered
 from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
 from meshbolt.errors import ConfigError
 from meshbolt.mesh import build_mesh
@@ -44,6 +44,7 @@ from meshbolt.strategies.data_parallel import DataParallelRanks
 from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
 from meshbolt.strategies.examples import Example
 from meshbolt.strategies.loaders import checked_loader
+from meshbolt.strategies.pipelined import StagedModule
 from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.strategies.saving import Saving
 from meshbolt.tensor import TensorParallel
@@ -329,20 +330,21 @@ class MeshCore(DataParallelRanks):
             raise ConfigError("The module is not set up yet, so there is nothing sharded to work on.")
         return next(reversed(self._engines.values()))
 
-    def _compose(self, module: nn.Module, *, example: Example, stages: Stages | None = None) -> Engine:
+    def _compose(self, module: nn.Module, *, example: Example, staged: StagedModule | None = None) -> Engine:
         """Shard a module, unless that was done already."""
         if module not in self._engines:
-            make = Engine if stages is None else PipelinedEngine
-            options = {} if stages is None else {"stages": stages}
-            self._engines[module] = make(
-                module,
-                plan=self.plan,
-                mesh=self.device_mesh,
-                device=self.root_device,
-                timeout=self._timeout,
-                example=example,
-                **options,
-            )
+            options: dict[str, Any] = {
+                "plan": self.plan,
+                "mesh": self.device_mesh,
+                "device": self.root_device,
+                "timeout": self._timeout,
+                "example": example,
+            }
+            if staged is None:
+                self._engines[module] = Engine(module, **options)
+            else:
+                self._engines[module] = engine = PipelinedEngine(module, stages=staged.stages, **options)
+                staged.run_by(engine)
             say_what_is_divided(self._engines[module])
         self._count_samples_once(module)
         return self._engines[module]

@@ -16,6 +16,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "zero2": {"zero": 2},
         "zero3": {"zero": 3},
         "tensor_parallel": {"zero": 0, "tensor_parallel": "node"},
+        "pipeline_parallel": {"zero": 1, "pipeline_parallel": 2},
+        "mesh_3d": {"zero": 1, "tensor_parallel": 2, "pipeline_parallel": 2},
     }
 )
 

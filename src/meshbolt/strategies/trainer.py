@@ -179,7 +179,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             self._compose(module, example=example)
             return
         steps = PipelinedSteps(trainer, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
-        steps.run_by(self._compose(module, example=example, stages=steps.stages))
+        self._compose(module, example=example, staged=steps)
         self._steps = steps
 
     _steps: PipelinedSteps | None = None

@@ -84,6 +84,22 @@ def test_lists_of_single_layers_are_lists_of_blocks_when_they_are_named() -> Non
     assert found(Plain(), blocks="layers") == ("layers.c",)
 
 
+def test_lists_inside_of_blocks_may_be_named() -> None:
+    class Group(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    module = nn.Sequential(Group(), Group())
+    assert found(module, blocks=["0.layers", "1.layers"], split=[2, 4]) == ("0.layers.2",)
+    assert found(module, blocks=["1.layers", "0.layers"], size=3) == ("0.layers.2", "1.layers.1")
+
+
 def test_repeated_blocks_are_found_for_a_split() -> None:
     module = Translator()
     del module.unused

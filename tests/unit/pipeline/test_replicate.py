@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshbolt.errors import ConfigError, UnsupportedError
-from meshbolt.pipeline import Calls, PipelineParallel, analyse, cuts_of, emulate
+from meshbolt.pipeline import Call, Calls, PipelineParallel, analyse, cuts_of, emulate
 from meshbolt.pipeline.plan import PipelinePlan
 
 CPU = torch.device("cpu")
@@ -181,11 +181,70 @@ def test_a_module_without_values_is_cut_alike(forward: Forward, replicate: tuple
 
 
 def test_a_stage_is_not_begun_with_what_all_keep() -> None:
-    net, steps = made(conditioned)
-    setting = PipelineParallel(3, replicate=["conditions"])
-    cuts = cuts_of(net, setting, steps[0], device=CPU)
-    assert len(cuts) == 2
-    emulate(net, steps, cuts, replicate=setting.replicate)
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.kept, self.last = nn.Linear(64, 64), nn.Linear(64, 32), nn.Linear(64, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.first(x)
+            return self.last(first + torch.cat([self.kept(x)] * 2, dim=1)).mean()
+
+    net, x = Uneven(), torch.ones(8, 64)
+
+    def cuts(*replicate: str) -> tuple[str, ...]:
+        return cuts_of(net, PipelineParallel(2, replicate=replicate), lambda: net(x), device=CPU)
+
+    assert cuts() == ("kept",)
+    assert cuts("kept") == ("last",)
+
+
+class Box:
+    """Holds a tensor where nobody looks for one."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Boxing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Conditioning()
+
+    def forward(self, ids: Tensor) -> Box:
+        return Box(self.inner(ids))
+
+
+def test_a_kept_module_may_return_anything() -> None:
+    def conditioned_by_box(net: Net, ids: Tensor) -> Tensor:
+        box = net.boxing(ids)
+        x = net.words(ids)
+        for layer in net.layers:
+            x = layer(x) + box.tensor[:, None]
+        return x
+
+    def run(cuts: Sequence[str], replicate: Sequence[str]) -> dict[str, Any]:
+        net, steps = made(conditioned_by_box)
+        net.boxing = Boxing().double()
+        emulate(net, steps, cuts, replicate=replicate, seed=3)
+        return trained(net)
+
+    torch.manual_seed(0)
+    expected = run((), ())
+    torch.manual_seed(0)
+    torch.testing.assert_close(run(CUTS, ("boxing",)), expected, rtol=0.0, atol=1e-12)
+
+
+def test_what_a_kept_module_updates_counts_once_for_each_microbatch_of_a_process() -> None:
+    calls = Calls(made(conditioned)[0], CUTS, replicate=("conditions",))
+    calls.remove()
+    for _step in range(2):
+        for microbatch in range(2):
+            ran = calls.ran_before(stage=1, microbatch=microbatch)
+            assert ran == set()
+            ran.add(Call("conditions"))
+        for microbatch in range(2):
+            assert calls.ran_before(stage=2, microbatch=microbatch) == {Call("conditions")}
 
 
 def test_an_argument_of_all_layers_need_not_be_sent() -> None:

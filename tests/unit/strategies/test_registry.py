@@ -8,6 +8,12 @@ from meshbolt import MeshStrategy
 from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
 from meshbolt.strategies import PRESETS, register_presets
 
+CALLS = {
+    "tensor_parallel": "MeshStrategy(zero=0, tensor_parallel='node')",
+    "pipeline_parallel": "MeshStrategy(zero=1, pipeline_parallel=2)",
+    "mesh_3d": "MeshStrategy(zero=1, tensor_parallel=2, pipeline_parallel=2)",
+}
+
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_the_call_it_is_described_as_in_both_registries(name: str) -> None:
@@ -16,12 +22,11 @@ def test_a_preset_is_the_call_it_is_described_as_in_both_registries(name: str) -
 
         assert type(strategy) is kind
         assert strategy.settings == kind(**PRESETS[name]).settings
-        more = ", tensor_parallel='node'" if name == "tensor_parallel" else ""
-        assert registry[name]["description"] == f"MeshStrategy(zero={strategy.settings.zero.stage}{more})"
+        assert registry[name]["description"] == CALLS.get(name, f"MeshStrategy(zero={strategy.settings.zero.stage})")
 
 
 def test_presets_can_be_registered_again() -> None:
     register_presets(MeshStrategy, FabricMeshStrategy)
 
-    ours = {name for name in StrategyRegistry.available_strategies() if name.startswith(("zero", "tensor"))}
+    ours = {name for name in StrategyRegistry.available_strategies() if name.startswith(("zero", "tensor", "pipeline", "mesh"))}
     assert ours == set(PRESETS)

@@ -25,9 +25,12 @@ def test_a_module_that_can_be_cut_is_shown_with_what_passes_each_cut() -> None:
     report = verify_pipeline(module, tokens(), cuts=["blocks.1", "blocks.3"])
     assert report.is_equal
     lines = str(report).splitlines()
-    assert "stage 1:" in lines[3]
-    assert "begins with blocks.1" in lines[3]
-    assert "sends output of blocks.2: [2, 16, 16] float64, 4,096 bytes" in lines[4]
+    assert "stage 0:" in lines[1]
+    assert lines[2] == "    holds tokens, positions, blocks.0"
+    assert "stage 1:" in lines[4]
+    assert "begins with blocks.1" in lines[4]
+    assert lines[5] == "    holds blocks.1-2"
+    assert "sends output of blocks.2: [2, 16, 16] float64, 4,096 bytes" in lines[6]
     assert lines[-1].startswith("equal to the whole module: losses differ by 0.0e+00")
     assert sum(report.shares) == pytest.approx(1.0)
     assert sum(report.num_parameters) == sum(p.numel() for p in module.parameters())

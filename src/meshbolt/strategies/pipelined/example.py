@@ -55,8 +55,8 @@ def _found(loader: Any) -> Any:
     iterator = iter(source) if hasattr(source, "__iter__") else None
     if iterator is None or iterator is source:
         raise ConfigError(
-            f"pipeline_parallel has to see a batch before training, to find out how the model is cut, and {type(source).__name__} "
-            "gives each sample once. Name a method of the module that returns a batch: "
+            "pipeline_parallel has to see a batch before training, to find out how the model is cut, and "
+            f"{type(source).__name__} gives each sample once. Name a method of the module that returns a batch: "
             'PipelineParallel(example_batch="example_batch").'
         )
     if not is_plain:

@@ -8,7 +8,8 @@ What is logged becomes, by its `reduce_fx`: for "mean" the mean over microbatche
 and "min" that of the microbatches. This is what one process logs for means, sums and extremes over samples. A value that is not
 linear in the samples, such as the exponential of a loss, is the mean of its values for each microbatch; and a value that counts
 batches, logged with "sum", counts microbatches. A name that only some microbatches log is combined over those. A metric object
-is no value but a place in the module; `metrics.py` has what it returns for the whole batch.
+is no value but a place in the module; `metrics.py` has what it returns for the whole batch. Values have no graph, also those
+logged with `enable_graph`.
 
 `batch_size` tells Lightning how much a batch counts in an epoch. `len(x)`, a number of tokens and the like are those of the
 microbatch: they are the weights of its mean, and their sum is given. A number that does not come from the microbatch is given as
@@ -58,7 +59,7 @@ class MetricAt:
 
     Attributes:
         path: the module's attribute, as in `named_modules`; None: it is not the module's.
-        forward_value: what calling it has returned last, on the CPU; None if it was not called.
+        forward_value: what calling it has returned last, without a graph; None if it was not called.
     """
 
     path: str | None
@@ -204,9 +205,7 @@ class _Recorder:
         if not isinstance(value, Metric):
             # A copy, as Lightning makes one: the user may change the tensor afterwards.
             return map_tensors(lambda tensor: tensor.detach().clone(), value)
-        return MetricAt(
-            _path_of(value, self._module), map_tensors(lambda tensor: tensor.detach().cpu(), value._forward_cache)
-        )
+        return MetricAt(_path_of(value, self._module), map_tensors(torch.Tensor.detach, value._forward_cache))
 
     def _portable(self, logged: Logged) -> Logged:
         """Return a call itself if it can be sent to other ranks, else one whose replay raises why not."""
@@ -279,8 +278,7 @@ def _as_given(settings: dict[str, Any]) -> dict[str, Any]:
 def _form_of(logged: Logged) -> tuple[Any, ...]:
     """Return what calls of one name have alike in every microbatch."""
     settings = {key: value for key, value in logged.settings.items() if key != "batch_size"}
-    kind = logged.value.path if isinstance(logged.value, MetricAt) else None
-    return isinstance(logged.value, MetricAt), kind, settings
+    return (logged.value.path if isinstance(logged.value, MetricAt) else "", settings)
 
 
 def _combined(group: Sequence[tuple[Logged, int]], total: int, constants: dict[str, bool]) -> Logged:
@@ -363,25 +361,28 @@ def _default_dtype() -> torch.dtype:
 def _fetched(per_microbatch: Sequence[Sequence[Logged]]) -> list[list[Logged]]:
     """Return the calls with their values on the CPU, fetched from a device all at once: each fetch waits for the device."""
     waiting: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in (each.value for logged in per_microbatch for each in logged if _is_single(each.value)):
-        if tensor.device.type != "cpu":
+
+    def await_single(tensor: torch.Tensor) -> None:
+        if tensor.numel() == 1:
             waiting.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+
+    map_tensors(await_single, [[_content(each.value) for each in logged] for logged in per_microbatch])
     here = {
         id(tensor): value.reshape(tensor.shape)
         for tensors in waiting.values()
         for tensor, value in zip(tensors, torch.stack([each.reshape(()) for each in tensors]).cpu(), strict=True)
     }
-    return [
-        [
-            dataclasses.replace(each, value=map_tensors(lambda t: here.get(id(t), t).cpu(), each.value))
-            for each in logged
-        ]
-        for logged in per_microbatch
-    ]
+
+    def fetch(logged: Logged) -> Logged:
+        found = map_tensors(lambda tensor: here.get(id(tensor), tensor).cpu(), _content(logged.value))
+        is_metric = isinstance(logged.value, MetricAt)
+        return dataclasses.replace(logged, value=MetricAt(logged.value.path, found) if is_metric else found)
+
+    return [[fetch(each) for each in logged] for logged in per_microbatch]
 
 
-def _is_single(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
+def _content(value: Any) -> Any:
+    return value.forward_value if isinstance(value, MetricAt) else value
 
 
 def _metric_at(module: pl.LightningModule, place: MetricAt, settings: Mapping[str, Any]) -> Metric:

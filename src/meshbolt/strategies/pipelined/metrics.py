@@ -42,7 +42,8 @@ def share_metrics(
     """Let every rank ask the metrics of a module for their values, which one of them knows.
 
     `compute()` of each then is a collective: the source computes, together with the ranks that its metrics sync with, and the
-    others get its value, or raise its error. Metrics that a module gets later are not covered: call it again, after the undo.
+    others get its value, or raise its error. Metrics that a module gets later are not covered: call it again, which replaces what
+    was there.
 
     Args:
         module: whose metrics; the same on every rank of the group.
@@ -58,10 +59,12 @@ def share_metrics(
     sharing = _Sharing(group, source, is_in_step)
     held: list[tuple[Metric, dict[str, Any]]] = []
     for metric in _metrics_of(module).values():
-        held.append((metric, {name: vars(metric)[name] for name in ("compute", "dist_sync_fn")}))
-        vars(metric)["compute"] = sharing.compute_of(metric)
-        if samples_group is not None and metric.process_group is None and metric.dist_sync_fn is None:
-            vars(metric)["dist_sync_fn"] = _GatherOver(samples_group)
+        plain = getattr(metric.compute, "shares", metric.compute)
+        sync = None if isinstance(metric.dist_sync_fn, _GatherOver) else metric.dist_sync_fn
+        held.append((metric, {"compute": plain, "dist_sync_fn": sync}))
+        vars(metric)["compute"] = sharing.compute_of(metric, plain)
+        is_free = samples_group is not None and metric.process_group is None and sync is None
+        vars(metric)["dist_sync_fn"] = _GatherOver(samples_group) if is_free else sync
 
     def undo() -> None:
         for metric, attributes in held:
@@ -176,8 +179,8 @@ class _Sharing:
         self._is_in_step = is_in_step
         self._is_computing = False
 
-    def compute_of(self, metric: Metric) -> Callable[..., Any]:
-        plain = metric.compute
+    def compute_of(self, metric: Metric, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what takes the place of a metric's `compute`."""
 
         @functools.wraps(plain)
         def compute(*args: Any, **kwargs: Any) -> Any:
@@ -186,6 +189,7 @@ class _Sharing:
                 return plain(*args, **kwargs)
             return self._shared(functools.partial(plain, *args, **kwargs), metric)
 
+        vars(compute)["shares"] = plain
         return compute
 
     def _shared(self, plain: Callable[[], Any], metric: Metric) -> Any:
@@ -212,7 +216,7 @@ class _Sharing:
 class _GatherOver:
     """torchmetrics' own gathering, over a group. A copy of a metric shares it; in a file it is the plain one."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
 
     def __call__(self, result: torch.Tensor, group: Any = None) -> list[torch.Tensor]:

@@ -14,6 +14,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tests.unit.strategies.pipelined.microbatched import Microbatched, Plain, fit, loader, seeded
 from torch import Tensor
@@ -395,3 +397,32 @@ def test_a_metric_that_nobody_called_has_no_value_of_its_step() -> None:
 
     assert isinstance(combined.value, MetricAt)
     assert combined.value.forward_value is None
+
+
+class Kept(Logger):
+    """A logger that keeps what it gets."""
+
+    name = version = "kept"
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: Any, step: Any = None) -> None:
+        self.rows.append(dict(metrics))
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def test_a_module_that_fabric_trains_logs_through_it() -> None:
+    kept, module, logged = Kept(), seeded(Plain, losses), []
+    module.fabric = Fabric(accelerator="cpu", devices=1, loggers=kept)
+    for value in (1.0, 3.0):
+        logged.append([])
+        with record_logs(module, logged[-1]):
+            module.log("a", torch.tensor(value))
+            module.log_dict({"b": value, "c": 2 * value})
+
+    assert kept.rows == []
+    replay(module, combine(logged, [1, 1]))
+    assert kept.rows == [{"a": 2.0}, {"b": 2.0}, {"c": 4.0}]

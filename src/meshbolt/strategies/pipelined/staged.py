@@ -1,0 +1,178 @@
+"""A module whose stages are on several ranks, for whichever loop takes steps with it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshbolt.collectives import agree_on_error, same_on_all_ranks
+from meshbolt.config import Plan
+from meshbolt.engine import PipelinedEngine, Stages
+from meshbolt.engine.placeholders import model_state, states_of_all_stages
+from meshbolt.errors import TopologyError
+from meshbolt.mesh import MeshAxis, stage_group
+from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, split_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstStep:
+    """A step of one microbatch, by which it is found out how the module is cut.
+
+    Attributes:
+        kind: of the step, such as "training_step".
+        look: takes the step; nothing is logged or kept of it.
+        microbatch: that it takes.
+        count: of microbatches in a batch.
+        trains: it has a backward pass.
+    """
+
+    kind: str
+    look: Callable[[], Any]
+    microbatch: Any
+    count: int
+    trains: bool
+
+
+class StagedModule:
+    """This rank's stages of a module.
+
+    Args:
+        module: the user's, before it is sharded.
+        plan: of the run.
+        mesh: of all axes.
+        device: this rank's.
+    """
+
+    def __init__(self, module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
+        self._module: Any = module
+        self._plan, self._device = plan, device
+        self._setting = plan.settings.pipeline_parallel
+        self._group = mesh.get_group(MeshAxis.PP.value)
+        self._count = 1
+        self._engine: PipelinedEngine | None = None
+        prepared: list[tuple[Pipeline, PipelinePlan]] = []
+        agree_on_error(lambda: prepared.append(self._prepare()))
+        self._pipeline, self._first_plan = prepared[0]
+        self._check_same()
+        self._owner = self._pipeline.rank_of_last_stage
+        self.stages = self._stages_of(stage_group(mesh))
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks of this pipeline."""
+        return self._group
+
+    @property
+    def plan(self) -> PipelinePlan:
+        """How the first step is cut."""
+        return self._first_plan
+
+    def run_by(self, engine: PipelinedEngine) -> None:
+        """Take the engine, once it holds this rank's stages.
+
+        Args:
+            engine: surrounds their passes.
+        """
+        self._engine = engine
+        self._pipeline.run_by(engine, self._first_plan)
+
+    def buffers_elsewhere(self) -> frozenset[str]:
+        """Return the names of the buffers that units of other ranks' stages keep up to date."""
+        own = set(self._pipeline.own_stages)
+        stages = self._first_plan.stages_of_units
+        names = [name for name, _ in self._module.named_buffers(remove_duplicate=False)]
+        homes = {name: next((stages[unit] for unit in stages if name.startswith(f"{unit}.")), None) for name in names}
+        return frozenset(name for name, home in homes.items() if home is not None and home not in own)
+
+    def model_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the module's state dict with placeholders for what other stages hold; all ranks call it together."""
+        return dict(model_state(state, elsewhere=self.buffers_elsewhere(), group=self._group))
+
+    def optimizer_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an optimizer's state with placeholders for that of other stages; all ranks call it together."""
+        return states_of_all_stages(state, group=self._group)
+
+    # Before the first step ------------------------------------------------------------------------------------------------
+
+    def _first_step(self) -> FirstStep:
+        """Return a step to look at."""
+        raise NotImplementedError
+
+    def _prepare(self) -> tuple[Pipeline, PipelinePlan]:
+        first = self._first_step()
+        self._count = first.count
+        with torch.set_grad_enabled(first.trains):
+            cuts = cuts_of(self._module, self._setting, first.look, device=self._device)
+            pipeline = Pipeline(
+                self._module,
+                cuts,
+                schedule=self._setting.schedule,
+                microbatches=first.count,
+                group=self._group,
+                device=self._device,
+                replicate=self._setting.replicate,
+            )
+            return pipeline, pipeline.plan(lambda _: first.look(), first.microbatch, kind=first.kind)
+
+    def _check_same(self) -> None:
+        plan = self._first_plan
+        described = ([str(cut) for cut in plan.cuts], [[str(each) for each in cut] for cut in plan.crossings])
+        equal, by_rank = same_on_all_ranks((described, dict(plan.stages_of)))
+        if not equal:
+            raise TopologyError(
+                f"Ranks would cut the module in different places: {[each[0][0] for each in by_rank]} by rank. They see different "
+                "example batches; name one: PipelineParallel(example_batch=...), or give cuts."
+            )
+
+    def _stages_of(self, group: dist.ProcessGroup) -> Stages:
+        plan, own = self._first_plan, set(self._pipeline.own_stages)
+        of_units: dict[str, int] = {}
+        for name, stages in plan.stages_of.items():
+            here = own & set(stages)
+            parts = name.split(".")
+            for depth in range(1, len(parts)) if here else ():
+                of_units[".".join(parts[:depth])] = max(here)
+        holders = {name: self._pipeline.ranks_of(stages) for name, stages in plan.tied().items()}
+        first_names = {name for name, _ in self._module.named_parameters()}
+        return Stages(
+            elsewhere=self._pipeline.others(plan),
+            around=self._pipeline.around,
+            of_units=of_units,
+            tied={name: ranks for name, ranks in holders.items() if len(ranks) > 1 and name in first_names},
+            pipeline=self._group,
+            group=group,
+        )
+
+    # Steps ----------------------------------------------------------------------------------------------------------------
+
+    def _running(self) -> PipelinedEngine:
+        if self._engine is None:
+            raise AssertionError("A step was taken before the engine was there.")
+        return self._engine
+
+    def _split(self, batch: Any) -> tuple[list[Any], list[int]]:
+        samples = batch_size(batch)
+        parts = split_batch(batch, min(self._count, samples))
+        return parts, [batch_size(part) for part in parts]
+
+    def _tell(self, found: Callable[[], Any]) -> Any:
+        """Return on every rank what the one of the last stage has found.
+
+        Args:
+            found: called there; what it returns is sent.
+        """
+        box = [found() if self._pipeline.has_last_stage else None]
+        dist.broadcast_object_list(box, group=self._group, group_src=self._owner)
+        return box[0]
+
+    def _seed(self, *place: Any) -> int:
+        """Return a seed of a step that depends on the run's seed and the place, and draws no number from any generator."""
+        named = f"{torch.initial_seed()}/{self._plan.mesh.data_parallel_rank(dist.get_rank())}/{place}"
+        return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=7).digest(), "big")
