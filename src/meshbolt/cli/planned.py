@@ -87,7 +87,19 @@ def _strategy(loaded: Loaded) -> MeshStrategy:
             f"{_STRATEGY}={asked!r} is a strategy of Lightning, so there is no plan of meshbolt's to explain"
             f"{did_you_mean(asked, PRESETS)}."
         )
-    strategy: MeshStrategy = _instantiate(MeshStrategy, asked, key=_STRATEGY)
+    return build_strategy(asked)
+
+
+def build_strategy(written: Any) -> MeshStrategy:
+    """Build a strategy of meshbolt's as it is written in a configuration.
+
+    Args:
+        written: the class path and its arguments.
+
+    Raises:
+        MeshboltError: a value is wrong.
+    """
+    strategy: MeshStrategy = _instantiate(MeshStrategy, written, key=_STRATEGY)
     return strategy
 
 
