@@ -15,7 +15,10 @@ def describe_strategy(trainer: pl.Trainer) -> str:
     copies = f", {plan.mesh.dp_replicate} copies" if plan.stage.shards and plan.mesh.dp_replicate > 1 else ""
     recompute = plan.settings.recompute.mode
     shared = f", layers shared by {plan.mesh.tp} ranks" if plan.mesh.tp > 1 else ""
-    return f"ZeRO-{plan.stage.stage}{copies}{shared}" + (f", recompute {recompute}" if recompute != "none" else "")
+    stages = f", {plan.settings.pipeline_parallel.stages} stages on {plan.mesh.pp} ranks" if plan.mesh.pp > 1 else ""
+    return f"ZeRO-{plan.stage.stage}{copies}{shared}{stages}" + (
+        f", recompute {recompute}" if recompute != "none" else ""
+    )
 
 
 def describe_ranks(trainer: pl.Trainer) -> str:

@@ -23,7 +23,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "explain": Command(
             "meshbolt.cli.explain", "show the plan a configuration comes to, and where each value is from"
         ),
-        "verify": Command("meshbolt.cli.verify", "cut a model into pipeline stages in one process, and compare gradients"),
+        "verify": Command(
+            "meshbolt.cli.verify", "cut a model into pipeline stages in one process, and compare gradients"
+        ),
         "checkpoint": Command("meshbolt.cli.checkpoint.main", "list, inspect, verify, export and import checkpoints"),
     }
 )

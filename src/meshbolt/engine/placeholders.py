@@ -7,7 +7,7 @@ and a dtype and no values.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ def placeholder(tensor: torch.Tensor) -> torch.Tensor:
 
 def model_state(
     state: Mapping[str, Any], *, elsewhere: Container[str], group: dist.ProcessGroup | None = None
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     """Return a module's state dict with placeholders for what other stages hold; all ranks of the group call it together.
 
     Args:
@@ -53,7 +53,7 @@ def model_state(
             items[name] = placeholder(value) if name in elsewhere or held_elsewhere(value) else value
         else:
             items[name] = entries[name]
-    return rebuilt(state, items)
+    return cast("dict[str, Any]", rebuilt(state, items))
 
 
 def states_of_all_stages(state: Mapping[str, Any], *, group: dist.ProcessGroup) -> dict[str, Any]:

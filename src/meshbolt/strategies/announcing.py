@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
-from meshbolt.engine import Engine
+from meshbolt.engine import Engine, Stages
+from meshbolt.units import format_bytes
+
+_WORTH_A_WORD = 0.05  # of what a rank keeps
 
 
 def say_what_is_divided(engine: Engine) -> None:
@@ -19,3 +23,22 @@ def say_what_is_divided(engine: Engine) -> None:
     sequence = ", activations between them by the sequence, where its length divides" if plan.sequence else ""
     head = f"{type(engine.module).__name__} shares these layers among {engine.plan.mesh.tp} ranks (plan: {plan.name}){sequence}:"
     rank_zero_info("\n  ".join([f"tensor parallel: {head}", *plan.lines()]))
+
+
+def say_what_is_let_go(module: nn.Module, stages: Stages) -> None:
+    """Print on rank 0 that a module was built with the values of other ranks' stages too; nothing where it was not.
+
+    Args:
+        module: before its parameters are given their values.
+        stages: what of it this rank holds.
+    """
+    parameters = dict(module.named_parameters())
+    kept = sum(p.nbytes for name, p in parameters.items() if name not in stages.elsewhere)
+    others = sum(p.nbytes for name, p in parameters.items() if name in stages.elsewhere and not p.is_meta)
+    if others > _WORTH_A_WORD * kept:
+        rank_zero_info(
+            f"pipeline: {type(module).__name__} was built with all its values in __init__, on every rank. This one keeps "
+            f"{format_bytes(kept)} of its parameters, and lets go of {format_bytes(others)} now. Build it in configure_model "
+            "(for Fabric under fabric.init_module()), or train it by `meshbolt fit --meta true`, and no rank ever holds more than "
+            "its stages."
+        )

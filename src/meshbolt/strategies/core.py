@@ -30,7 +30,7 @@ from meshbolt.mesh import build_mesh
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
-from meshbolt.strategies.announcing import say_what_is_divided
+from meshbolt.strategies.announcing import say_what_is_divided, say_what_is_let_go
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import refuse_foreign
@@ -343,6 +343,7 @@ class MeshCore(DataParallelRanks):
             if staged is None:
                 self._engines[module] = Engine(module, **options)
             else:
+                say_what_is_let_go(module, staged.stages)
                 self._engines[module] = engine = PipelinedEngine(module, stages=staged.stages, **options)
                 staged.run_by(engine)
             say_what_is_divided(self._engines[module])
