@@ -1,4 +1,4 @@
-"""Three dimensions on eight ranks: two pipeline stages, each layer divided between two ranks, times two ranks of data parallelism.
+"""Three dimensions on eight ranks: two pipeline stages, layers divided between two ranks, and two ranks of data parallelism.
 
     python examples/mesh_3d.py
 

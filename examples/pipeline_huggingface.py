@@ -1,4 +1,4 @@
-"""A Hugging Face model in two pipeline stages, times two ranks of data parallelism, built from a configuration without a download.
+"""A Hugging Face model in two pipeline stages, times two ranks of data parallelism; its configuration is here, nothing is loaded.
 
     python examples/pipeline_huggingface.py
 

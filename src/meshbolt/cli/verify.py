@@ -117,10 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="meshbolt verify",
         usage="meshbolt verify [--pipeline] --config FILE [--KEY VALUE ...] [--json] [--draw FILE]",
-        description="Cut the model of a configuration of `meshbolt fit` into pipeline stages, in this process and on its CPU, and "
-        "compare losses and gradients of the first batch with those of the whole model. Shows what each stage holds, what passes "
-        "between them, and how long ranks would wait; or which value is in the way. A strategy without pipeline_parallel is "
-        "asked for two stages. Exit code 1 where the model cannot be cut, or its stages compute something else.",
+        description="Cut the model of a configuration of `meshbolt fit` into pipeline stages, in this process and on the CPU, "
+        "and compare losses and gradients of the first batch with those of the whole model. Shows what each stage holds, what "
+        "passes between them, and how long ranks would wait; or which value is in the way. A strategy without "
+        "pipeline_parallel is asked for two stages. Exit code 1 where the model cannot be cut, or its stages compute something "
+        "else.",
         epilog="All other options are those of `meshbolt fit`. The model is built whole, on the CPU: make it small where it is "
         "large, as in --model.num_layers=8. example: meshbolt verify --config configs/pipeline_parallel.yaml --draw plan.svg",
         allow_abbrev=False,

@@ -17,7 +17,7 @@ from torch import nn
 
 from meshbolt.blocks import attributes_restored
 from meshbolt.compat import TorchFunctionMode, tree_leaves, tree_map_only
-from meshbolt.errors import UnsupportedError
+from meshbolt.errors import MeshboltError, UnsupportedError
 from meshbolt.pipeline.calls import Calls, Proceed
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
@@ -113,9 +113,11 @@ class _Run(TorchFunctionMode):
         """
         try:
             run()
-        except UnsupportedError:
+        except MeshboltError:
             raise
         except Exception as error:
+            if not self._unit_regions:
+                raise  # it never came to the model: nothing that cutting could have to do with
             self._ended_by = f"{type(error).__name__}: {error}"
             if self._region < len(self._cuts):
                 at = f"stage {self._region}" + (f", after {self._begun[-1]}" if self._begun else "")

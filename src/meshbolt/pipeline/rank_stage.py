@@ -156,17 +156,18 @@ class RankStage(PipelineStageBase):
         ]
         sent, loss = self._passes.forward_pass(lambda: self._forward(fwd_chunk_id, received))
         left = self.as_planned(sent, fwd_chunk_id)
-        self._edges[fwd_chunk_id] = received, left
-        return tuple(left) if loss is None else loss
+        self._edges[fwd_chunk_id] = received, left if loss is None else [loss]
+        # Without the graph: torch holds on to losses until the end of the step.
+        return tuple(tensor.detach() for tensor in left) if loss is None else loss.detach()
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """Run a microbatch backwards, for inputs and parameters together."""
+        """Run a microbatch backwards, for inputs and parameters together; `loss` has no graph."""
         received, sent = self._edges.pop(bwd_chunk_id)
         with self._surround(self.stage_index):
-            if loss is not None:
-                loss.backward()
+            if self.is_last:
+                sent[0].backward()
             else:
                 self._back_from(sent, number=bwd_chunk_id)
         self._leaving_gradients[bwd_chunk_id] = [

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meshbolt.compat import PipelineSchedule
+from meshbolt.compat import PipelineSchedule, tree_map_only
 from meshbolt.errors import UnsupportedError
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.calls import Calls
@@ -161,7 +161,8 @@ class Pipeline:
             kind: of the step, where there are several.
 
         Returns:
-            What the function has returned for each microbatch, on the rank of the last stage; elsewhere nothing.
+            What the function has returned for each microbatch, on the rank of the last stage; elsewhere nothing. Tensors are
+            without their graphs, which would outlive the microbatch.
         """
         plans = self._plans_of(function, microbatches, kind=kind)
         count, results = len(microbatches), dict[int, Any]()
@@ -171,7 +172,7 @@ class Pipeline:
             sent, result = self._run(plans[number], step, stage=stage, received=received, seed=seed, number=number)
             if stage < self._num_stages - 1:
                 return sent, None
-            results[number] = result
+            results[number] = tree_map_only(Tensor, Tensor.detach, result)
             return sent, loss_of(result) * weights[number]
 
         surround = self._surrounding(count)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,35 +21,48 @@ from meshbolt.strategies.compat import loader_of_run
 
 Example = Callable[[nn.Module], Any]
 Convert = Callable[[Any], Any]
+_NO_EXAMPLE = (
+    "{name} has no registered plan and none of its own, and to find one its forward has to be called. Set example_input_array on "
+    "the module (a tensor, or a tuple or dictionary of the forward's arguments), or give a plan: TensorParallel(plan={{pattern: "
+    "style}})."
+)
+_NOT_SEEN = (
+    "pipeline_parallel has to see a forward of the module before training, to find out how it is cut. Set example_input_array on "
+    "the module (a tensor, or a tuple or dictionary of the forward's arguments), or name a method of it that returns such: "
+    'PipelineParallel(example_batch="example_batch").'
+)
 _LOGGING = ("log", "log_dict", "print")
 
 
-def example_of(module: nn.Module, convert: Convert) -> Example:
+def example_of(
+    module: nn.Module, convert: Convert, *, values: Any = None, device: torch.device | None = None
+) -> Example:
     """Return a call of a module's forward, on the inputs that it says itself are examples.
 
     Args:
         module: with `example_input_array`, as Lightning has it, or `dummy_inputs`, as Hugging Face does.
         convert: gives a batch the dtypes of the run's precision.
+        values: such inputs, where the user has named others.
+        device: where the inputs are to be, with their values; None: they are shown without values.
 
     Raises:
         ConfigError: at the call, where it has neither.
     """
 
+    def prepared(inputs: Any) -> Any:
+        return convert(_without_values(inputs) if device is None else move_data_to_device(inputs, device))
+
     def call(called: nn.Module) -> Any:
-        array = getattr(module, "example_input_array", None)
+        array = values if values is not None else getattr(module, "example_input_array", None)
         if array is not None:
-            inputs = convert(_without_values(array))
+            inputs = prepared(array)
             if isinstance(inputs, Mapping):
                 return called(**inputs)
             return called(*inputs) if isinstance(inputs, tuple) else called(inputs)
         dummy = getattr(module, "dummy_inputs", None)
         if isinstance(dummy, Mapping) and dummy:
-            return called(**convert(_without_values(dummy)))
-        raise ConfigError(
-            f"{type(module).__name__} has no registered plan and none of its own, and to find one its forward has to be called. "
-            "Set example_input_array on the module (a tensor, or a tuple or dictionary of the forward's arguments), or give a "
-            "plan: TensorParallel(plan={pattern: style})."
-        )
+            return called(**prepared(dummy))
+        raise ConfigError(_NO_EXAMPLE.format(name=type(module).__name__) if device is None else _NOT_SEEN)
 
     return call
 

@@ -22,7 +22,7 @@ from meshbolt.engine import Engine
 from meshbolt.engine.load import check_weights, load_model
 from meshbolt.engine.rewire import names_by_parameter, rewire_optimizer
 from meshbolt.engine.state import check_optimizer_state, load_optimizer_state, optimizer_state, trained_state
-from meshbolt.errors import CheckpointError, ConfigError
+from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
@@ -31,6 +31,7 @@ from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
 from meshbolt.strategies.examples import example_of
 from meshbolt.strategies.files import agree_on_path
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.pipelined import FabricSteps
 
 _log = logging.getLogger(__name__)
 
@@ -112,10 +113,77 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Shard a module, in place, and return what Fabric is to call in its place."""
-        engine = self._compose(module, example=example_of(module, self.precision.convert_input))
+        staged = None
+        if self.plan.mesh.pp > 1:
+            self._refuse_second(module)
+            options: dict[str, Any] = {"plan": self.plan, "mesh": self.device_mesh, "device": self.root_device}
+            staged = self._staged = FabricSteps(module, precision=self.precision, **options)
+        engine = self._compose(module, example=example_of(module, self.precision.convert_input), staged=staged)
         self.precision.attach(engine)
-        redirect_entries(module, engine)
+        if staged is None:
+            redirect_entries(module, engine)
         return Entry(module, engine, look=self._look_at_call)
+
+    _staged: FabricSteps | None = None
+
+    def _refuse_second(self, module: nn.Module) -> None:
+        if self._engines:
+            raise UnsupportedError(
+                f"{type(module).__name__} is the second module of this Fabric, and under pipeline parallelism one module is cut "
+                "into stages. Put both into one module, or train without pipeline_parallel."
+            )
+
+    def pipeline_step(self, batch: Any, loss_fn: Callable[[nn.Module, Any], torch.Tensor]) -> torch.Tensor:
+        """Run a batch forwards and backwards through the stages of a pipeline, in microbatches.
+
+        Gradients are added to those of the parameters, as by `fabric.backward`; steps, clipping and `no_backward_sync` are as
+        without a pipeline.
+
+        Args:
+            batch: the whole one, on every rank of the pipeline; its tensors are divided along their first dim.
+            loss_fn: takes the module and a microbatch, and returns the microbatch's mean loss.
+
+        Returns:
+            The loss of the batch, a tensor without a graph; the same on every rank of the pipeline.
+
+        Raises:
+            ConfigError: there is no pipeline, or the batch has fewer samples than it needs.
+
+        Example:
+            >>> loss = fabric.strategy.pipeline_step(batch, lambda model, part: F.mse_loss(model(part["x"]), part["y"]))
+            >>> optimizer.step()
+        """
+        self._look_at_step("pipeline_step", (batch,))
+        self._is_new_window = True
+        return self._pipelined().train(batch, loss_fn)
+
+    def pipeline_evaluate(self, batch: Any, function: Callable[[nn.Module, Any], Any]) -> Any:
+        """Run a batch forwards only through the stages of a pipeline, without gradients.
+
+        Args:
+            batch: the whole one, on every rank of the pipeline.
+            function: takes the module and a microbatch.
+
+        Returns:
+            What the function returns for the whole batch, on every rank of the pipeline: tensors whose first dim is the
+            microbatch's samples are joined, numbers are averaged.
+
+        Raises:
+            ConfigError: there is no pipeline.
+
+        Example:
+            >>> logits = fabric.strategy.pipeline_evaluate(batch, lambda model, part: model(part["x"]))
+        """
+        self._look_at_step("pipeline_evaluate", (batch,))
+        return self._pipelined().evaluate(batch, function)
+
+    def _pipelined(self) -> FabricSteps:
+        if self._staged is None:
+            raise ConfigError(
+                "There is no pipeline: call the module and fabric.backward(loss). With MeshStrategy(pipeline_parallel=2) there "
+                "is one once the module is set up."
+            )
+        return self._staged
 
     @override
     def setup_module_and_optimizers(
@@ -193,7 +261,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Return a module's state, sharded parameters as DTensors."""
         module = behind_entry(module)
         self._engines[module].settle()
-        return module.state_dict()
+        state = module.state_dict()
+        return state if self._staged is None else self._staged.model_state(state)
 
     @override
     def save_checkpoint(
@@ -340,7 +409,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             sharded = behind_entry(value) in self._engines
             return self.get_module_state_dict(value) if sharded else value.state_dict()
         if isinstance(value, Optimizer):
-            return optimizer_state(value, self._names(value))
+            state = optimizer_state(value, self._names(value))
+            return state if self._staged is None else self._staged.optimizer_state(state)
         return value.state_dict() if hasattr(value, "state_dict") else value
 
     def _engine_of(self, optimizer: Optimizer) -> Engine:

@@ -6,7 +6,8 @@ knows schedules: see `meshbolt.pipeline`. `steps.py` takes a
 Trainer's steps through the stages. Read `steps.py` first.
 """
 
+from meshbolt.strategies.pipelined.in_fabric import FabricSteps
 from meshbolt.strategies.pipelined.staged import StagedModule
 from meshbolt.strategies.pipelined.steps import PipelinedSteps
 
-__all__ = ["PipelinedSteps", "StagedModule"]
+__all__ = ["FabricSteps", "PipelinedSteps", "StagedModule"]

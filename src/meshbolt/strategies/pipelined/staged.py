@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.config import Plan
 from meshbolt.engine import PipelinedEngine, Stages
+from meshbolt.engine.deferred import attached
 from meshbolt.engine.placeholders import model_state, states_of_all_stages
 from meshbolt.errors import TopologyError
 from meshbolt.mesh import MeshAxis, stage_group
@@ -106,6 +107,8 @@ class StagedModule:
         raise NotImplementedError
 
     def _prepare(self) -> tuple[Pipeline, PipelinePlan]:
+        if (deferred := attached(self._module)) is not None:
+            deferred.stop()  # the step is looked at with other tensors that have no values
         first = self._first_step()
         self._count = first.count
         with torch.set_grad_enabled(first.trains):
