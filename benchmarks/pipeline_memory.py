@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
 import weakref
 from pathlib import Path
@@ -64,7 +65,9 @@ class Watched(Block):
     live: Live
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.live.pass_by(x))
+        return super().forward(
+            x if is_foreign(x) else self.live.pass_by(x)
+        )  # while a step is looked at, it has no values
 
 
 class Model(pl.LightningModule):
@@ -148,6 +151,7 @@ def _by_command(sizes: dict[str, int]) -> Model:
         "trainer.accelerator": "cpu",
         "trainer.devices": os.environ["WORLD_SIZE"],
         "trainer.max_steps": "2",
+        "trainer.default_root_dir": tempfile.mkdtemp(),
         "trainer.logger": "false",
         "trainer.enable_checkpointing": "false",
         "trainer.enable_progress_bar": "false",
@@ -168,7 +172,9 @@ def measure_setup(job: dict[str, Any]) -> dict[str, Any]:
     """Build a model in one way and return what it took until training."""
     # Large tensors straight from the system and back, so that what is measured is what is held, not a gap in the heap.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)
-    fit(job["way"] if job["way"] != "load_pretrained" else "configure_model", SMALL)
+    # Of the same number of layers, as objects and torch's notes of them take memory too, of which a large model has not more.
+    warm = {**SMALL, "layers": job["sizes"]["layers"]}
+    fit(job["way"] if job["way"] != "load_pretrained" else "configure_model", warm)
     gc.collect()
     before, Model.sampler = anonymous_bytes(), Sampler()
     Model.sampler.start()

@@ -83,9 +83,7 @@ def _schedules(arguments: argparse.Namespace) -> bool:
         job = {"schedule": schedule, "stages": stages, "microbatches": arguments.microbatches}
         found = _launch(job, arguments.ranks)
         failed |= found is None
-        timeline = plan_timeline(
-            schedule, [1.0] * stages, ranks=arguments.ranks, microbatches=arguments.microbatches
-        )
+        timeline = plan_timeline(schedule, [1.0] * stages, ranks=arguments.ranks, microbatches=arguments.microbatches)
         planned = [timeline.live(rank) for rank in range(arguments.ranks)]
         if found:
             print(f"{schedule:>22} {[rank['live'] for rank in found]!s:>28} {planned!s:>16}", flush=True)

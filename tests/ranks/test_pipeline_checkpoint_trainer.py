@@ -17,6 +17,7 @@ from tests.ranks.trainer.loops_support import ADVICE
 from tests.rows import full
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 import meshbolt
 from meshbolt import Checkpoint, MeshStrategy, PipelineParallel, TensorParallel
@@ -273,3 +274,61 @@ def test_stages_validate_the_weights_of_one_process_and_have_no_others_than_thei
     assert first == second == pytest.approx(expected, abs=LIMIT)
     tied = Model().double().inp.weight.nbytes
     assert ours + theirs == whole + tied
+
+
+class Counting(Block):
+    """Keeps a count that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+    def get_extra_state(self) -> Any:
+        return self.calls
+
+    def set_extra_state(self, state: Any) -> None:
+        self.calls = state
+
+
+class Keeps(Model):
+    """State of every kind: in units and outside, before and after the model; and layers that stop training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Counting() for _ in range(4))
+        self.register_buffer("before", torch.zeros(()))
+        self.register_buffer("after", torch.zeros(()))
+        self.average = MeanMetric()
+        self.average.persistent(True)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        for block in self.blocks if self.global_step == 2 else ():
+            block.up.requires_grad_(False)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        self.before += 1
+        loss = super().training_step(batch, index)
+        self.after += 1
+        self.average.update(loss.detach())
+        return loss
+
+
+def save_what_is_kept(path: Path) -> None:
+    module = Keeps().double()
+    save = At(STOP_AFTER, do=lambda owner: owner.save_checkpoint(path))
+    trainer_of("pp2", policy=Checkpoint(trainable_only=True), callbacks=[save]).fit(module, batches(0, 1))
+
+
+def test_state_is_taken_from_whoever_keeps_it_up_to_date(tmp_path: Path) -> None:
+    run_ranks(save_what_is_kept, 2, tmp_path / "a.ckpt")
+    with CheckpointReader(tmp_path / "a.ckpt") as reader:
+        state = reader.tree()["state_dict"]
+        steps = STOP_AFTER * MICROBATCHES
+        assert [state[f"blocks.{number}._extra_state"] for number in range(4)] == [steps] * 4
+        assert [float(state[name]) for name in ("before", "after", "average.weight")] == [steps] * 3
+    # What was trained before it was frozen is saved, whichever stage has it.
+    assert {f"blocks.{number}.up.weight" for number in range(4)} <= state.keys()

@@ -21,11 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 import meshbolt
+from meshbolt.compat import local_tensor
 from meshbolt.engine.deferred import Deferred, attach
 from meshbolt.pipeline import is_foreign
 from meshbolt.testing import run_ranks
 
 WIDTH, WORDS, BLOCKS, SEED = 48, 64, 4, 3
+SLACK_BYTES = 8 * 1024  # batches, and Lightning's numbers; each matrix of the model has more
 WAYS = ("__init__", "configure_model", "init_module", "fit --meta", "load_pretrained")
 
 
@@ -116,7 +118,9 @@ def live_bytes() -> int:
     """Return the bytes of all storages that some tensor of Python's has."""
     gc.collect()
     tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-    plain = [each for each in tensors if not is_foreign(each) and not each.is_meta and not hasattr(each, "_local_tensor")]
+    plain = [
+        each for each in tensors if not is_foreign(each) and not each.is_meta and not hasattr(each, "_local_tensor")
+    ]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in plain if each.numel()}
     return sum(storages.values())
 
@@ -163,7 +167,8 @@ def begun(way: str, alike: bool, path: str, zero: int, tensor: int = 1) -> dict[
     own_bytes: list[int] = []
 
     def weigh() -> None:
-        own = {id(t): t.nbytes for t in [*module.parameters(), *module.buffers()] if not is_foreign(t)}
+        held = [local_tensor(t) for t in [*module.parameters(), *module.buffers()] if not is_foreign(t)]
+        own = {id(t): t.untyped_storage().nbytes() for t in held}
         own_bytes.extend([live_bytes() - before_bytes, sum(own.values())])
 
     module.on_fit_start = weigh  # type: ignore[method-assign]
@@ -218,7 +223,7 @@ def test_stages_begin_with_the_values_of_one_process_and_hold_no_others(
     assert set(first["values"]) == shared | {n for n in values if n.startswith(("net.blocks.0.", "net.blocks.1."))}
     assert set(last["values"]) == (values.keys() - set(first["values"])) | shared
     for each in found:
-        # Beside its own: the batches of two steps, and what Lightning keeps of numbers.
-        assert each["own"] <= each["grown"] < 1.05 * each["own"]
+        assert each["own"] <= each["grown"] < each["own"] + SLACK_BYTES
     said = [line for each in found for line in each["said"]]
-    assert len(said) == (way == "__init__") and all("built with all its values in __init__" in line for line in said)
+    assert len(said) == (way == "__init__")
+    assert all("built with all its values in __init__" in line for line in said)

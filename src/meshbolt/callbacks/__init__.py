@@ -1,13 +1,14 @@
 """Callbacks for Lightning's Trainer, one class a file.
 
 May import: `plugins` and below, and Lightning; strategies are reached through the Trainer only. `ema.py` averages the
-weights; `progress.py` and `closing_table.py` tell how a fit goes and how it went, with the arithmetic and the printing in
-files of their own. To add a callback, add a file with its class, export it here, and give it a page in the docs. Read
-`ema.py` first.
+weights; `pipeline_timeline.py` draws a step of a pipeline; `progress.py` and `closing_table.py` tell how a fit goes and how it
+went, with the arithmetic and the printing in files of their own. To add a callback, add a file with its class, export it here,
+and give it a page in the docs. Read `ema.py` first.
 """
 
 from meshbolt.callbacks.closing_table import ClosingTable
 from meshbolt.callbacks.ema import ExponentialMovingAverage
+from meshbolt.callbacks.pipeline_timeline import PipelineTimeline
 from meshbolt.callbacks.progress import LogProgress
 
-__all__ = ["ClosingTable", "ExponentialMovingAverage", "LogProgress"]
+__all__ = ["ClosingTable", "ExponentialMovingAverage", "LogProgress", "PipelineTimeline"]

@@ -225,7 +225,7 @@ class _Look(pl.Callback):
     ) -> None:
         """Look at the batch, as the training step would get it, and end the fit."""
         samples = batch_size(batch)
-        answer = {
+        answer: dict[str, Any] = {
             "model": type(pl_module).__name__,
             "setting": self._setting,
             "samples": samples,

@@ -5,10 +5,11 @@ May import: `config` and everything below it; never Lightning. `compose.py` is t
 holds. To add a transformation, add a step to `compose`. Read `compose.py` first.
 """
 
+from meshbolt.engine.compose import gathered_in
 from meshbolt.engine.engine import Engine
 from meshbolt.engine.gathered import gathered
 from meshbolt.engine.pipelined import PipelinedEngine
 from meshbolt.engine.pretrained import load_pretrained
 from meshbolt.engine.stages import Stages
 
-__all__ = ["Engine", "PipelinedEngine", "Stages", "gathered", "load_pretrained"]
+__all__ = ["Engine", "PipelinedEngine", "Stages", "gathered", "gathered_in", "load_pretrained"]

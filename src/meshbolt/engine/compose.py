@@ -32,6 +32,7 @@ from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.engine.stages import Stages
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis
+from meshbolt.pipeline import Gathered
 from meshbolt.tensor import (
     Axis,
     Division,
@@ -204,10 +205,10 @@ def _shard(
 
     apply = functools.partial(shard_unit, mesh=mesh, stage=plan.stage, shard_dim=shard_dim if division else None)
 
-    def shard(unit: nn.Module) -> None:
+    def shard(unit: nn.Module, may_free: Callable[[nn.Parameter], bool]) -> None:
         divide(unit)
         policy = plan.precision.unit_policy(stored=_stored_dtype(unit, whole_now()))
-        sharded[names[unit]] = apply(unit, precision=policy, whole=whole_now())
+        sharded[names[unit]] = apply(unit, precision=policy, whole=whole_now(), may_free=may_free)
         if division is not None:
             let_splits_through(unit)
 
@@ -224,6 +225,25 @@ def _shard(
     of_whole = {p: hooks[name] for name, p in module.named_parameters() if p in whole}
     in_order = {name: sharded[name] for name, _ in module.named_modules() if name in sharded}
     return Composition(root=root, units=in_order, whole=whole, tensor=None, tensor_axis=None, hooks=of_whole)
+
+
+def gathered_in(module: nn.Module, plan: Plan) -> Gathered:
+    """Return in which dtypes a module will compute once a plan is applied to it.
+
+    Args:
+        module: the user's whole module.
+        plan: of the run.
+    """
+    policy = plan.precision.unit_policy()
+    dtype = policy.param_dtype
+    if dtype is None:
+        return Gathered()
+    units = plan_units(module, plan.settings.zero, keep_norms=_norms_to_keep(plan))
+    named = module.named_parameters(remove_duplicate=False)
+    return Gathered(
+        parameters={name: dtype for name, parameter in named if parameter not in units.whole},
+        inputs=dict.fromkeys(units.units, dtype) if policy.cast_forward_inputs else {},
+    )
 
 
 def _norms_to_keep(plan: Plan) -> KeepNorms:

@@ -12,6 +12,7 @@ only those take who keep it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
@@ -27,7 +28,7 @@ from meshbolt.engine.stages import Stages
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.pipeline import is_foreign
 
-Shard = Callable[[nn.Module], None]
+Shard = Callable[[nn.Module, Callable[[nn.Parameter], bool]], None]
 
 
 def fill_and_shard(
@@ -43,7 +44,8 @@ def fill_and_shard(
     Args:
         module: the user's whole module; each tensor is real or on the meta device.
         units: modules to hand to `shard`, by name.
-        shard: called once for each unit, inner units first.
+        shard: called once for each unit, inner units first, with a function that says of a parameter whether nobody else
+            needs its values.
         device: where tensors are to live.
         stages: what of the module this rank holds; the rest is drawn too, where values are drawn in a row, and dropped.
 
@@ -58,13 +60,13 @@ def fill_and_shard(
     with _random_state_of_rank_zero(device):
         for name, child in module.named_modules():
             while unfinished and not name.startswith(unfinished[-1][0] + "."):
-                shard(unfinished.pop()[1])
+                shard(unfinished.pop()[1], filler.may_free)
             if name in units:
                 unfinished.append((name, child))
             filler.fill(name, child)
             stages.leave_others(name, child, ties=ties, device=device)
         while unfinished:
-            shard(unfinished.pop()[1])
+            shard(unfinished.pop()[1], filler.may_free)
 
 
 def _ties(module: nn.Module) -> dict[str, str]:
@@ -100,6 +102,7 @@ class _Filler:
         # Only tied parameters are remembered, and only here: to hold on to all would keep the whole model in memory.
         self._real: dict[str, nn.Parameter] = {}
         self._done: set[str] = set()
+        self._made: dict[int, weakref.ref[nn.Parameter]] = {}
         self._pretrained: dict[str, PretrainedWeights] = {}
 
     def fill(self, name: str, child: nn.Module) -> None:
@@ -124,6 +127,19 @@ class _Filler:
         is_new = first not in self._done
         self._done.add(first)
         return is_new
+
+    def may_free(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter was made here, and nobody else needs its values."""
+        made = self._made.get(id(parameter))
+        return made is not None and made() is parameter
+
+    def _make(self, full: str, value: torch.Tensor, *, like: torch.Tensor) -> nn.Parameter:
+        made = nn.Parameter(value, requires_grad=like.requires_grad)
+        if full in self._ties:
+            self._remember(full, made)
+        else:
+            self._made[id(made)] = weakref.ref(made)
+        return made
 
     def _remember(self, full: str, parameter: nn.Parameter) -> None:
         if full in self._ties and full not in self._stages.elsewhere:
@@ -156,9 +172,8 @@ class _Filler:
         real = self._remembered(full)
         if real is None:
             self._is_first(full)
-            real = nn.Parameter(self._value(parameter), requires_grad=parameter.requires_grad)
+            real = self._make(full, self._value(parameter), like=parameter)
             real.__dict__.update(parameter.__dict__)
-            self._remember(full, real)
         return real
 
     def _is_noted(self, tensor: torch.Tensor) -> bool:
@@ -204,9 +219,8 @@ class _Filler:
             if real is not None and real not in made:
                 tied.add(real)
             elif real is None and tensor.is_meta:
-                real = nn.Parameter(_unfilled(tensor, self._device), requires_grad=tensor.requires_grad)
+                real = self._make(full, _unfilled(tensor, self._device), like=tensor)
                 made.add(real)
-                self._remember(full, real)
             if real is not None:
                 setattr(child, key, real)
         return tied

@@ -24,8 +24,8 @@ from meshbolt.pipeline.runtime import Pipeline
 from meshbolt.pipeline.schedule import SCHEDULES
 from meshbolt.pipeline.setting import PipelineParallel
 from meshbolt.pipeline.stage import run_stage
-from meshbolt.pipeline.taint import Foreign, buffers_apart, is_foreign
-from meshbolt.pipeline.timeline import Timeline, plan_timeline
+from meshbolt.pipeline.taint import Foreign, Gathered, buffers_apart, is_foreign
+from meshbolt.pipeline.timeline import Span, Timeline, plan_timeline
 
 __all__ = [
     "SCHEDULES",
@@ -36,10 +36,12 @@ __all__ = [
     "Crossing",
     "CutError",
     "Foreign",
+    "Gathered",
     "Pipeline",
     "PipelineParallel",
     "PipelinePlan",
     "PipelineReport",
+    "Span",
     "Timeline",
     "analyse",
     "balanced",

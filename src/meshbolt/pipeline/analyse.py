@@ -22,7 +22,7 @@ from meshbolt.pipeline.calls import Calls, Proceed
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
 from meshbolt.pipeline.streams import stream
-from meshbolt.pipeline.taint import Foreign, buffers_apart, foreign_parameters, is_foreign, plain_parameters
+from meshbolt.pipeline.taint import Foreign, Gathered, buffers_apart, foreign_parameters, is_foreign, plain_parameters
 from meshbolt.pipeline.unknown import unknown_outputs_assumed
 
 
@@ -56,6 +56,7 @@ def analyse(
     *,
     device: torch.device,
     cost: CountCost | None = None,
+    gathered: Gathered | None = None,
 ) -> PipelinePlan:
     """Return how a step is cut.
 
@@ -65,21 +66,23 @@ def analyse(
         step: runs one microbatch, from its inputs to the loss.
         device: where the module computes.
         cost: counts the work, which takes a while.
+        gathered: in which dtypes it computes; None: in those that are stored.
 
     Raises:
         CutError: the step cannot be cut at one of the cuts; the message names the value.
         UnsupportedError: the step cannot be cut anywhere.
     """
     names = [name for name, _ in module.named_parameters(remove_duplicate=False) if name not in calls.replicated]
+    gathered = gathered or Gathered()
     with stream(0, device=device, python_too=True), buffers_apart(module, device=device) as buffers:
         mode = Foreign(may_change=buffers.values())
         # Attributes come back first: recurrent layers note their parameters in one of theirs.
         with (
-            foreign_parameters(module, names, mode, device=device),
+            foreign_parameters(module, names, mode, device=device, dtypes=gathered.parameters),
             plain_parameters(module, calls.replicated, device=device),
             attributes_restored(module),
         ):
-            run = _Run(module, calls, cost)
+            run = _Run(module, calls, cost, gathered.inputs)
             mode.on_draw = run.note_draw
             with cost or nullcontext(), unknown_outputs_assumed(run.is_in_unit, run.use), run:
                 run.finish(lambda: calls.run(step, run))
@@ -89,8 +92,11 @@ def analyse(
 class _Run(TorchFunctionMode):
     """Notes what a run makes and reads, and where."""
 
-    def __init__(self, module: nn.Module, calls: Calls, cost: CountCost | None) -> None:
+    def __init__(
+        self, module: nn.Module, calls: Calls, cost: CountCost | None, casts: Mapping[str, torch.dtype]
+    ) -> None:
         super().__init__()
+        self._casts = casts
         cuts, self._around, self._replicated = calls.cuts, calls.around, calls.replicated
         self._draws_beside, self._ended_by = False, ""
         self._cost, self._before = cost, dict[Call, Cost]()
@@ -158,6 +164,8 @@ class _Run(TorchFunctionMode):
         if call.unit in self._around:
             return proceed(*args, **kwargs)
         self._inside += 1
+        if call.unit in self._casts:
+            args, kwargs = _cast((args, kwargs), self._casts[call.unit])
         try:
             result = proceed(*args, **kwargs)
         finally:
@@ -268,6 +276,10 @@ class _Run(TorchFunctionMode):
 def _home(name: str, cuts: tuple[str, ...]) -> int:
     """Return the stage of a parameter that no computation uses: that of its neighbours, else the first."""
     return next((stage for stage, cut in reversed(list(enumerate(cuts, 1))) if name.startswith(f"{cut}.")), 0)
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(torch.Tensor, lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, tree)
 
 
 def _foreign_leaves(tree: Any) -> Iterator[torch.Tensor]:

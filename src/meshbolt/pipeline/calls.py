@@ -81,16 +81,21 @@ class Calls:
         }
         self._watcher: Watcher | None = None
         self.is_in_pieces = False  # whether it can be called in steps only
+        self.hooks_to_leave_out: frozenset[int] = frozenset()  # which wait for no call whose result does not count
         self._is_in_backward = False
         self._counts = Counter[str]()
         self._ran: dict[int, tuple[int, set[Call]]] = {}
         for name, unit in self.units.items():
-            unit.__dict__[_KEY] = functools.partial(self._called, name, unit)
+            unit.__dict__[_KEY] = _Watch(functools.partial(self._called, name, unit))
             unit.__class__ = _watched(cast("Any", type(unit)))
 
     def is_replicated(self, unit: str) -> bool:
         """Return whether a unit lies in a module that every stage keeps, or is one."""
         return any(f"{unit}.".startswith(f"{name}.") for name in self._replicate)
+
+    def is_awaited(self, child: nn.Module) -> bool:
+        """Return whether somebody's hook waits for a module's calls."""
+        return not self.hooks_to_leave_out.issuperset((*child._forward_hooks, *child._forward_pre_hooks))
 
     def remove(self) -> None:
         """Leave the modules as they were."""
@@ -153,6 +158,23 @@ class Calls:
         return watcher.called(call, unit, proceed, args, kwargs)
 
 
+class _Watch:
+    """Sees the calls of one module; a copy of the module has none."""
+
+    def __init__(self, called: Callable[..., Any]) -> None:
+        self.called = called
+
+    def __deepcopy__(self, _memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return _no_watch, ()
+
+
+def _no_watch() -> None:
+    """Stand in the place of a watch where a module is unpickled."""
+
+
 @functools.cache
 def _watched(kind: Any) -> type[nn.Module]:
     """Return a subclass whose calls are seen; by its name, and to whoever asks what a module is, it is the class itself."""
@@ -161,7 +183,7 @@ def _watched(kind: Any) -> type[nn.Module]:
         watch = self.__dict__.get(_KEY)
         if watch is None:  # another module of this class, such as a part of a sequence
             return kind.__call__(self, *args, **kwargs)
-        return watch(functools.partial(kind.__call__, self), args, kwargs)
+        return watch.called(functools.partial(kind.__call__, self), args, kwargs)
 
     inherited = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
     watched: type[nn.Module] = type(

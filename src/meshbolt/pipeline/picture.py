@@ -1,41 +1,56 @@
-"""A timeline as a picture: ranks from top to bottom, time from left to right."""
+"""Timelines as a picture: ranks from top to bottom, time from left to right."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from meshbolt.pipeline.timeline import Span, Timeline
 
-_WIDTH, _ROW, _GAP, _LEFT, _TOP = 1000, 36, 8, 70, 56
+_WIDTH, _ROW, _GAP, _LEFT, _TOP, _BOTTOM = 1000, 36, 8, 70, 56, 24
 # Work by hue, stages of a rank by lightness.
 _HUES = {"F": 214, "B": 28, "I": 28, "W": 130}
 _NAMES = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of parameters"}
 
 
-def draw(timeline: Timeline) -> str:
-    """Return a timeline as SVG.
+def draw(timelines: Timeline | Mapping[str, Timeline]) -> str:
+    """Return timelines as SVG, one below the other, in one unit of time.
 
     Args:
-        timeline: of a step, planned or measured.
+        timelines: of a step; several by what stands before their titles. The longest takes the whole width.
     """
-    height = _TOP + timeline.ranks * (_ROW + _GAP) + 24
-    title = (
+    if isinstance(timelines, Timeline):
+        timelines = {"": timelines}
+    heights = [_TOP + each.ranks * (_ROW + _GAP) + _BOTTOM for each in timelines.values()]
+    scale = _WIDTH / max(each.end for each in timelines.values())
+    titles = [f"{name}{': ' if name else ''}{_title(each)}" for name, each in timelines.items()]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 16} {sum(heights)}" font-family="sans-serif">',
+        f'<title>{"; ".join(titles)}</title><rect width="100%" height="100%" fill="white"/>',
+    ]
+    for number, (title, timeline) in enumerate(zip(titles, timelines.values(), strict=True)):
+        parts.append(f'<g transform="translate(0 {sum(heights[:number])})">')
+        parts += [*_panel(title, timeline, scale), "</g>"]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _title(timeline: Timeline) -> str:
+    return (
         f"{timeline.schedule}: {timeline.stages} stages on {timeline.ranks} ranks, {timeline.microbatches} microbatches, "
         f"bubble {timeline.bubble:.1%}"
     )
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + 16} {height}" font-family="sans-serif">',
-        f'<title>{title}</title><rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{_LEFT}" y="22" font-size="16">{title}</text>',
-    ]
+
+
+def _panel(title: str, timeline: Timeline, scale: float) -> list[str]:
+    parts = [f'<text x="{_LEFT}" y="22" font-size="16">{title}</text>']
     for rank in range(timeline.ranks):
         y = _TOP + rank * (_ROW + _GAP)
         parts.append(f'<text x="8" y="{y + _ROW / 2 + 5}" font-size="14">rank {rank}</text>')
-        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{_WIDTH}" height="{_ROW}" fill="#f1f1f1"/>')
-    parts += [_box(span, timeline) for span in timeline.spans if span.end > span.start]
-    return "\n".join([*parts, *_legend(timeline), "</svg>\n"])
+        parts.append(f'<rect x="{_LEFT}" y="{y}" width="{timeline.end * scale:.2f}" height="{_ROW}" fill="#f1f1f1"/>')
+    parts += [_box(span, timeline, scale) for span in timeline.spans if span.end > span.start]
+    return [*parts, *_legend(timeline)]
 
 
-def _box(span: Span, timeline: Timeline) -> str:
-    scale = _WIDTH / timeline.end
+def _box(span: Span, timeline: Timeline, scale: float) -> str:
     x, width = _LEFT + span.start * scale, (span.end - span.start) * scale
     y = _TOP + span.rank * (_ROW + _GAP)
     told = f"stage {span.stage}, microbatch {span.microbatch}: {_NAMES[span.work]}"

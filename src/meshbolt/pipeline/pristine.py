@@ -33,6 +33,15 @@ class Pristine:
     def __init__(self, module: nn.Module) -> None:
         self._then = {child: _taken(child) for child in module.modules()}
 
+    def hooks_since(self) -> frozenset[int]:
+        """Return the numbers of the hooks on calls that modules have now and did not have then."""
+        return frozenset(
+            number
+            for child, then in self._then.items()
+            for kind in ("_forward_hooks", "_forward_pre_hooks")
+            for number in child.__dict__[kind].keys() - then[kind].keys()
+        )
+
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """Let the module be as it was for a while; its parameters and the user's attributes stay those of now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from meshbolt.pipeline.plan import Crossing, PipelinePlan
 from meshbolt.pipeline.stage import left_stage
 
 Forward = Callable[[int, list[Tensor]], tuple[list[Tensor], Tensor | None]]
+Observer = Callable[[str, int, int], AbstractContextManager[Any]]
+"""Given "F" or "B", a stage and a microbatch, returns what surrounds that pass."""
+
+
+def unobserved(_work: str, _stage: int, _microbatch: int) -> AbstractContextManager[Any]:
+    """Surround a pass with nothing."""
+    return nullcontext()
 
 
 class RankStage(PipelineStageBase):
@@ -36,6 +43,7 @@ class RankStage(PipelineStageBase):
         self._arriving_gradients: dict[int, list[Tensor]] = {}
         self._edges: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._leaving_gradients: dict[int, list[Tensor]] = {}
+        self.observer: Observer = unobserved
 
     def begin(
         self,
@@ -154,7 +162,8 @@ class RankStage(PipelineStageBase):
             tensor.requires_grad_(crossing.requires_grad and torch.is_grad_enabled())
             for tensor, crossing in zip(arrived, self._received(fwd_chunk_id), strict=True)
         ]
-        sent, loss = self._passes.forward_pass(lambda: self._forward(fwd_chunk_id, received))
+        with self.observer("F", self.stage_index, fwd_chunk_id):
+            sent, loss = self._passes.forward_pass(lambda: self._forward(fwd_chunk_id, received))
         left = self.as_planned(sent, fwd_chunk_id)
         self._edges[fwd_chunk_id] = received, left if loss is None else [loss]
         # Without the graph: torch holds on to losses until the end of the step.
@@ -165,7 +174,7 @@ class RankStage(PipelineStageBase):
     ) -> None:
         """Run a microbatch backwards, for inputs and parameters together; `loss` has no graph."""
         received, sent = self._edges.pop(bwd_chunk_id)
-        with self._surround(self.stage_index):
+        with self.observer("B", self.stage_index, bwd_chunk_id), self._surround(self.stage_index):
             if self.is_last:
                 sent[0].backward()
             else:

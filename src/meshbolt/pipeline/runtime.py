@@ -19,10 +19,10 @@ from meshbolt.pipeline.microbatch import signature_of
 from meshbolt.pipeline.passes import Passes, PlainPasses
 from meshbolt.pipeline.plan import PipelinePlan
 from meshbolt.pipeline.pristine import Pristine
-from meshbolt.pipeline.rank_stage import RankStage
+from meshbolt.pipeline.rank_stage import Observer, RankStage, unobserved
 from meshbolt.pipeline.schedule import build_schedule, find_schedule, schedule_for
 from meshbolt.pipeline.stage import run_stage
-from meshbolt.pipeline.taint import Foreign, foreign_parameters
+from meshbolt.pipeline.taint import Foreign, Gathered, foreign_parameters
 
 
 class Pipeline:
@@ -53,6 +53,7 @@ class Pipeline:
         group: dist.ProcessGroup,
         device: torch.device,
         replicate: Sequence[str] = (),
+        gathered: Gathered | None = None,
     ) -> None:
         self._module, self._group, self._device = module, group, device
         self._num_stages, ranks = len(cuts) + 1, group.size()
@@ -62,10 +63,11 @@ class Pipeline:
         self._stages_of_ranks = [order.stages_of(rank, ranks=ranks, stages_per_rank=per_rank) for rank in range(ranks)]
         self._calls = Calls(module, cuts, replicate=replicate)
         self._pristine = Pristine(module)
-        self._kept = ExitStack()
+        self._kept, self._gathered = ExitStack(), gathered
         self._own: frozenset[str] | None = None
         self._plans: dict[Any, PipelinePlan] = {}
         self._passes: Passes = PlainPasses()
+        self.is_in_last_stage = False  # while that runs
         self.is_looking = False  # while a step is looked at with tensors without values
         self._stages = [
             RankStage(module, stage, self._num_stages, device, group) for stage in self._stages_of_ranks[group.rank()]
@@ -111,7 +113,9 @@ class Pipeline:
             self.is_looking = True
             try:
                 with torch.inference_mode(False), torch.set_grad_enabled(key[-1]), self._pristine.as_before():
-                    self._plans[key] = analyse(self._module, self._calls, step, device=self._device)
+                    self._plans[key] = analyse(
+                        self._module, self._calls, step, device=self._device, gathered=self._gathered
+                    )
             finally:
                 self.is_looking = False
         return self._plans[key]
@@ -134,6 +138,7 @@ class Pipeline:
             plan: of the first step.
         """
         self._calls.is_in_pieces = True
+        self._calls.hooks_to_leave_out = self._pristine.hooks_since()  # the engine's
         self._passes, self._own = passes, self._needed(plan)
 
     def others(self, plan: PipelinePlan) -> frozenset[str]:
@@ -233,6 +238,7 @@ class Pipeline:
         seed: int,
         number: int,
     ) -> tuple[list[Tensor], Any]:
+        self.is_in_last_stage = stage == self._num_stages - 1
         return run_stage(
             self._calls,
             plan,
@@ -244,6 +250,15 @@ class Pipeline:
             device=self._device,
             leaving=self._passes.leaving,
         )
+
+    def observe_passes(self, observer: Observer | None) -> None:
+        """Surround each pass of a step through a stage of this rank with what an observer returns for it.
+
+        Args:
+            observer: is given "F" or "B", the stage and the microbatch; None: end it.
+        """
+        for stage in self._stages:
+            stage.observer = observer or unobserved
 
     def close(self) -> None:
         """Leave the module as it was."""

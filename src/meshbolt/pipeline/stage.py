@@ -175,7 +175,7 @@ class _Stage:
         # does not depend on parameters, which is another one in each step.
         if children is None or self._calls.is_replicated(call.unit):
             return self._run_without_values(call, proceed, args, kwargs)
-        if any(child._forward_hooks or child._forward_pre_hooks for child in children):
+        if any(map(self._calls.is_awaited, children)):
             return self._run_without_values(call, proceed, args, kwargs)
         if any(isinstance(leaf, torch.Tensor) and not is_foreign(leaf) for leaf in tree_leaves(self._plan.stubs[call])):
             return self._run_without_values(call, proceed, args, kwargs)

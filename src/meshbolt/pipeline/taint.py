@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,20 +58,39 @@ class Foreign(FakeTensorMode):
         is_own = isinstance(tensor, FakeTensor) and tensor.fake_mode is self
         return tensor if is_own else self.like(tensor, device=tensor.device)
 
-    def like(self, tensor: torch.Tensor, *, device: torch.device) -> torch.Tensor:
-        """Return a tensor that stands for one of the same shape and dtype, without reading it.
+    def like(self, tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return a tensor that stands for one of the same shape, without reading it.
 
         Args:
             tensor: on any device, meta included.
             device: where computations with it would take place.
+            dtype: None: the tensor's.
         """
-        meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+        meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=dtype or tensor.dtype, device="meta")
         return FakeTensor(self, meta, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """In which dtypes a module computes, where parameters are stored in others.
+
+    Attributes:
+        parameters: by name, the dtype in which each is gathered; that of others is the stored one.
+        inputs: by name of a unit, the dtype to which it casts what it is called with.
+    """
+
+    parameters: Mapping[str, torch.dtype] = field(default_factory=dict)
+    inputs: Mapping[str, torch.dtype] = field(default_factory=dict)
 
 
 @contextmanager
 def foreign_parameters(
-    module: nn.Module, names: Iterable[str], mode: Foreign, *, device: torch.device
+    module: nn.Module,
+    names: Iterable[str],
+    mode: Foreign,
+    *,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Iterator[None]:
     """Put tensors without values in the place of parameters for a while; those that are shared stay shared.
 
@@ -79,8 +99,13 @@ def foreign_parameters(
         names: in `module`, every name of a shared one.
         mode: makes the tensors.
         device: where the module computes.
+        dtypes: by name, of those that are not to have the parameter's.
     """
-    with _replaced(module, names, lambda parameter: mode.like(parameter, device=device)):
+
+    def foreign(name: str, parameter: nn.Parameter) -> torch.Tensor:
+        return mode.like(parameter, device=device, dtype=(dtypes or {}).get(name))
+
+    with _replaced(module, names, foreign):
         yield
 
 
@@ -94,7 +119,7 @@ def plain_parameters(module: nn.Module, names: Iterable[str], *, device: torch.d
         device: where the module computes.
     """
 
-    def plain(parameter: nn.Parameter) -> torch.Tensor:
+    def plain(_: str, parameter: nn.Parameter) -> torch.Tensor:
         if parameter.is_meta or type(parameter) is not nn.Parameter:  # or one that ranks share
             return torch.zeros(tuple(parameter.shape), dtype=parameter.dtype, device=device)
         return parameter.detach().to(device)
@@ -104,7 +129,9 @@ def plain_parameters(module: nn.Module, names: Iterable[str], *, device: torch.d
 
 
 @contextmanager
-def _replaced(module: nn.Module, names: Iterable[str], make: Callable[[nn.Parameter], torch.Tensor]) -> Iterator[None]:
+def _replaced(
+    module: nn.Module, names: Iterable[str], make: Callable[[str, nn.Parameter], torch.Tensor]
+) -> Iterator[None]:
     """Put tensors in the place of parameters for a while; those that are shared stay shared."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     held: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -113,7 +140,7 @@ def _replaced(module: nn.Module, names: Iterable[str], make: Callable[[nn.Parame
         if name not in wanted:
             continue
         if parameter not in made:
-            made[parameter] = nn.Parameter(make(parameter), requires_grad=parameter.requires_grad)
+            made[parameter] = nn.Parameter(make(name, parameter), requires_grad=parameter.requires_grad)
         owner, _, key = name.rpartition(".")
         held.append((module.get_submodule(owner), key, parameter))
     try:

@@ -70,15 +70,22 @@ class Timeline:
 
 
 def plan_timeline(
-    schedule: str, costs: Sequence[float], *, ranks: int, microbatches: int, split_backward: bool = False
+    schedule: str,
+    costs: Sequence[float],
+    *,
+    ranks: int,
+    microbatches: int,
+    backward_costs: Sequence[float] | None = None,
+    split_backward: bool = False,
 ) -> Timeline:
     """Play a schedule through.
 
     Args:
         schedule: its name.
-        costs: of the forward pass of one microbatch, by stage; a backward pass takes twice as long.
+        costs: of the forward pass of one microbatch, by stage.
         ranks: among which the stages are distributed.
         microbatches: of a step.
+        backward_costs: of its backward pass; None: each takes twice as long.
         split_backward: schedules that compute gradients of parameters apart do so, where they would not if it were
             unsafe for the model.
 
@@ -92,14 +99,15 @@ def plan_timeline(
     """
     order = find_schedule(schedule, stages=len(costs), ranks=ranks, microbatches=microbatches)
     waiting = {rank: list(actions) for rank, actions in enumerate(order_of(order, len(costs), ranks, microbatches))}
-    lengths = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0} if split_backward else {"F": 1.0, "B": 2.0, "I": 2.0, "W": 0.0}
+    backward = [2.0 * cost for cost in costs] if backward_costs is None else list(backward_costs)
+    shares = {"B": 1.0, "I": 0.5, "W": 0.5} if split_backward else {"B": 1.0, "I": 1.0, "W": 0.0}
     done: dict[tuple[str, int, int], float] = {}
     free, spans = dict.fromkeys(waiting, 0.0), list[Span]()
     while any(waiting.values()):
         rank = next(rank for rank, actions in waiting.items() if actions and _may_start(actions[0], len(costs), done))
         work, stage, microbatch = waiting[rank].pop(0)
         begun = max([free[rank], *(done[each] for each in _needs(work, stage, microbatch, len(costs)))])
-        free[rank] = begun + lengths[work] * costs[stage]
+        free[rank] = begun + (costs[stage] if work == "F" else shares[work] * backward[stage])
         done["B" if work == "I" else work, stage, microbatch] = free[rank]
         spans.append(Span(rank=rank, stage=stage, microbatch=microbatch, work=work, start=begun, end=free[rank]))
     return Timeline(schedule=schedule, ranks=ranks, stages=len(costs), microbatches=microbatches, spans=tuple(spans))

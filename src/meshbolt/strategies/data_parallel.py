@@ -17,13 +17,13 @@ from torch import nn
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from meshbolt.config import Plan
 from meshbolt.engine.debug import SameBatch
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
 from meshbolt.mesh import data_parallel_group, same_samples_group
 from meshbolt.strategies.compat import ranks_are_connected, reduce_over_ranks
+from meshbolt.strategies.gathering import GatherOver
 
 
 class DataParallelRanks:
@@ -191,9 +191,9 @@ class DataParallelRanks:
             module: the user's. What was given a group, or a way to gather, keeps it.
         """
         for part in module.modules():
-            if isinstance(part, Metric) and (part.dist_sync_fn is None or isinstance(part.dist_sync_fn, _GatherOver)):
+            if isinstance(part, Metric) and (part.dist_sync_fn is None or isinstance(part.dist_sync_fn, GatherOver)):
                 own = part.process_group is not None or self._copies == 1
-                part.dist_sync_fn = None if own else _GatherOver(self._samples_group)
+                part.dist_sync_fn = None if own else GatherOver(self._samples_group)
             elif isinstance(part, nn.SyncBatchNorm) and part.process_group is None and self._copies > 1:
                 part.process_group = self._samples_group
 
@@ -219,23 +219,3 @@ class _Gathered(Function):
         gradient = gradient.contiguous().clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient[ctx.group.rank()], None
-
-
-class _GatherOver:
-    """How a metric gathers its state; an object that may be copied with the metric, which a group may not."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-
-    def __call__(self, result: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
-        return gather_all_tensors(result, group or self._group)
-
-    def __deepcopy__(self, _memo: Any) -> _GatherOver:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _forget, ()
-
-
-def _forget() -> None:
-    """Stand in the place of a group where a metric is unpickled: there it gathers as metrics do."""

@@ -286,7 +286,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self.settings.checkpoint.trainable_only:
             optimizers = [value for value in state.values() if isinstance(value, Optimizer)]
             for key, module in modules.items():
-                tree[key], left_out[key] = trained_state(tree[key], module, optimizers)
+                stages = None if self._staged is None else self._staged.group
+                tree[key], left_out[key] = trained_state(tree[key], module, optimizers, stages=stages)
         agree_on_error(lambda: _apply_filters(tree, filter or {}), group=self._control_group)
         buffers = [buffers_of(module, tree[key], key=key) for key, module in modules.items()]
         self._save(

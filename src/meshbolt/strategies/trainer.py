@@ -344,7 +344,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
                 state = self._steps.model_state(state)
             self._left_out: list[str] = []
             if self.settings.checkpoint.trainable_only:
-                state, self._left_out = trained_state(state, self._module(), self.optimizers)
+                stages = None if self._steps is None else self._steps.group
+                state, self._left_out = trained_state(state, self._module(), self.optimizers, stages=stages)
             return state
 
     @override

@@ -31,6 +31,26 @@ class Root(nn.Module):
         return function()
 
 
+class _Placement:
+    """Says along which dim a parameter is sharded, and frees what is no longer needed: torch holds all until the last is done."""
+
+    def __init__(
+        self,
+        unit: nn.Module,
+        shard_dim: Callable[[nn.Parameter], Shard | None] | None,
+        may_free: Callable[[nn.Parameter], bool],
+    ) -> None:
+        self._unit, self._shard_dim, self._may_free = unit, shard_dim, may_free
+        self._before: nn.Parameter | None = None
+
+    def __call__(self, parameter: nn.Parameter) -> Shard | None:
+        # torch may ask for all of them before it shards the first.
+        if self._before is not None and all(self._before is not each for each in self._unit.parameters()):
+            self._before.data = self._before.data.new_empty(0)
+        self._before = parameter if self._may_free(parameter) else None
+        return None if self._shard_dim is None else self._shard_dim(parameter)
+
+
 def shard_unit(
     unit: nn.Module,
     *,
@@ -40,6 +60,7 @@ def shard_unit(
     whole: frozenset[nn.Parameter],
     is_root: bool = False,
     shard_dim: Callable[[nn.Parameter], Shard | None] | None = None,
+    may_free: Callable[[nn.Parameter], bool] = lambda _: False,
 ) -> FSDPModule:
     """Shard (or replicate) what the unit owns, in place, and return it.
 
@@ -50,6 +71,7 @@ def shard_unit(
         precision: dtypes for gathering, reduction and the unit's output.
         whole: parameters to leave alone.
         shard_dim: says along which dim a parameter is sharded; None for the first.
+        may_free: whether nobody else needs the values of a parameter, once it is sharded.
         is_root: the root keeps its parameters gathered between forward and backward, which follow each other at once.
     """
     if not stage.shards:
@@ -62,5 +84,5 @@ def shard_unit(
         reshard_after_forward=stage.reshards_after_forward and not is_root,
         mp_policy=precision,
         ignored_params=set(whole),
-        shard_placement_fn=shard_dim,
+        shard_placement_fn=_Placement(unit, shard_dim, may_free),
     )

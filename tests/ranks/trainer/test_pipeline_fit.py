@@ -58,7 +58,7 @@ class Classifier(pl.LightningModule):
         loss = nn.functional.cross_entropy(logits, y)
         self.accuracy(logits, y)
         self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True)
-        self.log("accuracy", self.accuracy, on_step=False, on_epoch=True)
+        self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
         self.log("right", (logits.argmax(1) == y).sum().float(), reduce_fx="sum", on_step=False, on_epoch=True)
         self.log("largest", logits.max(), reduce_fx="max", on_step=True, on_epoch=True)
         self.log_dict({"half": loss / 2, "number": 3.0}, batch_size=len(x))
@@ -203,6 +203,6 @@ def test_a_fit_is_that_of_one_process(settings: dict[str, Any], ranks: int, shuf
         first = dict(results[0])
         for key in ("best", "rate", "steps", "predicted"):
             compare(first[key], expected[key], key)
-        for key in ("val_loss", "val_accuracy", "norms", "loss_epoch", "accuracy"):
+        for key in ("val_loss", "val_accuracy", "norms", "loss_epoch", "accuracy_epoch"):
             compare(first["metrics"][key], expected["metrics"][key], key)
         assert all(found["metrics"].keys() == first["metrics"].keys() for found in results)

@@ -27,7 +27,7 @@ trainer:
   devices: 2
   max_epochs: 3
   min_epochs: 2
-  fast_dev_run: %s
+  fast_dev_run: true
   accumulate_grad_batches: 2
   logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs}}
   callbacks: [{class_path: meshbolt.callbacks.ClosingTable}]
@@ -51,7 +51,7 @@ def verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         monkeypatch.setenv(variable, "0")
 
     def verified(*arguments: str, strategy: str = "pipeline_parallel", model: str = MODEL) -> tuple[int, str]:
-        Path("run.yaml").write_text(FILE % (strategy, "false", model, "last"))
+        Path("run.yaml").write_text(FILE % (strategy, model, "last"))
         code = run(["verify", "--pipeline", "--config", "run.yaml", *arguments])
         return code, capsys.readouterr().out
 
@@ -73,7 +73,7 @@ def test_a_model_that_can_be_cut_is_told_with_what_its_stages_hold_and_send(veri
 
 
 def test_json_is_all_that_is_printed_and_says_the_same(verify: Verify) -> None:
-    setting = "{size: 2, schedule: interleaved_1f1b, microbatches: 2}"
+    setting = "{size: 2, schedule: interleaved_1f1b, microbatches: 2, split: [1, 1, 1, 1]}"
     code, said = verify("--json", strategy=MESH % f"pipeline_parallel: {setting}")
     answer = json.loads(said)
     assert code == 0

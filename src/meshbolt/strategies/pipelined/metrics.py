@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric, MultitaskWrapper
 
 from meshbolt.collectives import agree_on_error
+from meshbolt.strategies.gathering import GatherOver
 from meshbolt.strategies.pipelined.logs import Logged, MetricAt, attributes_replaced
 from meshbolt.strategies.pipelined.results import detached, map_tensors, placed
 
@@ -60,11 +61,11 @@ def share_metrics(
     held: list[tuple[Metric, dict[str, Any]]] = []
     for metric in _metrics_of(module).values():
         plain = getattr(metric.compute, "shares", metric.compute)
-        sync = None if isinstance(metric.dist_sync_fn, _GatherOver) else metric.dist_sync_fn
+        sync = None if isinstance(metric.dist_sync_fn, GatherOver) else metric.dist_sync_fn
         held.append((metric, {"compute": plain, "dist_sync_fn": sync}))
         vars(metric)["compute"] = sharing.compute_of(metric, plain)
         is_free = samples_group is not None and metric.process_group is None and sync is None
-        vars(metric)["dist_sync_fn"] = _GatherOver(samples_group) if is_free else sync
+        vars(metric)["dist_sync_fn"] = GatherOver(samples_group) if is_free else sync
 
     def undo() -> None:
         for metric, attributes in held:
@@ -213,32 +214,14 @@ class _Sharing:
             self._is_computing = False
 
 
-class _GatherOver:
-    """torchmetrics' own gathering, over a group. A copy of a metric shares it; in a file it is the plain one."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
-
-    def __call__(self, result: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
-        return gather_all_tensors(result, group=group or self._group)
-
-    def __deepcopy__(self, _memo: Any) -> _GatherOver:
-        return self
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        return _plain_gathering, ()
-
-
-def _plain_gathering() -> None:
-    """Return no function to sync, for which torchmetrics takes its own."""
-
-
 def _without_past(metric: Metric) -> Metric:
     """Return a copy of a metric as it is before its first update, which syncs only where each call of the metric does."""
     shared: list[Any] = [*metric.parameters(), *metric.buffers()]
     memo: dict[int, Any] = {}
     for child in (child for child in metric.modules() if isinstance(child, Metric)):
         shared += [child.process_group] if child.process_group is not None else []
+        # The hooks that watch it hold the whole module.
+        memo |= {id(vars(child)[key]): OrderedDict() for key in vars(child) if key.startswith("_forward_hooks")}
         # What it has seen may have a graph, which cannot be copied.
         held = (child.metric_state, child._forward_cache, child._computed)
         map_tensors(lambda tensor: memo.update({id(tensor): tensor.detach()}), held)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.config import Plan
-from meshbolt.engine import PipelinedEngine, Stages
+from meshbolt.engine import PipelinedEngine, Stages, gathered_in
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.placeholders import model_state, states_of_all_stages
 from meshbolt.errors import TopologyError
@@ -84,17 +85,33 @@ class StagedModule:
         self._engine = engine
         self._pipeline.run_by(engine, self._first_plan)
 
-    def buffers_elsewhere(self) -> frozenset[str]:
-        """Return the names of the buffers that units of other ranks' stages keep up to date."""
-        own = set(self._pipeline.own_stages)
-        stages = self._first_plan.stages_of_units
-        names = [name for name, _ in self._module.named_buffers(remove_duplicate=False)]
-        homes = {name: next((stages[unit] for unit in stages if name.startswith(f"{unit}.")), None) for name in names}
-        return frozenset(name for name, home in homes.items() if home is not None and home not in own)
+    def observe_passes(self, observer: Callable[[str, int, int], AbstractContextManager[Any]] | None) -> None:
+        """Surround each pass of a step through a stage of this rank with what an observer returns for it.
 
-    def model_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        Args:
+            observer: is given "F" or "B", the stage and the microbatch; None: end it.
+        """
+        self._pipeline.observe_passes(observer)
+
+    def entries_elsewhere(self, names: Iterable[str]) -> frozenset[str]:
+        """Return which entries of the module's state other ranks keep up to date.
+
+        What belongs to no unit, such as a metric, a root's buffer, or what a step does after the model, the last stage's rank
+        has: it alone goes through all of a step but the units of others.
+
+        Args:
+            names: in the module's state dict, of what is no parameter.
+        """
+        own, stages = set(self._pipeline.own_stages), self._first_plan.stages_of_units
+        homes = {name: next((stages[unit] for unit in stages if name.startswith(f"{unit}.")), None) for name in names}
+        is_last = self._pipeline.has_last_stage
+        return frozenset(name for name, home in homes.items() if (not is_last if home is None else home not in own))
+
+    def model_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return the module's state dict with placeholders for what other stages hold; all ranks call it together."""
-        return dict(model_state(state, elsewhere=self.buffers_elsewhere(), group=self._group))
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        elsewhere = self.entries_elsewhere(state.keys() - parameters.keys())
+        return model_state(state, elsewhere=elsewhere, group=self._group)
 
     def optimizer_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return an optimizer's state with placeholders for that of other stages; all ranks call it together."""
@@ -121,6 +138,7 @@ class StagedModule:
                 group=self._group,
                 device=self._device,
                 replicate=self._setting.replicate,
+                gathered=gathered_in(self._module, self._plan),
             )
             return pipeline, pipeline.plan(lambda _: first.look(), first.microbatch, kind=first.kind)
 

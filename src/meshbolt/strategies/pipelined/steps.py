@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshbolt.config import Plan
 from meshbolt.engine import PipelinedEngine
 from meshbolt.errors import UnsupportedError
+from meshbolt.mesh import data_parallel_group
 from meshbolt.pipeline import batch_size, split_batch
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.checks import check_pipelined
 from meshbolt.strategies.pipelined.example import example_batch
 from meshbolt.strategies.pipelined.logs import Logged, combine, record_logs, replay
-from meshbolt.strategies.pipelined.metrics import quiet_metrics, share_metrics
+from meshbolt.strategies.pipelined.metrics import WholeBatch, quiet_metrics, share_metrics
 from meshbolt.strategies.pipelined.played import played
 from meshbolt.strategies.pipelined.results import detached, join_results, placed
 from meshbolt.strategies.pipelined.staged import FirstStep, StagedModule
@@ -58,6 +59,10 @@ class PipelinedSteps(StagedModule):
 
     def __init__(self, trainer: pl.Trainer, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
         self._trainer, self._is_in_step = trainer, False
+        self._whole = WholeBatch(trainer.lightning_module)
+        # By kind of step, what its batches have shown of the batch sizes that it logs.
+        self._constants: dict[str, dict[str, bool]] = {}
+        self._samples_group = data_parallel_group(mesh)
         super().__init__(trainer.lightning_module, plan=plan, mesh=mesh, device=device)
 
     def run_by(self, engine: PipelinedEngine) -> None:
@@ -67,7 +72,13 @@ class PipelinedSteps(StagedModule):
             engine: surrounds the passes of stages.
         """
         super().run_by(engine)
-        share_metrics(self._module, group=self._group, source=self._owner, is_in_step=lambda: self._is_in_step)
+        share_metrics(
+            self._module,
+            group=self._group,
+            source=self._owner,
+            is_in_step=lambda: self._is_in_step,
+            samples_group=self._samples_group,
+        )
 
     def _first_step(self) -> FirstStep:
         check_pipelined(self._trainer)
@@ -111,7 +122,7 @@ class PipelinedSteps(StagedModule):
                 "training_step",
                 args[1:],
             )
-        output = self._told(found, sizes)
+        output = self._told("training_step", found, sizes)
         return _with_loss(output, lambda loss: played(loss, engine, factor))
 
     def evaluate(self, kind: str, args: tuple[Any, ...]) -> Any:
@@ -128,7 +139,7 @@ class PipelinedSteps(StagedModule):
             kind,
             args[1:],
         )
-        return self._told(found, sizes)
+        return self._told(kind, found, sizes)
 
     @property
     def _precision(self) -> MeshPrecision:
@@ -142,8 +153,8 @@ class PipelinedSteps(StagedModule):
 
         def function(microbatch: Any) -> Any:
             logged: list[Logged] = []
-            quiet = quiet_metrics(self._module) if self._pipeline.is_looking else nullcontext()
-            with record_logs(self._module, logged), quiet:
+            counts = self._pipeline.is_in_last_stage and not self._pipeline.is_looking
+            with record_logs(self._module, logged), self._whole.watching() if counts else quiet_metrics(self._module):
                 result = step(microbatch)
             # Beside what was returned, so that both are looked through for values of other stages.
             return result, [each.value for each in logged], _Outcome(logged=logged)
@@ -168,11 +179,13 @@ class PipelinedSteps(StagedModule):
 
         return function
 
-    def _told(self, found: list[Any], sizes: list[int]) -> Any:
+    def _told(self, kind: str, found: list[Any], sizes: list[int]) -> Any:
         """Log on every rank what the last stage's has found, and return what it has returned."""
 
         def put_together() -> Any:
-            logged = combine([outcome.logged for _, _, outcome in found], sizes)
+            constants = self._constants.setdefault(kind, {})
+            logged = combine([outcome.logged for _, _, outcome in found], sizes, constants=constants)
+            logged = self._whole.complete(logged)
             return detached(join_results([result for result, *_ in found], sizes)), logged
 
         output, logged = self._tell(put_together)
