@@ -136,7 +136,9 @@ def deepspeed(job: Job, *, stage: int) -> Timing:
     return _timed(step, job)
 
 
-def trainer(job: Job, strategy: Any, *, shards_itself: bool = False, tensor_parallel: bool = False) -> Timing:
+def trainer(
+    job: Job, strategy: Any, *, shards_itself: bool = False, tensor_parallel: bool = False, pipeline: bool = False
+) -> Timing:
     """Lightning's Trainer with a strategy.
 
     Args:
@@ -144,12 +146,13 @@ def trainer(job: Job, strategy: Any, *, shards_itself: bool = False, tensor_para
         strategy: for the Trainer.
         shards_itself: the module divides itself in configure_model, as Lightning's own strategy wants it.
         tensor_parallel: all ranks share each layer, and train on the same batches.
+        pipeline: ranks have different layers, and train on the same batches.
     """
     import lightning.pytorch as pl
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rank, seconds = 0 if tensor_parallel else int(os.environ["RANK"]), []
+    rank, seconds = 0 if tensor_parallel or pipeline else int(os.environ["RANK"]), []
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:
@@ -183,8 +186,10 @@ def trainer(job: Job, strategy: Any, *, shards_itself: bool = False, tensor_para
             dist.barrier()
             self.start = time.perf_counter()
 
-        def on_train_batch_end(self, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
             seconds.append(time.perf_counter() - self.start)
+            if pipeline:  # the module sees it on the last stage only
+                module.last = outputs["loss"]
 
     class Batches(torch.utils.data.IterableDataset):
         def __iter__(self) -> Iterator[Any]:
@@ -286,6 +291,77 @@ def tp_sequence(job: Job) -> Timing:
     return tp(job, sequence_parallel=True)
 
 
+def _pipeline_sizes(job: Job) -> tuple[int, int, int]:
+    """Return layers, where the second stage begins, and microbatches."""
+    layers = job.sizes.get("layers", 6)
+    return layers, layers // 2, 4
+
+
+def pp_loop(job: Job) -> Timing:
+    """A hand-written script on torch.distributed.pipelining, 1F1B, with a model split by hand: the reference for pipelines."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    _, middle, microbatches = _pipeline_sizes(job)
+    net, rank, ranks = gpt.build(**job.sizes), dist.get_rank(), dist.get_world_size()
+    if ranks != 2:
+        raise ValueError("The model is split by hand for two ranks.")
+
+    class First(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions, self.blocks = net.tokens, net.positions, net.blocks[:middle]
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    class Last(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.norm, self.head = net.blocks[middle:], net.norm, net.head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    part = First() if rank == 0 else Last()
+
+    def loss_of(logits: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
+
+    stage = PipelineStage(part, rank, ranks, torch.device("cpu"))
+    schedule, optimizer = Schedule1F1B(stage, microbatches, loss_fn=loss_of), _adamw(part)
+
+    def step(index: int) -> torch.Tensor:
+        losses: list[torch.Tensor] = []
+        for k in range(job.window):
+            tokens, following = gpt.batch(index * job.window + k, 0, samples=job.samples)
+            if rank == 0:
+                schedule.step(tokens)
+            else:
+                schedule.step(target=following, losses=losses)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = torch.stack(losses[-microbatches:]).mean().detach() if losses else torch.zeros(())
+        dist.broadcast(loss, src=1)  # for the user to see, as every rank does in a Trainer
+        return loss
+
+    return _timed(step, job)
+
+
+def pp(job: Job, *, zero: int = 0) -> Timing:
+    """meshbolt through the Trainer, with the same stages and schedule."""
+    from meshbolt import MeshStrategy, PipelineParallel
+
+    _, middle, microbatches = _pipeline_sizes(job)
+    size = int(os.environ["WORLD_SIZE"])
+    setting = PipelineParallel(size, microbatches=microbatches, cuts=[f"net.blocks.{middle}"])
+    return trainer(job, MeshStrategy(zero=zero, pipeline_parallel=setting), pipeline=True)
+
+
 CONTENDERS: dict[str, Callable[[Job], Timing]] = {
     "fsdp2": fsdp2,
     "local": local,
@@ -296,10 +372,13 @@ CONTENDERS: dict[str, Callable[[Job], Timing]] = {
     "tp_lightning": tp_lightning,
     "tp": tp,
     "tp_sequence": tp_sequence,
+    "pp_loop": pp_loop,
+    "pp": pp,
     **{f"deepspeed{stage}": (lambda job, stage=stage: deepspeed(job, stage=stage)) for stage in (1, 2, 3)},
     **{f"zero{stage}": (lambda job, stage=stage: meshbolt(job, stage=stage)) for stage in (0, 1, 2, 3)},
 }
 OWN_PROCESS_GROUP = (
+    "pp",
     "tp",
     "tp_sequence",
     "tp_lightning",

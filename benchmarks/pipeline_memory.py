@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -18,7 +19,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from gpt import GPT, Block, loss_of
-from run_memory import Sampler, anonymous_bytes
+from run_memory import anonymous_bytes
 from torch import Tensor, nn
 
 import meshbolt
@@ -27,6 +28,43 @@ from meshbolt.pipeline.taint import is_foreign
 
 SMALL = {"layers": 4, "width": 32, "vocabulary": 256}
 M_MMAP_THRESHOLD = -3
+
+
+class _Counts(ctypes.Structure):
+    """What glibc's mallinfo2 returns."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def block_bytes() -> int:
+    """Return the bytes of the blocks that come straight from the system: of large tensors, and little else."""
+    count = ctypes.CDLL(None).mallinfo2
+    count.restype = _Counts
+    return int(count().hblkhd)
+
+
+class Watch(threading.Thread):
+    """Samples both measures every millisecond, and keeps the highest values."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.before = self.peak = self.now()
+        self.running = True
+
+    @staticmethod
+    def now() -> tuple[int, int]:
+        """Return resident bytes and bytes in large blocks."""
+        return anonymous_bytes(), block_bytes()
+
+    def run(self) -> None:
+        while self.running:
+            self.peak = tuple(map(max, self.peak, self.now()))  # type: ignore[assignment]
+            time.sleep(0.001)
+
+    def grown(self, then: tuple[int, int]) -> list[int]:
+        """Return by how much the measures were higher than at the beginning."""
+        return [later - before for later, before in zip(then, self.before, strict=True)]
 
 
 class Live:
@@ -73,8 +111,8 @@ class Watched(Block):
 class Model(pl.LightningModule):
     """A GPT over random bytes, built in `__init__` or in `configure_model`, there with pretrained weights if there are any."""
 
-    sampler: Sampler | None = None
-    setup_bytes: tuple[int, int] = 0, 0  # at the peak, and at rest
+    watch: Watch | None = None
+    setup_bytes: tuple[list[int], list[int]]  # at the peak, and at rest
 
     def __init__(self, sizes: dict[str, int], in_init: bool = False, path: str = "", stages: int = 0) -> None:
         super().__init__()
@@ -94,11 +132,10 @@ class Model(pl.LightningModule):
             block.__class__, block.live = Watched, self.live
 
     def on_fit_start(self) -> None:
-        if Model.sampler is not None:
-            peak = Model.sampler.peak_bytes
+        if (watch := Model.watch) is not None:
+            peak = watch.grown(watch.peak)
             gc.collect()
-            time.sleep(0.1)
-            Model.setup_bytes = peak, anonymous_bytes()
+            Model.setup_bytes = peak, watch.grown(watch.now())
 
     def training_step(self, batch: Tensor, _index: int) -> Tensor:
         return loss_of(self.gpt, batch[:, :-1], batch[:, 1:])
@@ -176,11 +213,11 @@ def measure_setup(job: dict[str, Any]) -> dict[str, Any]:
     warm = {**SMALL, "layers": job["sizes"]["layers"]}
     fit(job["way"] if job["way"] != "load_pretrained" else "configure_model", warm)
     gc.collect()
-    before, Model.sampler = anonymous_bytes(), Sampler()
-    Model.sampler.start()
+    Model.watch = Watch()
+    Model.watch.start()
     model = fit(job["way"], job["sizes"], job["path"])
-    Model.sampler.running = False
-    peak, rest = (each - before for each in Model.setup_bytes)
+    Model.watch.running = False
+    peak, rest = Model.setup_bytes
     return {"peak": peak, "rest": rest, "own": own_bytes(model), "rank": dist.get_rank()}
 
 

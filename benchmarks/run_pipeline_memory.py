@@ -2,10 +2,11 @@
 
     python benchmarks/run_pipeline_memory.py --ranks 4 --rounds 3
 
-A GPT is cut into one stage a rank. Of its set-up, growth of anonymous resident memory over a process that has trained a small
-model in the same way is given in units of the largest stage's parameters: of the rank where it is largest, as the median over
-rounds; at the peak until training begins (sampled every millisecond), and at rest then. Beside the largest tensor's and the whole
-model's size. Then, for each schedule, the most microbatches of which a rank held graphs at a time, by rank, and as planned.
+A GPT is cut into one stage a rank. Of its set-up, the growth over a process that has trained a small model in the same way is
+given in units of the largest stage's parameters: of anonymous resident memory, and of blocks that come straight from the system,
+which are large tensors and little else; of the rank where it is largest, as the median over rounds; at the peak until training
+begins (sampled every millisecond), and at rest then. Then, for each schedule, the most microbatches of which a rank held graphs
+at a time, by rank, and as planned.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512, help="512 with 12 layers is a model of 152 MiB")
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--width", type=int, default=320, help="320 with 40 layers is a model of 191 MiB")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--ways", type=lambda text: text.split(","), default=WAYS)
     parser.add_argument("--schedules", type=lambda text: [x for x in text.split(",") if x], default=SCHEDULES)
@@ -49,7 +50,7 @@ def _setups(arguments: argparse.Namespace) -> bool:
     from gpt import build
     from safetensors.torch import save_file
 
-    sizes, failed = {"layers": arguments.layers, "width": arguments.width, "vocabulary": 2048}, False
+    sizes, failed = {"layers": arguments.layers, "width": arguments.width, "vocabulary": 1024}, False
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         model = build(**sizes)
@@ -57,7 +58,8 @@ def _setups(arguments: argparse.Namespace) -> bool:
         nbytes = [p.numel() * p.element_size() for p in model.parameters()]
         del model
         print(f"# whole model {sum(nbytes) / MIB:.1f} MiB, largest tensor {max(nbytes) / MIB:.1f} MiB")
-        print(f"{'built':>16} {'stage MiB':>10} {'peak':>6} {'at rest':>8}   in units of the largest stage")
+        print(f"{'':>27} {'resident':>15} {'large blocks':>15}")
+        print(f"{'built':>16} {'stage MiB':>10} {'peak':>7} {'at rest':>7} {'peak':>7} {'at rest':>7}")
         for way in arguments.ways:
             job = {"way": way, "sizes": sizes, "path": str(path)}
             rounds = [_launch(job, arguments.ranks) for _ in range(arguments.rounds)]
@@ -65,11 +67,12 @@ def _setups(arguments: argparse.Namespace) -> bool:
             failed |= len(done) < len(rounds)
             if done:
                 stage = max(rank["own"] for rank in done[0])
-                peak, rest = (
-                    statistics.median(max(rank[key] for rank in ranks) for ranks in done) / stage
+                found = [
+                    statistics.median(max(rank[key][measure] for rank in ranks) for ranks in done) / stage
+                    for measure in (0, 1)
                     for key in ("peak", "rest")
-                )
-                print(f"{way:>16} {stage / MIB:10.1f} {peak:6.2f} {rest:8.2f}", flush=True)
+                ]
+                print(f"{way:>16} {stage / MIB:10.1f}", *(f"{each:7.2f}" for each in found), flush=True)
     return failed
 
 

@@ -15,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from program import whole
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from meshbolt import MeshStrategy, TensorParallel
+from meshbolt import MeshStrategy, PipelineParallel, TensorParallel
+from meshbolt.compat import whole_of
 from meshbolt.demos.model import Block
+from meshbolt.engine.placeholders import held_elsewhere
 
 STEPS, SAMPLES, LENGTH, WIDTH = 4, 4, 16, 32
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -30,6 +33,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tp2_zero2": {"zero": 2, "tensor_parallel": 2},
     "tp2_zero3": {"zero": 3, "tensor_parallel": 2},
     "zero1": {"zero": 1},
+    "pp2": {"zero": 1, "pipeline_parallel": 2},
+    "pp2_interleaved": {"zero": 0, "pipeline_parallel": PipelineParallel(2, schedule="interleaved_1f1b")},
+    "pp2_zero3": {"zero": 3, "pipeline_parallel": 2},
+    "pp2_tp2": {"zero": 0, "pipeline_parallel": 2, "tensor_parallel": 2},
     "zero3": {"zero": 3},
 }
 
@@ -72,15 +79,22 @@ def train(strategy: Any, precision: str, accelerator: str, *, nodes: int, dropou
     return module
 
 
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that this rank has, gathered: of a pipeline those of its stages."""
+    parameters = {name: p for name, p in module.named_parameters() if not held_elsewhere(p)}
+    return {name: (whole_of(p) if isinstance(p, DTensor) else p).detach().cpu() for name, p in parameters.items()}
+
+
 def main(setting: str, precision: str, accelerator: str) -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     # Ranks that see samples of their own draw masks of their own.
     dropout = 0.2 if ranks == 2 and setting.startswith("tp2") else 0.0
     strategy = MeshStrategy(**SETTINGS[setting], process_group_backend="gloo")
-    sharded = whole(train(strategy, precision, accelerator, nodes=ranks, dropout=dropout))
+    sharded = held(train(strategy, precision, accelerator, nodes=ranks, dropout=dropout))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     plain = whole(train("auto", precision, accelerator, nodes=1, dropout=dropout))
+    plain = {name: plain[name] for name in sharded}
     if precision == "32-true":
         # What is left is the order of sums.
         torch.testing.assert_close(sharded, plain, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import DataLoader
 
 import meshbolt
-from meshbolt.compat import local_tensor
+from meshbolt.compat import TorchDispatchMode, local_tensor, tree_leaves
 from meshbolt.engine.deferred import Deferred, attach
 from meshbolt.pipeline import is_foreign
 from meshbolt.testing import run_ranks
@@ -227,3 +227,54 @@ def test_stages_begin_with_the_values_of_one_process_and_hold_no_others(
     said = [line for each in found for line in each["said"]]
     assert len(said) == (way == "__init__")
     assert all("built with all its values in __init__" in line for line in said)
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the storages that are alive of those that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if type(leaf) is Tensor and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        self.storages = {storage: nbytes for storage, nbytes in self.storages.items() if not storage.expired()}
+        self.most = max(self.most, sum(self.storages.values()))
+        return result
+
+
+def largest(way: str, path: str) -> tuple[int, int]:
+    """Return what a rank holds at most until training begins, and what it holds then, in bytes."""
+    pipeline = meshbolt.PipelineParallel(2, cuts=["net.blocks.2"], microbatches=2)
+    # All that is large is in units: the engine gathers the rest once before training begins.
+    zero = meshbolt.Zero(1, unit=["Block", "LSTM"])
+    run = trainer(meshbolt.MeshStrategy(zero=zero, pipeline_parallel=pipeline), max_steps=1, max_epochs=None)
+    data = DataLoader(torch.randint(0, WORDS, (8, 9)), batch_size=4)
+    found: list[int] = []
+    with Peak() as peak:
+        module = built(way, run, path)
+
+        def begin() -> None:
+            held = [local_tensor(t) for t in [*module.parameters(), *module.buffers()] if not is_foreign(t)]
+            found.extend([peak.most, sum(t.untyped_storage().nbytes() for t in held)])
+
+        module.on_fit_start = begin  # type: ignore[method-assign]
+        run.fit(module, data)
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "__init__"])
+def test_a_rank_never_holds_more_than_its_stages_and_one_module(way: str, tmp_path: Path) -> None:
+    module = plain()
+    # What is noted or read is taken tensor by tensor; where numbers are drawn, each module is drawn on every rank.
+    one_by_one = way in ("fit --meta", "load_pretrained")
+    parts = [[p] for p in module.parameters()] if one_by_one else [[*m.parameters(False)] for m in module.modules()]
+    part = max(sum(p.nbytes for p in each) for each in parts)
+
+    for most, own in run_ranks(largest, 2, way, saved(tmp_path)):
+        assert own < most < own + part + 2 * SLACK_BYTES

@@ -78,7 +78,8 @@ def _parser() -> jsonargparse.ArgumentParser:
         prog="meshbolt explain",
         usage="meshbolt explain CONFIG [CONFIG ...] [--KEY VALUE ...] [--json]",
         description="Show the plan that a configuration of `meshbolt fit` comes to, and where each value is from: "
-        "the command line wins over files, later files over earlier ones, and all over defaults.",
+        "the command line wins over files, later files over earlier ones, and all over defaults. How a model is cut into the "
+        "stages of a pipeline is shown, and drawn, by `meshbolt verify`.",
         epilog="example: meshbolt explain configs/gpt_zero2.yaml --trainer.devices 8",
     )
     parser.add_argument("config", nargs="+", help="YAML file; the last one wins")

@@ -39,7 +39,7 @@ def main() -> int:
         return DONE
     group = Group(
         program="meshbolt",
-        about="Train a model that one GPU cannot hold: ZeRO for any LightningModule.",
+        about="Train a model that one GPU cannot hold: ZeRO, tensor and pipeline parallelism for any LightningModule.",
         example="meshbolt fit --config configs/gpt_zero2.yaml --trainer.max_steps 100",
         commands=COMMANDS,
     )

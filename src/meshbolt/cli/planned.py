@@ -57,7 +57,15 @@ def explain_plan(loaded: Loaded) -> list[Row]:
     """
     check_keys(loaded)
     plan, precision_origin = _plan(loaded)
-    return [Row(key, value, _origin(key, loaded, precision_origin, plan)) for key, value in plan.rows().items()]
+    rows = [Row(key, value, _origin(key, loaded, precision_origin, plan)) for key, value in plan.rows().items()]
+    return [*rows, *_stages(plan)]
+
+
+def _stages(plan: Plan) -> list[Row]:
+    """Return how many stages there are, which the setting may leave to its schedule."""
+    stages = plan.settings.pipeline_parallel.stages
+    origin = "follows from pipeline_parallel.size, schedule and stages_per_rank"
+    return [Row("pipeline_parallel.stages", stages, origin)] if stages > 1 else []
 
 
 def _plan(loaded: Loaded) -> tuple[Plan, str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from meshbolt import compat
 from meshbolt.compat import device_of, distributed_tensor, local_tensor
 from meshbolt.config import Plan
 from meshbolt.engine.clip import Counted, clip_norm_, global_norm
@@ -40,6 +41,7 @@ class PipelinedEngine(Engine):
             stages: what of it this rank holds.
             options: as for `Engine`.
         """
+        self._quiet = False
         self._keeps_parts = plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1
         self._frees_each_batch = plan.stage.reshards_after_forward
         kept = dataclasses.replace(plan.stage, reshards_after_forward=False)
@@ -49,6 +51,9 @@ class PipelinedEngine(Engine):
         self._tied = [(self.parameters_by_name[name], ranks) for name, ranks in sorted(stages.tied.items())]
         self._groups_of_tied = self._connect_tied()
         self._stash: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._can_be_quiet = not any(compat.casts(unit) for unit in self._all_units)
+        for unit in self._all_units if self._can_be_quiet else ():
+            compat.make_hooks_skippable(unit, lambda: self._quiet)
         # FSDP takes whatever is called first for the outermost unit.
         with torch.no_grad():
             super().call(lambda: None)
@@ -74,13 +79,15 @@ class PipelinedEngine(Engine):
             raise
         self._end()
 
-    def forward_pass(self, function: Callable[[], T]) -> T:
+    def forward_pass(self, function: Callable[[], T], *, is_last: bool) -> T:
         """Run a microbatch forwards through a stage, with the root's parameters gathered."""
         self._inside = True
+        # Every schedule runs microbatches backwards in their order, so that the last one's pass reduces gradients.
+        self._quiet = self._can_be_quiet and not is_last
         try:
             return self._root(functools.partial(self._run, function))  # type: ignore[no-any-return, operator]
         finally:
-            self._inside = False
+            self._inside = self._quiet = False
 
     def leaving(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what leaves a stage, whole over the ranks that share layers."""

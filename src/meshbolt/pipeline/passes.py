@@ -14,8 +14,13 @@ T = TypeVar("T")
 class Passes(Protocol):
     """Surrounds each pass of a microbatch through a stage."""
 
-    def forward_pass(self, function: Callable[[], T]) -> T:
-        """Call what runs a microbatch forwards through a stage."""
+    def forward_pass(self, function: Callable[[], T], *, is_last: bool) -> T:
+        """Call what runs a microbatch forwards through a stage.
+
+        Args:
+            function: does it.
+            is_last: it is the step's last microbatch.
+        """
 
     def leaving(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what leaves a stage as the next one takes it: whole, where layers have divided it."""
@@ -33,7 +38,7 @@ class Passes(Protocol):
 class PlainPasses:
     """Surrounds them with nothing."""
 
-    def forward_pass(self, function: Callable[[], T]) -> T:
+    def forward_pass(self, function: Callable[[], T], *, is_last: bool) -> T:
         """Call it."""
         return function()
 

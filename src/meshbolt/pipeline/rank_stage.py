@@ -33,6 +33,8 @@ class RankStage(PipelineStageBase):
     ) -> None:
         super().__init__(module, stage, num_stages, device, group)
         self._ranks = group
+        # gloo sends from the host.
+        self._wire = torch.device("cpu") if dist.get_backend(group) == "gloo" else device
         self.has_backward = True
         self.args_recv_info = {0: ()}  # which torch reads once to see that only neighbours communicate
         self._plans: Sequence[PipelinePlan] = ()
@@ -74,7 +76,7 @@ class RankStage(PipelineStageBase):
         return self._plans[number].sent(self.stage_index)
 
     def _empty(self, crossing: Crossing) -> Tensor:
-        return torch.empty(crossing.shape, dtype=crossing.dtype, device=self.device)
+        return torch.empty(crossing.shape, dtype=crossing.dtype, device=self._wire)
 
     # What torch asks before the first step ---------------------------------------------------------------------------------
 
@@ -94,13 +96,13 @@ class RankStage(PipelineStageBase):
 
     def _operations(self, kind: Any, tensors: Sequence[Tensor], stage: int) -> list[dist.P2POp]:
         peer = dist.get_global_rank(self._ranks, self.stage_index_to_group_rank[stage])
-        return [dist.P2POp(kind, tensor, peer, self.group) for tensor in tensors]
+        return [dist.P2POp(kind, tensor.to(self._wire), peer, self.group) for tensor in tensors]
 
     def receive(self, number: int) -> list[Tensor]:
         """Return a microbatch's inputs, when they have come from another rank."""
         for operation in self.get_fwd_recv_ops(number):
             operation.op(operation.tensor, group=operation.group, group_src=operation.group_peer).wait()
-        return self._arriving.pop(number, [])
+        return [tensor.to(self.device) for tensor in self._arriving.pop(number, [])]
 
     def send(self, sent: Sequence[Tensor]) -> list[dist.Work]:
         """Begin to send a microbatch's outputs to another rank."""
@@ -157,13 +159,15 @@ class RankStage(PipelineStageBase):
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
     ) -> Tensor | tuple[Tensor, ...]:
         """Run a microbatch forwards; the last stage returns its loss."""
-        arrived = self._arriving.pop(fwd_chunk_id, [])
+        arrived = [tensor.to(self.device) for tensor in self._arriving.pop(fwd_chunk_id, [])]
         received = [
             tensor.requires_grad_(crossing.requires_grad and torch.is_grad_enabled())
             for tensor, crossing in zip(arrived, self._received(fwd_chunk_id), strict=True)
         ]
         with self.observer("F", self.stage_index, fwd_chunk_id):
-            sent, loss = self._passes.forward_pass(lambda: self._forward(fwd_chunk_id, received))
+            sent, loss = self._passes.forward_pass(
+            lambda: self._forward(fwd_chunk_id, received), is_last=fwd_chunk_id == len(self._plans) - 1
+        )
         left = self.as_planned(sent, fwd_chunk_id)
         self._edges[fwd_chunk_id] = received, left if loss is None else [loss]
         # Without the graph: torch holds on to losses until the end of the step.
@@ -187,7 +191,7 @@ class RankStage(PipelineStageBase):
 
     def _back_from(self, sent: Sequence[Tensor], *, number: int) -> None:
         leaving = [tensor for tensor, crossing in zip(sent, self._sent(number), strict=True) if crossing.requires_grad]
-        gradients = self._arriving_gradients.pop(number)
+        gradients = [gradient.to(self.device) for gradient in self._arriving_gradients.pop(number)]
         pairs = [pair for pair in zip(leaving, gradients, strict=True) if pair[0].requires_grad]
         torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
 

@@ -11,7 +11,9 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import lightning.pytorch as pl
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from meshbolt.errors import TopologyError, UnsupportedError
@@ -20,16 +22,18 @@ from meshbolt.strategies.loaders import MOST_RANKS_WATCHED, AgreedLoader, checke
 _NOTHING = object()
 
 
-def check_there_are_enough(samples: int, *, ranks: int) -> None:
-    """Check that samples can be divided such that every rank has one.
+def check_samples(trainer: pl.Trainer, loader: Any, *, ranks: int) -> None:
+    """Check that the samples to predict can be divided such that every rank has one.
 
     Args:
-        samples: number of them, in all.
+        trainer: about to run; what it does not predict is not looked at.
+        loader: with a sampler of a known length.
         ranks: number of ranks that see different samples.
 
     Raises:
         TopologyError: they cannot.
     """
+    samples = len(loader.sampler) if trainer.state.fn == TrainerFn.PREDICTING else 0
     if 0 < samples < ranks:
         raise TopologyError(
             f"The loader to predict has {samples} samples for {ranks} ranks, so that some would have nothing to predict, while a "

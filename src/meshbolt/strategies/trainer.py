@@ -53,7 +53,7 @@ from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
 from meshbolt.strategies.pipelined import PipelinedSteps
 from meshbolt.strategies.position import Position
-from meshbolt.strategies.predicting import Predicting, check_there_are_enough
+from meshbolt.strategies.predicting import Predicting, check_samples
 from meshbolt.strategies.signals import Signals
 
 _log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     _asked_weights_only: bool | None = None
     _has_begun = _has_loaded = _is_training = False
     _fits = 0
+    _steps: PipelinedSteps | None = None  # through the stages of a pipeline, where there is one
 
     # Set-up, in the order of the calls --------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         trainer = self._module().trainer
         self._connect()
         self._position = Position(trainer, ranks=self.data_parallel_size, device=self.root_device)
-        look_before_dividing(trainer, self._check_samples)
+        look_before_dividing(trainer, lambda loader: check_samples(trainer, loader, ranks=self.data_parallel_size))
         if (deferred := attached(self._module())) is not None:
             deferred.watch()  # the user's setup hooks may change the module before it is sharded
 
@@ -161,7 +162,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             if self._layer_sync is not None:
                 self.model = module = self._layer_sync.apply(module)  # type: ignore[assignment]
             self.precision_plugin.convert_module(module)
-            self._shard(trainer, module)
+            if self.plan.mesh.pp > 1:
+                self._steps = PipelinedSteps(trainer, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
+            example = example_of_run(trainer, module, self.precision_plugin.convert_input)
+            self._compose(module, example=example, staged=self._steps)
         if self._steps is None:
             redirect_entries(module, self.engine)
         if not module.automatic_optimization:
@@ -172,17 +176,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self.precision_plugin.attach(self.engine, report_norm=report_norm(module))
         if self.precision_plugin.loss_scaler is not None:
             hold_schedulers_on_skips(module, self.precision_plugin)
-
-    def _shard(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        example = example_of_run(trainer, module, self.precision_plugin.convert_input)
-        if self.plan.mesh.pp == 1:
-            self._compose(module, example=example)
-            return
-        steps = PipelinedSteps(trainer, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
-        self._compose(module, example=example, staged=steps)
-        self._steps = steps
-
-    _steps: PipelinedSteps | None = None
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -207,10 +200,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             return super().process_dataloader(dataloader)
         self._position.take_loader(dataloader)
         return checked_loader(dataloader, group=group, ranks=ranks, position=self._position)
-
-    def _check_samples(self, dataloader: Any) -> None:
-        if self._module().trainer.state.fn == TrainerFn.PREDICTING:
-            check_there_are_enough(len(dataloader.sampler), ranks=self.data_parallel_size)
 
     @override
     def on_train_start(self) -> None:

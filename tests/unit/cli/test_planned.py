@@ -72,6 +72,19 @@ def test_tensor_parallelism_is_traced_in_all_forms_that_it_is_written_in(plan: A
     assert [rows["mesh.tp"].value for rows in (number, fields, of_class)] == [2, 2, 2]
 
 
+def test_a_pipeline_is_traced_with_the_number_of_its_stages(plan: Any) -> None:
+    preset = plan(strategy="mesh_3d", devices="8")
+    assert preset["pipeline_parallel.size"][1:] == (2, "preset mesh_3d, f: trainer.strategy")
+    assert [preset[f"mesh.{axis}"].value for axis in ("pp", "dp_shard", "tp")] == [2, 2, 2]
+    assert preset["mesh.pp"].origin == "follows from world_size, zero, tensor_parallel and pipeline_parallel"
+
+    written = "f: trainer.strategy.init_args.pipeline_parallel"
+    rows = plan(strategy=MESH % "pipeline_parallel: {size: 2, schedule: zbv}", devices="4")
+    assert rows["pipeline_parallel.schedule"][1:] == ("zbv", f"{written}.schedule")
+    assert rows["pipeline_parallel.stages"][1] == 4
+    assert "pipeline_parallel.stages" not in plan()
+
+
 def test_a_setting_beside_a_plain_one_is_the_default(plan: Any) -> None:
     rows = plan(strategy=MESH % "zero: 1")
 

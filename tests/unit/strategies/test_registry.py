@@ -28,5 +28,9 @@ def test_a_preset_is_the_call_it_is_described_as_in_both_registries(name: str) -
 def test_presets_can_be_registered_again() -> None:
     register_presets(MeshStrategy, FabricMeshStrategy)
 
-    ours = {name for name in StrategyRegistry.available_strategies() if name.startswith(("zero", "tensor", "pipeline", "mesh"))}
+    ours = {
+        name
+        for name in StrategyRegistry.available_strategies()
+        if name.startswith(("zero", "tensor", "pipeline", "mesh"))
+    }
     assert ours == set(PRESETS)

@@ -29,7 +29,8 @@ def example_batch(trainer: pl.Trainer, setting: PipelineParallel) -> Any:
     """
     before = Snapshot.take(trainer.strategy.root_device)
     try:
-        return transferred(trainer, _named(trainer.lightning_module, setting) or _found(loader_of_run(trainer)))
+        named = _named(trainer.lightning_module, setting)
+        return transferred(trainer, _found(loader_of_run(trainer)) if named is None else named)
     finally:
         before.restore()
 
@@ -53,7 +54,7 @@ def _found(loader: Any) -> Any:
     is_plain = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
     source = loader.dataset if is_plain else loader
     iterator = iter(source) if hasattr(source, "__iter__") else None
-    if iterator is None or iterator is source:
+    if iterator is None or iterator is source or iterator is iter(source):
         raise ConfigError(
             "pipeline_parallel has to see a batch before training, to find out how the model is cut, and "
             f"{type(source).__name__} gives each sample once. Name a method of the module that returns a batch: "
