@@ -37,7 +37,9 @@ def pipeline_worlds(request: pytest.FixtureRequest, transformers: None) -> World
 
 
 # Networks drop nothing out, on purpose.
-@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode:lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Found .* module.s. in eval mode:lightning.fabric.utilities.warnings.PossibleUserWarning"
+)
 # Blocks of T5 end in a view, of which torch's FSDP2 warns without a pipeline too.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 @pytest.mark.parametrize("pipeline_row", PARAMETERS)

@@ -14,7 +14,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 
-from meshbolt import Zero
+from meshbolt import UnsupportedError, Zero
+from meshbolt.compat import COMPILES_DIVIDED_LAYERS
 from meshbolt.config import Settings, resolve
 from meshbolt.engine import Engine
 from meshbolt.mesh import build_mesh
@@ -24,6 +25,7 @@ from meshbolt.testing import assert_parity, run_ranks
 
 # The compiler behind it warns of its own use of torch.
 pytestmark = pytest.mark.filterwarnings("ignore")
+compiles = pytest.mark.skipif(not COMPILES_DIVIDED_LAYERS, reason="refused with this version of torch")
 
 
 def two_steps(kind: Any, *, sequence: bool, backend: Any) -> list[torch.Tensor]:
@@ -53,6 +55,7 @@ def graphs_and_difference(kind: Any, sequence: bool) -> tuple[int, float]:
     return counter.frame_count, max(float((a - b).abs().max()) for a, b in zip(plain, compiled, strict=True))
 
 
+@compiles
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("kind", [GatedBlock, fused_block])
 def test_a_block_is_one_graph_and_computes_the_same(kind: Any, sequence: bool) -> None:
@@ -76,6 +79,7 @@ class Encoder(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+@compiles
 @pytest.mark.parametrize("sequence", [full(False), full("auto")])
 def test_attention_that_is_not_compiled_stands_between_what_is(sequence: Any) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -84,6 +88,7 @@ def test_attention_that_is_not_compiled_stands_between_what_is(sequence: Any) ->
     assert_parity(Encoder, data, strategy, ranks=2, steps=2, precision="64-true", timeout=150)
 
 
+@compiles
 @pytest.mark.parametrize(
     ("zero", "ranks", "sequence", "recompute"),
     [full(1, 2, False, "none"), full(1, 2, "auto", "full"), full(3, 4, "auto", "none")],
@@ -98,3 +103,10 @@ def test_a_run_with_compiled_blocks_trains_as_one_process_does(
         "compile": True,
     }
     assert_parity(SmallGPT, batches(2 * ranks), strategy, ranks=ranks, steps=2, precision="64-true", timeout=150)
+
+
+@pytest.mark.skipif(COMPILES_DIVIDED_LAYERS, reason="not refused with this version of torch")
+def test_what_an_older_compiler_computes_wrongly_is_refused() -> None:
+    strategy = {"zero": 1, "tensor_parallel": 2, "compile": True}
+    with pytest.raises(UnsupportedError, match=r"needs torch 2\.13"):
+        assert_parity(SmallGPT, batches(2), strategy, ranks=2, steps=1)

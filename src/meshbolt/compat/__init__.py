@@ -5,6 +5,7 @@ May import: `errors`. `tensors.py` has what belongs to no unit, `exiting.py` wha
 this folder run on every supported version of torch.
 """
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
@@ -73,6 +74,7 @@ from meshbolt.compat.units import (
 )
 
 __all__ = [
+    "COMPILES_DIVIDED_LAYERS",
     "AllGather",
     "FakeTensor",
     "FakeTensorMode",
@@ -142,3 +144,6 @@ __all__ = [
     "without_compiling",
     "written_arguments",
 ]
+
+COMPILES_DIVIDED_LAYERS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+"""Whether torch's compiler computes with divided weights what eager mode does; tests/ranks/test_tensor_compile.py tells."""

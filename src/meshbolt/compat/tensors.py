@@ -152,7 +152,9 @@ def flattened_group(mesh: DeviceMesh, axes: Sequence[str]) -> dist.ProcessGroup:
 
 def device_of(group: dist.ProcessGroup) -> torch.device:
     """Return a device from which this rank can communicate in a group."""
-    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(group) else torch.device("cpu")
+    )
 
 
 def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:

@@ -27,6 +27,7 @@ from torch.nn.parameter import is_lazy
 
 from meshbolt.blocks import compile_blocks, recompute_blocks
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
+from meshbolt.compat import COMPILES_DIVIDED_LAYERS
 from meshbolt.config import Plan
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.engine.stages import Stages
@@ -113,6 +114,7 @@ def compose(
     _check_same_units(units, stages.group)
     division = None
     if tensor is not None:
+        agree_on_error(lambda: _check_compiler(plan))
         division = Division(tensor, mesh=mesh[MeshAxis.TP.value])
         division.watch(module, compiled=units.blocks.values() if plan.settings.compile else ())
     blocks = list(units.blocks.values())
@@ -120,6 +122,19 @@ def compose(
     compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
     composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device, stages=stages)
     return dataclasses.replace(composition, tensor=tensor, tensor_axis=division.axis if division else None)
+
+
+def _check_compiler(plan: Plan) -> None:
+    """Refuse to compile divided layers with a version of torch whose compiler computes something else.
+
+    Raises:
+        UnsupportedError: it is such a version.
+    """
+    if plan.settings.compile and not COMPILES_DIVIDED_LAYERS:
+        raise UnsupportedError(
+            f"compile=True with tensor_parallel={plan.mesh.tp} needs torch 2.13: the compiler of torch {torch.__version__} "
+            "computes other values from divided weights. Update torch, or leave compile out."
+        )
 
 
 def _held_here(tensor: TensorPlan, module: nn.Module, stages: Stages) -> TensorPlan:

@@ -166,8 +166,8 @@ class RankStage(PipelineStageBase):
         ]
         with self.observer("F", self.stage_index, fwd_chunk_id):
             sent, loss = self._passes.forward_pass(
-            lambda: self._forward(fwd_chunk_id, received), is_last=fwd_chunk_id == len(self._plans) - 1
-        )
+                lambda: self._forward(fwd_chunk_id, received), is_last=fwd_chunk_id == len(self._plans) - 1
+            )
         left = self.as_planned(sent, fwd_chunk_id)
         self._edges[fwd_chunk_id] = received, left if loss is None else [loss]
         # Without the graph: torch holds on to losses until the end of the step.

@@ -6,6 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from meshbolt.engine import Engine, Stages
+from meshbolt.strategies.pipelined import StagedModule
 from meshbolt.units import format_bytes
 
 _WORTH_A_WORD = 0.05  # of what a rank keeps
@@ -23,6 +24,25 @@ def say_what_is_divided(engine: Engine) -> None:
     sequence = ", activations between them by the sequence, where its length divides" if plan.sequence else ""
     head = f"{type(engine.module).__name__} shares these layers among {engine.plan.mesh.tp} ranks (plan: {plan.name}){sequence}:"
     rank_zero_info("\n  ".join([f"tensor parallel: {head}", *plan.lines()]))
+
+
+def say_where_it_is_cut(module: nn.Module, staged: StagedModule) -> None:
+    """Print on rank 0 which stage begins where and is on which rank, and what passes between them.
+
+    Args:
+        module: the user's.
+        staged: its stages.
+    """
+    plan, lines = staged.plan, []
+    parameters = dict(module.named_parameters())
+    for stage, rank in enumerate(staged.ranks_of_stages):
+        begins = "the step" if stage == 0 else str(plan.cuts[stage - 1])
+        size = sum(p.numel() * p.element_size() for name, p in parameters.items() if stage in plan.stages_of[name])
+        sent = plan.sent(stage)
+        sends = f", sends {format_bytes(sum(each.num_bytes for each in sent))} for each microbatch" if sent else ""
+        lines.append(f"stage {stage} on pipeline rank {rank}: from {begins}, {format_bytes(size)} of parameters{sends}")
+    head = f"{type(module).__name__} in {plan.stages} stages ({staged.schedule}, {staged.microbatches} microbatches of a batch):"
+    rank_zero_info("\n  ".join([f"pipeline: {head}", *lines]))
 
 
 def say_what_is_let_go(module: nn.Module, stages: Stages) -> None:

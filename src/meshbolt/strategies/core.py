@@ -30,7 +30,7 @@ from meshbolt.mesh import build_mesh
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
-from meshbolt.strategies.announcing import say_what_is_divided, say_what_is_let_go
+from meshbolt.strategies.announcing import say_what_is_divided, say_what_is_let_go, say_where_it_is_cut
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
 from meshbolt.strategies.checks import refuse_foreign
@@ -346,6 +346,7 @@ class MeshCore(DataParallelRanks):
                 say_what_is_let_go(module, staged.stages)
                 self._engines[module] = engine = PipelinedEngine(module, stages=staged.stages, **options)
                 staged.run_by(engine)
+                say_where_it_is_cut(module, staged)
             say_what_is_divided(self._engines[module])
         self._count_samples_once(module)
         return self._engines[module]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.distributed.tensor import DTensor
 
 from meshbolt.compat import whole_of
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.strategies.compat import TrainerForkLauncher, TrainerLauncher, TrainerScriptLauncher
 
 Remember = Callable[[bool | None], None]
@@ -84,7 +85,7 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
         whole: dict[str, Any] = {}
         if trainer.state.fn == TrainerFn.FITTING:
             for name, value in trainer.strategy.lightning_module_state_dict().items():
-                gathered = _whole(value)
+                gathered = trainer.strategy.of_all_stages(_whole(value))  # type: ignore[attr-defined]
                 whole.update({name: gathered} if trainer.is_global_zero else {})
         # Lightning asks the module for what it sends; shards mean nothing to a process without ranks.
         module.__dict__["state_dict"] = lambda *_, **__: whole
@@ -103,6 +104,8 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
 
 
 def _whole(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and held_elsewhere(value):
+        return None
     if isinstance(value, DTensor):
         return whole_of(value).cpu()
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value

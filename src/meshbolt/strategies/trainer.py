@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -103,14 +104,12 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     @override
     def _choose_launcher(self, environment: ClusterEnvironment) -> Any:
+        remember = functools.partial(setattr, self, "_asked_weights_only")
         if environment.creates_processes_externally:
-            return DirectLauncher(self._remember)
+            return DirectLauncher(remember)
         if self._start_method == "popen":
-            return ScriptLauncher(self._remember, environment, self.num_processes, self.num_nodes)
-        return CollectingLauncher(self._remember, self, start_method=self._start_method)
-
-    def _remember(self, weights_only: bool | None) -> None:
-        self._asked_weights_only = weights_only
+            return ScriptLauncher(remember, environment, self.num_processes, self.num_nodes)
+        return CollectingLauncher(remember, self, start_method=self._start_method)
 
     _asked_weights_only: bool | None = None
     _has_begun = _has_loaded = _is_training = False
@@ -469,6 +468,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Delete a checkpoint directory (on rank 0), or a file; not where its successor could not be saved."""
         if self.is_global_zero and self._reachable() is not None:
             self._saving.delete(str(filepath))
+
+    def of_all_stages(self, value: Any) -> Any:
+        """Return, on the first rank of a pipeline, what the first rank has that has it; without a pipeline the value."""
+        return value if self._steps is None else self._steps.of_all_stages(value)
 
     @override
     def teardown(self) -> None:

@@ -115,7 +115,9 @@ def data(ranks: int, rank: int, *, shuffle: bool = False) -> DataLoader[Any]:
         order = torch.Generator().manual_seed(7)
         return DataLoader(dataset, batch_size=BATCH, shuffle=shuffle, generator=order)
     # Batch i of all ranks together is batch i of one process.
-    return DataLoader(dataset, batch_size=BATCH // ranks, sampler=DistributedSampler(dataset, ranks, rank, shuffle=False))
+    return DataLoader(
+        dataset, batch_size=BATCH // ranks, sampler=DistributedSampler(dataset, ranks, rank, shuffle=False)
+    )
 
 
 def fit(settings: dict[str, Any] | None, ranks: int, folder: str, shuffle: bool) -> dict[str, Any]:

@@ -98,4 +98,6 @@ def test_a_precision_is_that_of_accumulation(name: str, settings: dict[str, Any]
     assert merged.keys() == expected.keys()
     assert all(own == scales for _, own in results)
     for key, value in expected.items():
-        torch.testing.assert_close(merged[key], value, rtol=0.0, atol=0.0, msg=key)  # the same operations on the same numbers
+        torch.testing.assert_close(
+            merged[key], value, rtol=0.0, atol=0.0, msg=key
+        )  # the same operations on the same numbers

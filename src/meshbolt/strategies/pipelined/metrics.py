@@ -224,13 +224,17 @@ def _without_past(metric: Metric) -> Metric:
         memo |= {id(vars(child)[key]): OrderedDict() for key in vars(child) if key.startswith("_forward_hooks")}
         # What it has seen may have a graph, which cannot be copied.
         held = (child.metric_state, child._forward_cache, child._computed)
-        map_tensors(lambda tensor: memo.update({id(tensor): tensor.detach()}), held)
+        map_tensors(functools.partial(_note_detached, memo), held)
     made = copy.deepcopy(metric, {**memo, **{id(each): each for each in shared}})
     for copied in made.modules():
         if isinstance(copied, Metric) and not copied.dist_sync_on_step:
             vars(copied)["distributed_available_fn"] = _never
     made.reset()
     return made
+
+
+def _note_detached(memo: dict[int, Any], tensor: torch.Tensor) -> None:
+    memo[id(tensor)] = tensor.detach()
 
 
 def _never() -> bool:

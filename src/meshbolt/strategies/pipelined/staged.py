@@ -72,6 +72,21 @@ class StagedModule:
         return self._group
 
     @property
+    def ranks_of_stages(self) -> list[int]:
+        """The rank of the pipeline that has each stage."""
+        return [self._pipeline.ranks_of([stage])[0] for stage in range(self._first_plan.stages)]
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many a batch is divided."""
+        return self._count
+
+    @property
+    def schedule(self) -> str:
+        """The name of the order of passes."""
+        return self._setting.schedule
+
+    @property
     def plan(self) -> PipelinePlan:
         """How the first step is cut."""
         return self._first_plan
@@ -117,6 +132,17 @@ class StagedModule:
         """Return an optimizer's state with placeholders for that of other stages; all ranks call it together."""
         return states_of_all_stages(state, group=self._group)
 
+    def of_all_stages(self, value: Any) -> Any:
+        """Return, on the first rank of the pipeline, what the first rank has that has it; all ranks call it together.
+
+        Args:
+            value: this rank's; None: it has none.
+        """
+        is_first = self._group.rank() == 0
+        every: list[Any] | None = [None] * self._group.size() if is_first else None
+        dist.gather_object(value, every, group=self._group, group_dst=0)
+        return next((each for each in every or () if each is not None), None)
+
     # Before the first step ------------------------------------------------------------------------------------------------
 
     def _first_step(self) -> FirstStep:
@@ -159,7 +185,7 @@ class StagedModule:
             here = own & set(stages)
             parts = name.split(".")
             for depth in range(1, len(parts)) if here else ():
-                of_units[".".join(parts[:depth])] = max(here)
+                of_units[".".join(parts[:depth])] = min(here)  # whose passes backwards are the rank's last ones
         holders = {name: self._pipeline.ranks_of(stages) for name, stages in plan.tied().items()}
         first_names = {name for name, _ in self._module.named_parameters()}
         return Stages(

@@ -22,9 +22,14 @@ def loader_of_rank(case: Case, rank: int) -> DataLoader[Any]:
     if case.has_batches:
         batches = [case.batch(index, rank) for index in range(case.num_batches)]
         return loader_of(batches, collate=_SeedFirst(as_it_is, case.seed + rank))
-    options: dict[str, Any] = {"batch_size": case.batch_size, "collate_fn": _SeedFirst(default_collate, case.seed + rank)}
+    options: dict[str, Any] = {
+        "batch_size": case.batch_size,
+        "collate_fn": _SeedFirst(default_collate, case.seed + rank),
+    }
     data: Any = case.data
-    if case.ranks > 1 and case.data_ranks == 1:  # whose loaders are left as they are: this is Lightning's order elsewhere
+    if (
+        case.ranks > 1 and case.data_ranks == 1
+    ):  # whose loaders are left as they are: this is Lightning's order elsewhere
         return DataLoader(data, sampler=DistributedSampler(data, 1, 0, shuffle=True, seed=case.seed), **options)
     return DataLoader(data, shuffle=True, **options)
 
