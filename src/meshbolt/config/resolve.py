@@ -44,7 +44,8 @@ class Plan:
         for setting in dataclasses.fields(self.settings):
             value = getattr(self.settings, setting.name)
             nested = dataclasses.asdict(value) if not isinstance(value, bool) else {"": value}
-            rows.update({f"{setting.name}.{key}" if key else setting.name: item for key, item in nested.items()})
+            lists = {key: list(item) if isinstance(item, tuple) else item for key, item in nested.items()}
+            rows.update({f"{setting.name}.{key}" if key else setting.name: item for key, item in lists.items()})
         for part in dataclasses.fields(self.precision):
             rows[f"precision.{part.name}"] = _plain(getattr(self.precision, part.name))
         rows["debug"] = self.environment.debug

@@ -30,7 +30,7 @@ def test_what_is_written_is_what_was_given():
         assert settings.written() == {"zero": "3", "tensor_parallel": repr(given)}
 
 
-@pytest.mark.parametrize("asked", [{"pipeline_parallel": 4}, {"offload": "cpu"}])
+@pytest.mark.parametrize("asked", [{"offload": "cpu"}])
 def test_what_this_version_does_not_have_is_refused_by_name(asked):
     with pytest.raises(UnsupportedError, match=f"{next(iter(asked))}.*not available"):
         Settings.from_arguments(**{**DEFAULTS, **asked})

@@ -9,12 +9,28 @@ from meshbolt.mesh import MeshAxis, MeshShape, shape_for
 
 
 def test_sizes_follow_the_order_of_the_axes():
-    assert list(MeshShape(dp_replicate=2, dp_shard=3, tp=4).sizes().items()) == [
+    assert list(MeshShape(dp_replicate=2, dp_shard=3, tp=4, pp=5).sizes().items()) == [
+        ("pp", 5),
         ("dp_replicate", 2),
         ("dp_shard", 3),
         ("tp", 4),
     ]
-    assert [axis.value for axis in MeshAxis] == ["dp_replicate", "dp_shard", "tp"]
+    assert [axis.value for axis in MeshAxis] == ["pp", "dp_replicate", "dp_shard", "tp"]
+
+
+def test_ranks_of_a_pipeline_and_of_shared_layers_see_the_same_samples():
+    shape = shape_for(world_size=24, shards=True, replicate=1, tensor_parallel=2, pipeline_parallel=3)
+    assert (shape.pp, shape.dp_shard, shape.tp, shape.copies, shape.world_size) == (3, 4, 2, 6, 24)
+    by_samples = [shape.data_parallel_rank(rank) for rank in range(24)]
+    assert all(by_samples.count(own) == 6 for own in range(4))
+    assert [shape.pipeline_rank(rank) for rank in (0, 7, 8, 15, 16, 23)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_pipeline_that_does_not_divide_the_ranks_is_refused_with_what_would():
+    with pytest.raises(TopologyError, match=r"pipeline_parallel=4 .* 6 ranks .*\[1, 2, 3, 6\]"):
+        shape_for(world_size=6, shards=True, replicate=1, pipeline_parallel=4)
+    with pytest.raises(TopologyError, match=r"4 groups of 2 that share layers .*\[1, 2, 4\].*multiple of 6"):
+        shape_for(world_size=8, shards=True, replicate=1, pipeline_parallel=3, tensor_parallel=2)
 
 
 def test_an_axis_of_one_rank_is_left_out_unless_it_is_of_data_parallelism():

@@ -29,7 +29,6 @@ BOTH: list[Callable[..., Any]] = [MeshStrategy, FabricMeshStrategy]
         ({"compile": "max-autotune"}, ConfigError, "compile='max-autotune'"),
         ({"tensor_parallel": 0}, ConfigError, "tensor_parallel=0"),
         ({"tensor_parallel": {"size": 2}}, ConfigError, r"Write tensor_parallel=TensorParallel\(size=2\)"),
-        ({"pipeline_parallel": 2}, UnsupportedError, "pipeline_parallel=2"),
         ({"offload": "cpu"}, UnsupportedError, "offload='cpu'"),
         ({"checkpoint_io": TorchCheckpointIO()}, UnsupportedError, "TorchCheckpointIO"),
         ({"zero": 2.0}, ConfigError, r"zero=2\.0"),

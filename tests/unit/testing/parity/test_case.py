@@ -93,5 +93,5 @@ def test_ranks_that_share_layers_see_the_same_samples(strategy: Any, sharing: in
 
 
 def test_ranks_that_cannot_share_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="2 ranks are to share each layer, which 3 ranks cannot do"):
+    with pytest.raises(ConfigError, match="2 ranks are to see the same samples, which 3 ranks cannot do"):
         case(strategy={"tensor_parallel": 2}, ranks=3)
