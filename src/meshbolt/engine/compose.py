@@ -102,7 +102,7 @@ def compose(
     stages = stages or Stages()
     if tensor is not None:
         tensor = _held_here(tensor, module, stages)
-    whole = stages.parameters_elsewhere(module)
+    whole = frozenset(module.parameters()) if _is_alone(plan) else stages.parameters_elsewhere(module)
     if tensor is not None and plan.stage.shards:
         whole |= _sections_in_one_dim(module, tensor)
         _check_sections(module, tensor, shards=plan.mesh.dp_shard)
@@ -110,7 +110,7 @@ def compose(
     agree_on_error(
         lambda: planned.append(plan_units(module, plan.settings.zero, keep_norms=keep_norms, also_whole=whole))
     )
-    units = stages.without_cuts(planned[0])
+    units = stages.without_cuts(planned[0], module)
     _check_same_units(units, stages.group)
     division = None
     if tensor is not None:
@@ -122,6 +122,16 @@ def compose(
     compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
     composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device, stages=stages)
     return dataclasses.replace(composition, tensor=tensor, tensor_axis=division.axis if division else None)
+
+
+def _is_alone(plan: Plan) -> bool:
+    """Return whether no other rank of a pipeline has parts of this one's parameters, and nothing casts them.
+
+    They are plain ones then: to shard them over one rank would cost a copy of each in every step.
+    """
+    policy = plan.precision.unit_policy(stored=plan.precision.storage_dtype or torch.float32)
+    is_cast = any(dtype is not None for dtype in (policy.param_dtype, policy.reduce_dtype))
+    return plan.mesh.pp > 1 and plan.mesh.data_parallel_size * plan.mesh.tp == 1 and not is_cast
 
 
 def _check_compiler(plan: Plan) -> None:

@@ -41,14 +41,17 @@ class Stages:
         named = module.named_parameters(remove_duplicate=False) if self.elsewhere else ()
         return frozenset(parameter for name, parameter in named if name in self.elsewhere)
 
-    def without_cuts(self, units: UnitPlan) -> UnitPlan:
-        """Return units without those in which a stage begins."""
-        kept = {name: unit for name, unit in units.units.items() if name not in self.around}
-        blocks = {name: block for name, block in units.blocks.items() if self._is_here(block, units)}
-        return dataclasses.replace(units, units=kept, blocks={n: b for n, b in blocks.items() if n not in self.around})
+    def without_cuts(self, units: UnitPlan, module: nn.Module) -> UnitPlan:
+        """Return units without those in which a stage begins, and without the blocks of others.
 
-    def _is_here(self, block: nn.Module, units: UnitPlan) -> bool:
-        return not self.elsewhere or any(parameter not in units.whole for parameter in block.parameters())
+        Args:
+            units: of the whole module.
+            module: the module.
+        """
+        others = self.parameters_elsewhere(module)
+        kept = {name: unit for name, unit in units.units.items() if name not in self.around}
+        blocks = {name: block for name, block in units.blocks.items() if _is_here(block, others)}
+        return dataclasses.replace(units, units=kept, blocks={n: b for n, b in blocks.items() if n not in self.around})
 
     def leave_others(self, name: str, child: nn.Module, *, ties: Mapping[str, str], device: torch.device) -> None:
         """Let go of a module's own parameters that other ranks hold; what stands in their places has no values.
@@ -81,3 +84,7 @@ class Stages:
             self._made[first] = nn.Parameter(foreign, requires_grad=parameter.requires_grad)
         # By assignment: recurrent layers keep a list of their parameters.
         setattr(child, key, self._made[first])
+
+
+def _is_here(block: nn.Module, others: frozenset[nn.Parameter]) -> bool:
+    return not others or any(parameter not in others for parameter in block.parameters())

@@ -26,6 +26,8 @@ class ReplicatedParameters:
 
     def average_gradients(self) -> None:
         """Replace every gradient by its mean over the group; a collective wherever there is such a parameter."""
+        if self._group.size() == 1:
+            return
         by_dtype: defaultdict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
         for parameter in self._parameters:
             if parameter.requires_grad:
