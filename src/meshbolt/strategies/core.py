@@ -25,7 +25,7 @@ from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.engine import Engine, PipelinedEngine, gathered
 from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
-from meshbolt.errors import ConfigError
+from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.mesh import build_mesh
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.plugins import MeshPrecision, convert_precision
@@ -136,6 +136,7 @@ class MeshCore(DataParallelRanks):
         self._mesh: DeviceMesh | None = None
         self._control_group: dist.ProcessGroup | None = None
         self._engines: dict[nn.Module, Engine] = {}
+        self._holding: StagedModule | None = None
         self._attendance = Attendance(timeout=timeout)
         self._chosen_accelerator: Accelerator | None = None
         self._mesh_precision: MeshPrecision | None = None
@@ -346,6 +347,7 @@ class MeshCore(DataParallelRanks):
                 say_what_is_let_go(module, staged.stages)
                 self._engines[module] = engine = PipelinedEngine(module, stages=staged.stages, **options)
                 staged.run_by(engine)
+                self._holding = staged
                 say_where_it_is_cut(module, staged)
             say_what_is_divided(self._engines[module])
         self._count_samples_once(module)
@@ -386,12 +388,25 @@ class MeshCore(DataParallelRanks):
             >>> with trainer.strategy.gathered(model.head):
             ...     model.head.weight.norm()
         """
+        if self.plan.mesh.pp > 1:
+            raise UnsupportedError(
+                "gathered() would bring the parameters of all pipeline stages together, which no rank has room for. Save a "
+                "checkpoint, and read it with meshbolt.load_from_checkpoint() where the whole model is wanted."
+            )
         optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
         with self._settled() as names:
             refuse_foreign(module, sharded=self._engines, parameters=names)
             with gathered(module, names=names, optimizers=optimizers) as state:
                 yield state
             take_from_rank_zero(whole_tensors(module, optimizers))
+
+    def of_all_stages(self, value: Any) -> Any:
+        """Return, on the first rank of a pipeline, what the first rank has that has it; without a pipeline the value.
+
+        Args:
+            value: this rank's; None: it has none.
+        """
+        return value if self._holding is None else self._holding.of_all_stages(value)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

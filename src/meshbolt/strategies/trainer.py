@@ -469,10 +469,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         if self.is_global_zero and self._reachable() is not None:
             self._saving.delete(str(filepath))
 
-    def of_all_stages(self, value: Any) -> Any:
-        """Return, on the first rank of a pipeline, what the first rank has that has it; without a pipeline the value."""
-        return value if self._steps is None else self._steps.of_all_stages(value)
-
     @override
     def teardown(self) -> None:
         """Free what a fit or evaluation held; ranks stay connected for the next one."""

@@ -72,6 +72,7 @@ class PipelinedSteps(StagedModule):
             engine: surrounds the passes of stages.
         """
         super().run_by(engine)
+        self._hide_example()
         share_metrics(
             self._module,
             group=self._group,
@@ -79,6 +80,19 @@ class PipelinedSteps(StagedModule):
             is_in_step=lambda: self._is_in_step,
             samples_group=self._samples_group,
         )
+
+    def _hide_example(self) -> None:
+        """Let the model's summary do without a forward of the whole model, which no rank has."""
+        if self._trainer.state.fn == TrainerFn.FITTING and self._module.example_input_array is not None:
+            self._example = self._module.example_input_array
+            self._module.example_input_array = None
+
+    def _show_example(self) -> None:
+        """Give the module back what it says itself is an example, once training begins."""
+        if self._example is not None:
+            self._module.example_input_array, self._example = self._example, None
+
+    _example: Any = None
 
     def _first_step(self) -> FirstStep:
         check_pipelined(self._trainer)
@@ -105,6 +119,7 @@ class PipelinedSteps(StagedModule):
         Args:
             args: of training_step.
         """
+        self._show_example()
         engine, precision = self._running(), self._precision
         parts, sizes = self._split(args[0])
         scaler = precision.loss_scaler
