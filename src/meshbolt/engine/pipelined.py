@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from meshbolt import compat
@@ -41,6 +42,8 @@ class PipelinedEngine(Engine):
             stages: what of it this rank holds.
             options: as for `Engine`.
         """
+        # Without it, as torch's own schedules do it: after the last pass, when nothing is left to hide it behind.
+        self._overlaps = plan.environment.fast_path
         self._quiet = False
         self._keeps_parts = plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1
         self._frees_each_batch = plan.stage.reshards_after_forward
@@ -97,17 +100,25 @@ class PipelinedEngine(Engine):
     @contextmanager
     def backward_pass(self, stage: int, *, ends_stage: bool, ends_step: bool) -> Iterator[None]:
         """Surround a microbatch's pass backwards through a stage; the last one reduces what the stage holds."""
-        reduces = self._is_last_batch or self.plan.stage.reduces_every_batch
         closing = [unit for unit, own in self._stage_of.items() if own == stage] if ends_stage else []
         if ends_step:
             closing = [*(unit for unit, own in self._stage_of.items() if own == -1), *closing, self._root]
-        for unit in closing:
-            unit.set_requires_gradient_sync(reduces, recurse=False)
-            unit.set_reshard_after_backward(self._frees, recurse=False)
+        if not self._overlaps:
+            closing = []
+        self._let_reduce(closing)
         self._root.set_is_last_backward(ends_step)
-        self._derivatives.before_backward(reduces=reduces and bool(closing))
+        self._derivatives.before_backward(reduces=self._reduces and bool(closing))
         yield
         self._derivatives.after_backward()
+
+    def _let_reduce(self, units: Iterable[FSDPModule]) -> None:
+        for unit in units:
+            unit.set_requires_gradient_sync(self._reduces, recurse=False)
+            unit.set_reshard_after_backward(self._frees, recurse=False)
+
+    @property
+    def _reduces(self) -> bool:
+        return self._is_last_batch or self.plan.stage.reduces_every_batch
 
     @property
     def _frees(self) -> bool:
@@ -132,6 +143,9 @@ class PipelinedEngine(Engine):
 
     def _end(self) -> None:
         self._root.set_is_last_backward(True)
+        if not self._overlaps:
+            self._let_reduce(self._all_units)
+            compat.end_backward(self._root)
         self._edits.keep(self._all_units)
         if self._frees:
             self._free()
