@@ -26,9 +26,17 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
+def cuts_for(name: str, stages: int) -> tuple[str, ...]:
+    """Return where a model is cut into 2 or 4 stages, or the simplest one into 8."""
+    if stages == 8:
+        return tuple(f"network.{layer}" for layer in range(1, 8))
+    return MODELS[name] if stages == 4 else MODELS[name][1:2]
+
+
 def steps(cut: Cut, module: nn.Module, count: int) -> tuple[Any, list[Any]]:
     """Return the step, and the microbatches: of a batch of six."""
-    batches = [in_float64(cut.model.batch(torch.Generator().manual_seed(seed))) for seed in range(3)]
+    draws = max(3, count // 2)
+    batches = [in_float64(cut.model.batch(torch.Generator().manual_seed(seed))) for seed in range(draws)]
     batch = {key: torch.cat([each[key] for each in batches]) for key in batches[0]}
     return lambda part: cut.model.loss(module["network"], part), split_batch(batch, count)  # type: ignore[index]
 
@@ -36,8 +44,7 @@ def steps(cut: Cut, module: nn.Module, count: int) -> tuple[Any, list[Any]]:
 def train(name: str, schedule: str, stages: int, count: int) -> tuple[list[float], dict[str, Any], list[str]]:
     """Return losses, gradients, and buffers' names, on a rank."""
     torch.set_default_dtype(torch.float64)
-    cut, cuts = CUTS[name], MODELS[name]
-    cuts = cuts if stages == 4 else cuts[1:2]
+    cut, cuts = CUTS[name], cuts_for(name, stages)
     module = made(cut, training=True)
     function, parts = steps(cut, module, count)
     group = dist.group.WORLD
@@ -58,7 +65,7 @@ def train(name: str, schedule: str, stages: int, count: int) -> tuple[list[float
 def expected(name: str, stages: int, count: int) -> tuple[list[float], dict[str, Any]]:
     torch.set_default_dtype(torch.float64)
     cut = CUTS[name]
-    cuts = MODELS[name] if stages == 4 else MODELS[name][1:2]
+    cuts = cuts_for(name, stages)
     module = made(cut, training=True)
     function, parts = steps(cut, module, count)
     losses = list[float]()
@@ -91,6 +98,17 @@ def test_a_schedule_computes_what_one_process_does(model: str, schedule: str, ra
             torch.testing.assert_close(value, gradients[name], rtol=0.0, atol=max(1e-12, CUTS[model].tolerance))
             merged[name] = value
     assert merged.keys() == gradients.keys()
+
+
+@pytest.mark.parametrize("schedule", [full(name) for name in SCHEDULES if not SCHEDULES[name].single])
+def test_eight_stages_on_four_ranks_compute_what_one_process_does(schedule: str) -> None:
+    found = run_ranks(train, 4, "sequential", schedule, 8, 8, timeout=120)
+    losses, gradients = expected("sequential", 8, 8)
+    assert [loss for rank in found for loss in rank[0]] == pytest.approx(losses, abs=1e-12)
+    merged = {name: value for _, own, _ in found for name, value in own.items()}
+    assert merged.keys() == gradients.keys()
+    for name, value in merged.items():
+        torch.testing.assert_close(value, gradients[name], rtol=0.0, atol=1e-12)
 
 
 def evaluate(name: str, schedule: str, count: int) -> list[float]:
