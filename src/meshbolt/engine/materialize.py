@@ -285,7 +285,9 @@ def _sent(value: torch.Tensor, *, group: dist.ProcessGroup | None = None) -> tor
     """Return the first rank's value on all ranks of a group, in place where that can be."""
     if dist.get_world_size(group) == 1:
         return value
-    whole = value if value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
+    # Of one element any stride counts as contiguous.
+    is_dense = value.is_contiguous() and (value.numel() != 1 or value.view(-1).stride(0) == 1)
+    whole = value if is_dense else value.clone(memory_format=torch.contiguous_format)
     # As bytes: backends know few of the dtypes.
     dist.broadcast(whole.view(-1).view(torch.uint8), group=group, group_src=0)
     # No value can be written where several elements share a place.

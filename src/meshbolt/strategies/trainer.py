@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,24 +241,24 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's validation_step with the root's parameters gathered."""
-        return self._evaluate("validation_step", self.precision_plugin.val_step_context(), args, kwargs)
+        return self._evaluate("validation_step", self.precision_plugin.val_step_context, args, kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's test_step with the root's parameters gathered."""
-        return self._evaluate("test_step", self.precision_plugin.test_step_context(), args, kwargs)
+        return self._evaluate("test_step", self.precision_plugin.test_step_context, args, kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the user's predict_step with the root's parameters gathered."""
-        context = self.precision_plugin.predict_step_context()
+        context = self.precision_plugin.predict_step_context
         return self._predicting.step(lambda: self._evaluate("predict_step", context, args, kwargs))
 
-    def _evaluate(self, name: str, context: AbstractContextManager[Any], args: Any, kwargs: Any) -> Any:
+    def _evaluate(self, name: str, context: Callable[[], Any], args: Any, kwargs: Any) -> Any:
         self._look_at_step(name, args)
         if self._steps is not None:
             return self._steps.evaluate(name, args)
-        with context:
+        with context():
             return self.engine.call(getattr(self._module(), name), *args, **kwargs)
 
     @override

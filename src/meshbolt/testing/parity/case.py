@@ -76,6 +76,11 @@ class Case:
         """How many ranks see the same samples."""
         return self._size_of("tensor_parallel") * self._size_of("pipeline_parallel")
 
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether the module is cut into stages."""
+        return self._size_of("pipeline_parallel") > 1
+
     def data_rank(self, rank: int) -> int:
         """Return which part of the samples a rank sees.
 

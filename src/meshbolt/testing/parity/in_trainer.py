@@ -28,8 +28,8 @@ def run_trainer(case: Case) -> Record:
         **trainer_arguments(case),
         **case.precision_arguments(),
     )
-    # Not the module's own step: under pipeline parallelism that runs once per microbatch.
-    watch_losses(trainer.strategy, record, rank=rank)
+    # Under pipeline parallelism the module's own step runs once per microbatch.
+    watch_losses(trainer.strategy if case.is_pipelined else module, record, rank=rank)
     trainer.fit(module, loader_of_rank(case, rank))
     return record
 
