@@ -40,6 +40,7 @@ def pipeline_worlds(request: pytest.FixtureRequest, transformers: None) -> World
 @pytest.mark.filterwarnings(
     "ignore:Found .* module.s. in eval mode:lightning.fabric.utilities.warnings.PossibleUserWarning"
 )
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
 # Blocks of T5 end in a view, of which torch's FSDP2 warns without a pipeline too.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning")
 @pytest.mark.parametrize("pipeline_row", PARAMETERS)

@@ -236,7 +236,10 @@ class _Run(TorchFunctionMode):
             any(stage in seen.read_beside and seen.region < stage for seen in self._seen.values())
             for stage in range(last + 1)
         )
-        stages_of = {name: tuple(sorted(used)) or (self._home[name],) for name, used in self._used.items()}
+        unused = self._home
+        if self._ended_by:  # on the last stage, which goes on from there with values
+            unused = {name: home or last for name, home in self._home.items()}
+        stages_of = {name: tuple(sorted(used)) or (unused[name],) for name, used in self._used.items()}
         stages_of.update(dict.fromkeys(self._replicated, tuple(range(last + 1))))
         return PipelinePlan(
             cuts=tuple(self._begun),

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshbolt.errors import ConfigError
+from meshbolt.blocks import find_blocks
+from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.calls import Calls
 from meshbolt.pipeline.cost import Cost, CountCost
@@ -61,6 +62,14 @@ def choose_cuts(
         open_to_cut = _candidates(whole, calls, among)
     finally:
         calls.remove()
+    seen = {call.unit for call in whole.before}
+    missed = [name for name in find_blocks(module) if name in calls.units and name not in seen]
+    if whole.ended_by and missed:
+        raise UnsupportedError(
+            f"The step cannot be cut: it could be looked at only as far as {whole.ended_by}, and {missed[0]!r} comes after that. "
+            "Code between the units, such as the forward around the layers, runs on every stage, most of which do not have the "
+            "values; it cannot branch on them or read them with .item()."
+        )
     refused: dict[str, str] = {}
     while len(open_to_cut) >= stages - 1:
         chosen = _chosen([cost for _, cost in open_to_cut], counted.so_far, stages, live)
@@ -76,7 +85,8 @@ def choose_cuts(
     what = "units" if among is None else "blocks"
     raise ConfigError(
         f"{type(module).__name__} cannot be cut into {stages} stages: {len(open_to_cut)} of its {what} can begin one. Use fewer "
-        f"stages, or name cuts.{why}"
+        "stages, or name cuts; a list of layers of one kind is named by blocks='...'. A module that a step calls twice can "
+        f"begin none.{why}"
     )
 
 

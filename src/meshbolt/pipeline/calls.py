@@ -63,14 +63,15 @@ class Calls:
         self, module: nn.Module, cuts: Iterable[str], *, units: Iterable[str] = (), replicate: Iterable[str] = ()
     ) -> None:
         names = dict(module.named_modules())
-        self.cuts, self._replicate = tuple(cuts), tuple(replicate)
+        aliases = _Aliases(module)
+        self.cuts, self._replicate = tuple(map(aliases.first, cuts)), tuple(map(aliases.first, replicate))
         _check(module, names, self.cuts)
         _check_replicate(module, names, self.cuts, self._replicate)
         self.replicated = _parameters_of(module, [names[name] for name in self._replicate])
         asked = (*self.cuts, *units)
-        holding = {name[:index] for name in asked for index in _dots(name)}
+        holding = aliases.holding(asked)
         blocks = find_blocks(module).keys() - holding
-        above = {name[:index] for name in (*asked, *blocks) for index in (0, *_dots(name))} or {""}
+        above = aliases.holding((*asked, *blocks)) | {""}
         outermost = {name for name in names if name and name not in above and name.rpartition(".")[0] in above}
         wanted = {*asked, *blocks, *outermost}
         self.units: Mapping[str, nn.Module] = {name: child for name, child in names.items() if name in wanted}
@@ -190,6 +191,27 @@ def _watched(kind: Any) -> type[nn.Module]:
         kind.__name__, (kind,), {**inherited, "__call__": called, "_meshbolt_watches": True}
     )
     return watched
+
+
+class _Aliases:
+    """The names of modules that are registered in several places; each is known by its first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._first = {id(child): name for name, child in module.named_modules()}
+        self._all: dict[str, list[str]] = {}
+        self._of: dict[str, str] = {}
+        for name, child in module.named_modules(remove_duplicate=False):
+            first = self._of[name] = self._first[id(child)]
+            self._all.setdefault(first, []).append(name)
+
+    def first(self, name: str) -> str:
+        """Return the name that a module is known by; an unknown one as it is."""
+        return self._of.get(name, name)
+
+    def holding(self, names: Iterable[str]) -> set[str]:
+        """Return the modules in which modules lie, by whatever name."""
+        places = {alias for name in names for alias in self._all.get(self.first(name), ())}
+        return {self.first(place[:index]) for place in places for index in _dots(place)}
 
 
 def _dots(name: str) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +17,8 @@ from meshbolt.errors import ConfigError
 def split_batch(batch: Any, count: int) -> list[Any]:
     """Return a batch in microbatches, as equal as its samples allow, of the batch's own form.
 
-    Tensors whose first dim is the batch's samples are divided along it, and lists of as many plain values; everything else goes
-    into every microbatch.
+    What has one item for each of the batch's samples is divided: tensors and arrays along their first dim, lists and tuples
+    item by item. Everything else goes into every microbatch.
 
     Args:
         batch: tensors in dictionaries, lists, tuples, dataclasses or Hugging Face's `BatchEncoding`, in any order.
@@ -63,12 +66,20 @@ def signature_of(batch: Any) -> Any:
     """
     if isinstance(batch, torch.Tensor):
         return tuple(batch.shape), batch.dtype, batch.requires_grad
+    if _is_array(batch):
+        return tuple(batch.shape), batch.dtype
+    if isinstance(batch, (list, tuple)) and batch and not any(map(_holds_arrays, batch)):
+        return type(batch), len(batch), type(batch[0])  # such as the names of samples, which are others in each batch
     values = tuple(signature_of(value) for value in _values(batch))
     if isinstance(batch, Mapping):
         return type(batch), tuple(batch), values
     if values or isinstance(batch, (list, tuple)):
         return type(batch), values
     return batch if isinstance(batch, (str, int, float, bool, type(None))) else type(batch)
+
+
+def _holds_arrays(value: Any) -> bool:
+    return _is_array(value) or any(map(_holds_arrays, _values(value)))
 
 
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:
@@ -89,23 +100,47 @@ def _values(batch: Any) -> list[Any]:
 
 
 def _part(batch: Any, start: int, end: int, samples: int) -> Any:
-    if isinstance(batch, torch.Tensor):
-        return batch[start:end] if batch.dim() > 0 and len(batch) == samples else batch
+    if _is_array(batch):
+        return batch[start:end] if batch.ndim > 0 and len(batch) == samples else batch
     values = _values(batch)
-    if isinstance(batch, list) and len(batch) == samples and not any(_is_container(value) for value in values):
+    is_sequence = isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields")
+    if is_sequence and len(batch) == samples and not _is_batch(values, samples):
         return batch[start:end]
     parts = [_part(value, start, end, samples) for value in values]
     if isinstance(batch, Mapping):
-        return type(batch)(dict(zip(batch, parts, strict=True)))  # type: ignore[call-arg]
+        return _mapping_like(batch, dict(zip(batch, parts, strict=True)))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*parts)
     if isinstance(batch, (list, tuple)):
         return type(batch)(parts)
     if parts:
-        names = [each.name for each in dataclasses.fields(batch)]
-        return dataclasses.replace(batch, **dict(zip(names, parts, strict=True)))
+        made = copy.copy(batch)  # a field need not be an argument of the class
+        for each, part in zip(dataclasses.fields(batch), parts, strict=True):
+            object.__setattr__(made, each.name, part)
+        return made
     return batch
 
 
-def _is_container(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or bool(_values(value))
+def _mapping_like(batch: Any, items: dict[Any, Any]) -> Any:
+    if isinstance(batch, defaultdict):
+        return defaultdict(batch.default_factory, items)
+    return type(batch)(items)
+
+
+def _is_array(value: Any) -> bool:
+    """Return whether a value is a tensor, or an array of numpy, which need not be there."""
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, torch.Tensor) or (numpy is not None and isinstance(value, numpy.ndarray))
+
+
+def _is_batch(values: Sequence[Any], samples: int) -> bool:
+    """Return whether the values are those of a batch, such as inputs and targets, where there are as many as samples."""
+    arrays = [array for value in values for array in _arrays(value) if array.ndim > 0]
+    return bool(arrays) and all(len(array) == samples for array in arrays)
+
+
+def _arrays(value: Any) -> Iterator[Any]:
+    if _is_array(value):
+        yield value
+    for inner in _values(value):
+        yield from _arrays(inner)

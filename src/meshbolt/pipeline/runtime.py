@@ -24,6 +24,8 @@ from meshbolt.pipeline.schedule import build_schedule, find_schedule, schedule_f
 from meshbolt.pipeline.stage import run_stage
 from meshbolt.pipeline.taint import Foreign, Gathered, foreign_parameters
 
+_MOST_PLANS = 512
+
 
 class Pipeline:
     """This rank's stages of a module, and the steps over them.
@@ -109,6 +111,8 @@ class Pipeline:
         """
         key = kind, signature_of(microbatch), self._module.training, torch.is_grad_enabled()
         if key not in self._plans:
+            if len(self._plans) == _MOST_PLANS:
+                del self._plans[next(iter(self._plans))]
             step = functools.partial(function, microbatch)
             self.is_looking = True
             try:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
+import lightning.pytorch.utilities as lightning_utilities
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher as FabricForkLauncher
@@ -35,6 +36,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.data import DataLoader
 
 from meshbolt.compat import settle_before_exit
+from meshbolt.errors import UnsupportedError
 
 __all__ = [
     "BackwardSyncControl",
@@ -59,6 +61,7 @@ __all__ = [
     "plain_optimizer",
     "ranks_are_connected",
     "reduce_over_ranks",
+    "refuse_norms_of_stages",
     "set_rank_zero_only",
     "skip_broadcast_of_termination",
     "time_between_validations",
@@ -144,6 +147,43 @@ def transferred(trainer: pl.Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def refuse_norms_of_stages(is_elsewhere: Callable[[Any], bool]) -> None:
+    """Let the functions that take the norm of all gradients refuse parameters of which other ranks have some; once is enough.
+
+    They would clip each stage by a norm of its own, without a word.
+
+    Args:
+        is_elsewhere: tells a parameter that another rank has.
+    """
+    for place, name in (
+        (torch.nn.utils, "clip_grad_norm_"),
+        (torch.nn.utils.clip_grad, "clip_grad_norm_"),
+        (lightning_utilities, "grad_norm"),
+    ):
+        plain = getattr(place, name)
+        if not hasattr(plain, "_meshbolt_plain"):
+            setattr(place, name, _refusing(plain, is_elsewhere))
+
+
+def _refusing(plain: Callable[..., Any], is_elsewhere: Callable[[Any], bool]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def checked(parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(parameters, torch.nn.Module):
+            given = list(parameters.parameters())
+        else:
+            given = parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if any(map(is_elsewhere, given)):
+            raise UnsupportedError(
+                f"{plain.__name__}() was called on parameters of several pipeline stages, of which this rank has some: the norm "
+                "would be that of its own. Clip by gradient_clip_val, self.clip_gradients() or fabric.clip_gradients(), and "
+                "read the norm of all gradients by trainer.strategy.grad_norm()."
+            )
+        return plain(parameters, *args, **kwargs)
+
+    checked._meshbolt_plain = plain  # type: ignore[attr-defined]
+    return checked
 
 
 def time_between_validations(trainer: pl.Trainer) -> float | None:

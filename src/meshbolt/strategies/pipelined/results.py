@@ -178,6 +178,10 @@ def _is_output(items: list[Any], size: int) -> bool:
 
 
 def _join_tuples(tuples: Sequence[tuple[Any, ...]], sizes: Sequence[int]) -> Any:
+    # A tuple of numbers is what a step has computed; one of texts, as collation makes it, are the names of samples.
+    are_samples = all(len(each) == size for each, size in zip(tuples, sizes, strict=True))
+    if are_samples and all(isinstance(item, (str, bytes)) for each in tuples for item in each):
+        return tuple(item for each in tuples for item in each)
     return _join_items(tuples, sizes)
 
 

@@ -20,7 +20,8 @@ from meshbolt.engine.deferred import attached
 from meshbolt.engine.placeholders import model_state, states_of_all_stages
 from meshbolt.errors import TopologyError
 from meshbolt.mesh import MeshAxis, stage_group
-from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, split_batch
+from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, is_foreign, split_batch
+from meshbolt.strategies.compat import refuse_norms_of_stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class StagedModule:
         """
         self._engine = engine
         self._pipeline.run_by(engine, self._first_plan)
+        refuse_norms_of_stages(is_foreign)
 
     def observe_passes(self, observer: Callable[[str, int, int], AbstractContextManager[Any]] | None) -> None:
         """Surround each pass of a step through a stage of this rank with what an observer returns for it.

@@ -25,6 +25,7 @@ from meshbolt.mesh import data_parallel_group
 from meshbolt.pipeline import batch_size, split_batch
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.checks import check_pipelined
+from meshbolt.strategies.pipelined.absent import optimizers_stood_in_for
 from meshbolt.strategies.pipelined.example import example_batch
 from meshbolt.strategies.pipelined.logs import Logged, combine, record_logs, replay
 from meshbolt.strategies.pipelined.metrics import WholeBatch, quiet_metrics, share_metrics
@@ -104,7 +105,8 @@ class PipelinedSteps(StagedModule):
         function = self._function(kind, takes_more)
 
         def look() -> Any:
-            with record_logs(self._module, []), quiet_metrics(self._module):
+            stood_in = optimizers_stood_in_for(self._module)
+            with record_logs(self._module, []), quiet_metrics(self._module), stood_in:
                 return function(microbatch)
 
         return FirstStep(
