@@ -15,7 +15,7 @@ help:
 test: $(TOX)
 	@failed=; \
 	$(TOX) run -e unit || failed=1; \
-	$(TOX) run-parallel --parallel 2 --parallel-live --skip-pkg-install -e ranks,parity,commands || failed=1; \
+	$(TOX) run-parallel --parallel 2 --parallel-live --skip-pkg-install -e ranks,parity,trainer,commands || failed=1; \
 	test -z "$$failed"
 
 demo $(INTENTS): $(TOX)

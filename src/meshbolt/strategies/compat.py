@@ -139,7 +139,9 @@ def loader_of_run(trainer: pl.Trainer) -> Any:
     }
     source = loops[trainer.state.fn]._data_source if trainer.state.fn in loops else None
     loader = source.dataloader() if source is not None and source.is_defined() else None
-    return loader[0] if isinstance(loader, (list, tuple)) and loader else loader
+    # Those of training give one batch together, those of evaluation one after the other.
+    is_in_turn = isinstance(loader, (list, tuple)) and bool(loader) and trainer.state.fn != TrainerFn.FITTING
+    return loader[0] if is_in_turn else loader
 
 
 def transferred(trainer: pl.Trainer, batch: Any) -> Any:

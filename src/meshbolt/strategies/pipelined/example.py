@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from meshbolt.engine.random_state import Snapshot
@@ -48,6 +50,12 @@ def _named(module: pl.LightningModule, setting: PipelineParallel) -> Any:
 
 
 def _found(loader: Any) -> Any:
+    if isinstance(loader, CombinedLoader):
+        loader = loader.iterables
+    if isinstance(loader, Mapping):
+        return {key: _found(each) for key, each in loader.items()}
+    if isinstance(loader, (list, tuple)) and any(isinstance(each, DataLoader) for each in loader):
+        return [_found(each) for each in loader]
     batch = first_batch(loader)
     if batch is not None:
         return batch
