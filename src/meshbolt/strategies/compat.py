@@ -138,7 +138,7 @@ def loader_of_run(trainer: pl.Trainer) -> Any:
         TrainerFn.PREDICTING: trainer.predict_loop,
     }
     source = loops[trainer.state.fn]._data_source if trainer.state.fn in loops else None
-    loader = source.dataloader() if source is not None and source.is_defined() else None
+    loader: Any = source.dataloader() if source is not None and source.is_defined() else None
     # Those of training give one batch together, those of evaluation one after the other.
     is_in_turn = isinstance(loader, (list, tuple)) and bool(loader) and trainer.state.fn != TrainerFn.FITTING
     return loader[0] if is_in_turn else loader
