@@ -201,8 +201,8 @@ def _different_batches(what: str, ranks: list[int], kinds: list[list[str]]) -> T
     if not same_kind:
         found = "; ".join(f"rank {rank} has {', '.join(kind)}" for rank, kind in zip(ranks, kinds, strict=True))
     return TopologyError(
-        f"Ranks {ranks} share layers (tensor_parallel={len(ranks)}), so they must see the same samples, but {what} was given "
-        f"different batches on them ({found}). Usually an IterableDataset is divided by the global rank, a "
+        f"Ranks {ranks} share layers or a pipeline (tensor_parallel, pipeline_parallel), so they must see the same samples, but "
+        f"{what} was given different batches on them ({found}). Usually an IterableDataset is divided by the global rank, a "
         "DistributedSampler was made with the global rank and the world size, or seed_everything() was given another seed on "
         "each rank. Use strategy.data_parallel_rank and strategy.data_parallel_size instead (of trainer.strategy or "
         "fabric.strategy), or DistributedSampler(dataset, **strategy.distributed_sampler_kwargs)."
@@ -211,8 +211,8 @@ def _different_batches(what: str, ranks: list[int], kinds: list[list[str]]) -> T
 
 def _different_random_states(what: str, ranks: list[int]) -> TopologyError:
     return TopologyError(
-        f"Ranks {ranks} share layers (tensor_parallel={len(ranks)}), so they must draw the same random numbers, but at {what} "
-        "torch's random generators are in different states on them. Something has drawn numbers, or set a seed, on some ranks "
+        f"Ranks {ranks} share layers or a pipeline (tensor_parallel, pipeline_parallel), so they must draw the same random "
+        f"numbers, but at {what} torch's random generators are in different states on them. Something has drawn numbers, or set a seed, on some ranks "
         "only, such as code for rank 0. Draw on all ranks, from a torch.Generator of your own, or inside "
         "torch.random.fork_rng()."
     )
