@@ -212,7 +212,7 @@ def _different_batches(what: str, ranks: list[int], kinds: list[list[str]]) -> T
 def _different_random_states(what: str, ranks: list[int]) -> TopologyError:
     return TopologyError(
         f"Ranks {ranks} share layers or a pipeline (tensor_parallel, pipeline_parallel), so they must draw the same random "
-        f"numbers, but at {what} torch's random generators are in different states on them. Something has drawn numbers, or set a seed, on some ranks "
-        "only, such as code for rank 0. Draw on all ranks, from a torch.Generator of your own, or inside "
+        f"numbers, but at {what} torch's random generators are in different states on them. Something has drawn numbers, or set "
+        "a seed, on some ranks only, such as code for rank 0. Draw on all ranks, from a torch.Generator of your own, or inside "
         "torch.random.fork_rng()."
     )
