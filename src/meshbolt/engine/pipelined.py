@@ -240,7 +240,7 @@ class PipelinedEngine(Engine):
 
     @contextmanager
     def backward(self, loss: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Refuse a backward of its own: the schedule has run it."""
+        """Surround the backward of a loss that gives the gradients which the schedule has made: there is nothing to prepare."""
         yield loss
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
