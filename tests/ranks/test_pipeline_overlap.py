@@ -45,7 +45,7 @@ def watched_step(overlaps: bool) -> list[Event]:
         class Watch(pl.Callback):
             def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
                 events.clear()
-                trainer.strategy._steps.observe_passes(observe)
+                trainer.strategy.pipeline.observe_passes(observe)
 
         trainer = pl.Trainer(
             strategy=MeshStrategy(pipeline_parallel=2, zero=1),

@@ -62,7 +62,7 @@ class PipelineTimeline(pl.Callback):
         Raises:
             ConfigError: there is none.
         """
-        if getattr(trainer.strategy, "_steps", None) is None:
+        if getattr(trainer.strategy, "pipeline", None) is None:
             raise ConfigError(
                 "PipelineTimeline measures the stages of a pipeline, and the strategy has none. Use "
                 "MeshStrategy(pipeline_parallel=2), or leave the callback out."
@@ -75,7 +75,7 @@ class PipelineTimeline(pl.Callback):
         """Begin to measure, where the step has come."""
         if self._is_done or self._clock is not None or trainer.global_step < self.step:
             return
-        steps: Any = trainer.strategy._steps  # type: ignore[attr-defined]
+        steps: Any = trainer.strategy.pipeline  # type: ignore[attr-defined]
         self._clock = _Clock(trainer.strategy.root_device)
         steps.observe_passes(self._clock.passing)
         self._clock.begin()
@@ -87,7 +87,7 @@ class PipelineTimeline(pl.Callback):
         """Collect what all ranks have measured, and draw it on rank 0."""
         if self._clock is None:
             return
-        steps: Any = trainer.strategy._steps  # type: ignore[attr-defined]
+        steps: Any = trainer.strategy.pipeline  # type: ignore[attr-defined]
         steps.observe_passes(None)
         found: list[Any] = [None] * steps.group.size()
         dist.all_gather_object(found, self._clock.passes(), group=steps.group)

@@ -136,7 +136,7 @@ class MeshCore(DataParallelRanks):
         self._mesh: DeviceMesh | None = None
         self._control_group: dist.ProcessGroup | None = None
         self._engines: dict[nn.Module, Engine] = {}
-        self._holding: StagedModule | None = None
+        self._pipeline: StagedModule | None = None
         self._attendance = Attendance(timeout=timeout)
         self._chosen_accelerator: Accelerator | None = None
         self._mesh_precision: MeshPrecision | None = None
@@ -347,7 +347,7 @@ class MeshCore(DataParallelRanks):
                 say_what_is_let_go(module, staged.stages)
                 self._engines[module] = engine = PipelinedEngine(module, stages=staged.stages, **options)
                 staged.run_by(engine)
-                self._holding = staged
+                self._pipeline = staged
                 say_where_it_is_cut(module, staged)
             say_what_is_divided(self._engines[module])
         self._count_samples_once(module)
@@ -406,7 +406,12 @@ class MeshCore(DataParallelRanks):
         Args:
             value: this rank's; None: it has none.
         """
-        return value if self._holding is None else self._holding.of_all_stages(value)
+        return value if self._pipeline is None else self._pipeline.of_all_stages(value)
+
+    @property
+    def pipeline(self) -> StagedModule | None:
+        """The stages of the module on this rank, once it is set up; None without a pipeline."""
+        return self._pipeline
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
