@@ -352,13 +352,15 @@ def pp_loop(job: Job) -> Timing:
     return _timed(step, job)
 
 
-def pp(job: Job, *, zero: int = 0) -> Timing:
-    """meshbolt through the Trainer, with the same stages and schedule."""
+def pp(job: Job, *, zero: int = 0, schedule: str = "1f1b", **options: Any) -> Timing:
+    """meshbolt through the Trainer, with the same stages and schedule; other schedules have two stages a rank."""
     from meshbolt import MeshStrategy, PipelineParallel
 
-    _, middle, microbatches = _pipeline_sizes(job)
+    layers, middle, microbatches = _pipeline_sizes(job)
     size = int(os.environ["WORLD_SIZE"])
-    setting = PipelineParallel(size, microbatches=microbatches, cuts=[f"net.blocks.{middle}"])
+    cuts = [middle] if schedule == "1f1b" else [layers * stage // 4 for stage in (1, 2, 3)]
+    names = [f"net.blocks.{number}" for number in cuts]
+    setting = PipelineParallel(size, microbatches=microbatches, cuts=names, schedule=schedule, **options)
     return trainer(job, MeshStrategy(zero=zero, pipeline_parallel=setting), pipeline=True)
 
 
@@ -374,11 +376,17 @@ CONTENDERS: dict[str, Callable[[Job], Timing]] = {
     "tp_sequence": tp_sequence,
     "pp_loop": pp_loop,
     "pp": pp,
+    "pp_interleaved": lambda job: pp(job, schedule="interleaved_1f1b"),
+    "pp_zbv": lambda job: pp(job, schedule="zbv"),
+    "pp_zbv_whole": lambda job: pp(job, schedule="zbv", split_backward=False),
     **{f"deepspeed{stage}": (lambda job, stage=stage: deepspeed(job, stage=stage)) for stage in (1, 2, 3)},
     **{f"zero{stage}": (lambda job, stage=stage: meshbolt(job, stage=stage)) for stage in (0, 1, 2, 3)},
 }
 OWN_PROCESS_GROUP = (
     "pp",
+    "pp_interleaved",
+    "pp_zbv",
+    "pp_zbv_whole",
     "tp",
     "tp_sequence",
     "tp_lightning",

@@ -1,4 +1,4 @@
-"""Gradients of a stage are reduced while the step's last microbatch runs backwards through it, not after it."""
+"""Gradients are reduced beside passes backwards, those of stages that follow each other at the same time."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ import torch
 import torch.distributed as dist
 from tests.ranks.trainer.test_pipeline_fit import Classifier, data
 
-from meshbolt import MeshStrategy
+from meshbolt import MeshStrategy, PipelineParallel
 from meshbolt.testing import run_ranks
 
 Event = tuple[str, float, float]
+WARNING = "ignore:It is recommended to use:lightning.fabric.utilities.warnings.PossibleUserWarning"
 
 
-def watched_step(overlaps: bool) -> list[Event]:
-    """Return what a rank does in a step, in order: passes of stages and reductions of gradients, with start and end."""
+def watched_step(overlaps: bool, setting: PipelineParallel) -> list[Event]:
+    """Return what a rank does in a step, in order: passes of stages and reductions of gradients, with start and end.
+
+    A pass is named by its work, stage and microbatch: B1.3.
+    """
     events: list[Event] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MESHBOLT_FAST_PATH", str(int(overlaps)))
@@ -40,7 +44,7 @@ def watched_step(overlaps: bool) -> list[Event]:
         def observe(kind: str, stage: int, number: int) -> Iterator[None]:
             start = time.perf_counter()
             yield
-            events.append((f"{kind}{number}", start, time.perf_counter()))
+            events.append((f"{kind}{stage}.{number}", start, time.perf_counter()))
 
         class Watch(pl.Callback):
             def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -48,7 +52,7 @@ def watched_step(overlaps: bool) -> list[Event]:
                 trainer.strategy.pipeline.observe_passes(observe)
 
         trainer = pl.Trainer(
-            strategy=MeshStrategy(pipeline_parallel=2, zero=1),
+            strategy=MeshStrategy(pipeline_parallel=setting, zero=1),
             accelerator="cpu",
             devices=4,
             max_steps=3,
@@ -66,13 +70,43 @@ def watched_step(overlaps: bool) -> list[Event]:
     return events
 
 
-@pytest.mark.filterwarnings("ignore:It is recommended to use:lightning.fabric.utilities.warnings.PossibleUserWarning")
+def passes_of_reductions(events: list[Event]) -> list[str]:
+    """Return the pass backwards in which each reduction began, or "after" for those behind all of them."""
+    passes = [event for event in events if event[0][0] == "B"]
+    starts = [start for name, start, _ in events if name == "reduction"]
+    return [next((name for name, begun, end in passes if begun < start < end), "after") for start in starts]
+
+
+@pytest.mark.filterwarnings(WARNING)
 def test_reductions_run_beside_the_last_backward_pass() -> None:
-    for overlaps in (True, False):
-        for events in run_ranks(watched_step, 4, overlaps, timeout=60):
-            backwards = [event for event in events if event[0].startswith("B")]
-            _, start, end = max(backwards, key=lambda event: event[1])
-            reductions = [event for event in events if event[0] == "reduction"]
-            inside = [event for event in reductions if start < event[1] < end]
-            assert len(reductions) >= 3, "two layers and the root, or more"
-            assert len(inside) == (len(reductions) if overlaps else 0)
+    setting = PipelineParallel(size=2, microbatches=4, align_reductions=False)
+    found = [passes_of_reductions(events) for events in run_ranks(watched_step, 4, True, setting, timeout=60)]
+    assert [set(each) for each in found] == [{"B0.3"}, {"B0.3"}, {"B1.3"}, {"B1.3"}]
+    assert min(map(len, found)) >= 3, "two layers and the root, or more"
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_without_the_fast_path_they_follow_all_passes() -> None:
+    setting = PipelineParallel(size=2, microbatches=4)
+    found = [passes_of_reductions(events) for events in run_ranks(watched_step, 4, False, setting, timeout=60)]
+    assert [set(each) for each in found] == [{"after"}] * 4
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_the_last_stage_waits_for_the_first_ones_last_pass() -> None:
+    setting = PipelineParallel(size=2, microbatches=4)
+    found = [passes_of_reductions(events) for events in run_ranks(watched_step, 4, True, setting, timeout=60)]
+    # The second stage is through before the first one begins its last pass.
+    assert [set(each) for each in found] == [{"B0.3"}, {"B0.3"}, {"after"}, {"after"}]
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_stages_in_turns_wait_for_each_other() -> None:
+    cuts = ("layers.1", "layers.2", "layers.3")
+    setting = PipelineParallel(size=2, microbatches=4, schedule="interleaved_1f1b", cuts=cuts)
+    by_rank = run_ranks(watched_step, 4, True, setting, timeout=60)
+    for events, own in zip(by_rank, (0, 0, 1, 1), strict=True):
+        order = [name for name, *_ in events if name[0] == "B"]
+        after_upper = order.index(f"B{own + 2}.3") + own  # the second rank waits for one pass
+        found = set(passes_of_reductions(events))
+        assert found == {order[after_upper], "B0.3" if own == 0 else "after"}

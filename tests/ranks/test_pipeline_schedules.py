@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from tests.parity.pipeline_models import CUTS, Cut
 from tests.parity.test_pipeline_models import in_float64, made
 from tests.rows import full
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from meshbolt.errors import ConfigError
 from meshbolt.pipeline import SCHEDULES, Pipeline, emulate, split_batch
@@ -109,6 +114,55 @@ def test_eight_stages_on_four_ranks_compute_what_one_process_does(schedule: str)
     assert merged.keys() == gradients.keys()
     for name, value in merged.items():
         torch.testing.assert_close(value, gradients[name], rtol=0.0, atol=1e-12)
+
+
+def passes(splits: bool, recomputes: bool = False) -> tuple[dict[str, int], list[str]]:
+    """Return how often each work was done in a step after the first, by work and stage, and what was warned of."""
+    torch.set_default_dtype(torch.float64)
+    cut, counted, said = CUTS["nanogpt"], Counter[str](), list[str]()
+    module: Any = made(cut, training=True)
+    for block in module.network.transformer["h"] if recomputes else ():
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    function, parts = steps(cut, module, 4)
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("meshbolt.pipeline.runtime").addHandler(handler)
+    group, device = dist.group.WORLD, torch.device("cpu")
+    pipeline = Pipeline(
+        module, MODELS["nanogpt"], schedule="zbv", microbatches=4, group=group, device=device, splits_backward=splits
+    )
+    for step in range(2):
+        counted.clear()
+        pipeline.observe_passes(lambda work, stage, _: contextlib.nullcontext(counted.update([f"{work}{stage}"])))
+        pipeline.step(function, parts, weights=[0.25] * 4, loss_of=lambda loss: loss, seed=step)
+    pipeline.close()
+    torch.set_default_dtype(torch.float32)
+    return dict(counted), said
+
+
+def test_the_backward_pass_is_made_in_halves() -> None:
+    for own, (counted, said) in zip(((0, 3), (1, 2)), run_ranks(passes, 2, True), strict=True):
+        assert not said
+        # Nobody waits for gradients of what the first stage was given.
+        works = {f"{work}{stage}" for stage in own for work in ("FW" if stage == 0 else "FIW")}
+        assert counted == dict.fromkeys(works, 4)
+
+
+def test_a_stage_that_recomputes_is_not_halved() -> None:
+    found = run_ranks(passes, 2, True, True)
+    assert sorted(text for _, said in found for text in said) == [
+        f"pipeline: stage {stage} makes gradients of parameters together with those of inputs, not apart as its schedule "
+        "allows: LayerNorm is computed again in the backward pass, and would be in each half."
+        for stage in (1, 2, 3)
+    ]
+    merged = found[0][0] | found[1][0]
+    assert all(merged[f"B{stage}"] == 4 for stage in (1, 2, 3))
+
+
+def test_halves_can_be_switched_off() -> None:
+    for own, (counted, said) in zip(((0, 3), (1, 2)), run_ranks(passes, 2, False), strict=True):
+        assert not said
+        assert counted == {f"{work}{stage}": 4 for stage in own for work in "FB"}
 
 
 def evaluate(name: str, schedule: str, count: int) -> list[float]:

@@ -21,8 +21,6 @@ from meshbolt.errors import ConfigError
 from meshbolt.pipeline import Span, Timeline, draw, plan_timeline
 from meshbolt.units import format_seconds
 
-_FORWARD, _BACKWARD = "F", "B"
-
 
 class PipelineTimeline(pl.Callback):
     """Measure a step of a pipeline, and draw it above the same step as its schedule has it.
@@ -136,7 +134,7 @@ class _Clock:
         """Take the time of a pass.
 
         Args:
-            work: "F" or "B".
+            work: "F", "B", or its halves "I" and "W".
             stage: which one runs.
             microbatch: which one it runs.
         """
@@ -177,9 +175,16 @@ def _planned(measured: Timeline) -> Timeline:
     times = defaultdict[tuple[str, int], list[float]](list)
     for span in measured.spans:
         times[span.work, span.stage].append(span.end - span.start)
-    forward, backward = (
-        [statistics.fmean(times[work, stage]) for stage in range(measured.stages)] for work in (_FORWARD, _BACKWARD)
-    )
+    mean = {each: statistics.fmean(taken) for each, taken in times.items()}
+    stages = range(measured.stages)
+    apart = [sum(mean.get((work, stage), 0.0) for work in ("I", "W")) for stage in stages]
     return plan_timeline(
-        measured.schedule, forward, backward_costs=backward, ranks=measured.ranks, microbatches=measured.microbatches
+        measured.schedule,
+        [mean["F", stage] for stage in stages],
+        backward_costs=[mean.get(("B", stage), apart[stage]) for stage in stages],
+        split_backward=[
+            mean.get(("I", stage), 0.0) / apart[stage] if ("W", stage) in mean else 1.0 for stage in stages
+        ],
+        ranks=measured.ranks,
+        microbatches=measured.microbatches,
     )

@@ -1,8 +1,9 @@
 """Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one folder.
 
-May import: `errors`. `tensors.py` has what belongs to no unit, `exiting.py` what threads of torch still do at the end,
-`parts.py` where the parts of a DTensor lie, `units.py` what FSDP2 knows of a unit; everybody imports from here. The tests of
-this folder run on every supported version of torch.
+May import: `errors`. `tensors.py` has what belongs to no unit, `connections.py` what lies between ranks, `exiting.py` what
+threads of torch still do at the end, `halves.py` how torch's pipelines halve a backward pass, `parts.py` where the parts of a
+DTensor lie, `units.py` what FSDP2 knows of a unit; everybody imports from here. The tests of this folder run on every supported
+version of torch.
 """
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from meshbolt.compat.connections import end_connections, is_broken_connection
 from meshbolt.compat.exiting import settle_before_exit
 from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
 from meshbolt.compat.tensors import (
@@ -33,6 +35,7 @@ from meshbolt.compat.tensors import (
     local_in_graph,
     local_tensor,
     mark_of,
+    on_meta,
     outdate,
     part_of_file,
     plain_calls,
@@ -59,11 +62,13 @@ from meshbolt.compat.units import (
     gradients_land_in_place,
     has_pending_gather,
     is_gathered,
+    keep_gradients,
     kept_gradients,
     lighten_hooks,
     make_hooks_skippable,
     managed_parameters,
     on_gradient,
+    reduce_gradients,
     reset_after_error,
     reshard,
     set_async_gather,
@@ -72,6 +77,7 @@ from meshbolt.compat.units import (
     watch_passes,
     whole_copies,
 )
+from meshbolt.compat.updates import fused_adagrad_, fused_adam_, fused_sgd_, pin_host_memory, unpin_host_memory
 
 __all__ = [
     "COMPILES_DIVIDED_LAYERS",
@@ -96,16 +102,22 @@ __all__ = [
     "drop_kept_gradients",
     "drop_pending_gather",
     "end_backward",
+    "end_connections",
     "enter_pass",
     "flattened_group",
     "flops_of",
+    "fused_adagrad_",
+    "fused_adam_",
+    "fused_sgd_",
     "gather_into",
     "gathered_bytes",
     "given_other_data",
     "gradients_land_in_place",
     "handle_sharded",
     "has_pending_gather",
+    "is_broken_connection",
     "is_gathered",
+    "keep_gradients",
     "kept_gradients",
     "lighten_hooks",
     "local_in_graph",
@@ -114,11 +126,14 @@ __all__ = [
     "managed_parameters",
     "mark_of",
     "on_gradient",
+    "on_meta",
     "outdate",
     "own_pieces",
     "part_of_file",
+    "pin_host_memory",
     "plain_calls",
     "queue_after_backward",
+    "reduce_gradients",
     "replicate",
     "reset_after_error",
     "reshard",
@@ -135,6 +150,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "tree_map_only",
+    "unpin_host_memory",
     "untouched_by_functions",
     "was_gathered",
     "watch_passes",

@@ -349,6 +349,21 @@ def end_backward(root: FSDPModule) -> None:
     root._get_fsdp_state()._root_post_backward_final_callback()
 
 
+def reduce_gradients(unit: FSDPModule) -> None:
+    """Begin to reduce the whole gradients of a unit, outside of a pass of autograd; `end_backward` completes it."""
+    for group in _groups(unit):
+        group.post_backward()
+
+
+def keep_gradients(unit: FSDPModule) -> None:
+    """Add whole gradients that were made outside of a pass of autograd to those that are kept, in the dtype of these."""
+    for group in _groups(unit):
+        for fsdp_param in group.fsdp_params:
+            if hasattr(fsdp_param, "_unsharded_param"):
+                fsdp_param.accumulate_unsharded_grad_if_needed()
+                fsdp_param.to_accumulated_grad_if_needed()
+
+
 def whole_copies(unit: FSDPModule) -> Iterator[nn.Parameter]:
     """Yield the unit's whole parameters, in memory or freed; before it was gathered once there are none."""
     for _, copy in copies_by_shard(unit):

@@ -70,7 +70,7 @@ class Derivatives:
                 enter=self._enter,
                 leave=self._leave,
                 holds=self._holds,
-                ending=self._ending,
+                ending=self.ending,
             )
             for shard in compat.managed_parameters(unit):
                 if isinstance(shard, DTensor):
@@ -194,7 +194,7 @@ class Derivatives:
         return unit in self._kept or (self._watches_late and any(self._is_late(p) for p in compat.whole_copies(unit)))
 
     @contextmanager
-    def _ending(self) -> Iterator[None]:
+    def ending(self) -> Iterator[None]:
         """Surround torch's own end of a backward, in which every unit is reduced that is not yet."""
         self._is_ending = True
         try:

@@ -44,6 +44,10 @@ class PipelinedEngine(Engine):
         """
         # Without it, as torch's own schedules do it: after the last pass, when nothing is left to hide it behind.
         self._overlaps = plan.environment.fast_path
+        self._aligns = plan.settings.pipeline_parallel.align_reductions
+        # Units that have not been reduced in this step, and those that wait for some passes to go by.
+        self._unreduced: set[FSDPModule] = set()
+        self._delayed: list[tuple[int, list[FSDPModule]]] = []
         self._quiet = False
         self._keeps_parts = plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1
         self._frees_each_batch = plan.stage.reshards_after_forward
@@ -100,16 +104,55 @@ class PipelinedEngine(Engine):
     @contextmanager
     def backward_pass(self, stage: int, *, ends_stage: bool, ends_step: bool) -> Iterator[None]:
         """Surround a microbatch's pass backwards through a stage; the last one reduces what the stage holds."""
-        closing = [unit for unit, own in self._stage_of.items() if own == stage] if ends_stage else []
-        if ends_step:
-            closing = [*(unit for unit, own in self._stage_of.items() if own == -1), *closing, self._root]
-        if not self._overlaps:
+        self._reduce_due()
+        closing = self._closing(stage, ends_stage=ends_stage, ends_step=ends_step) if self._overlaps else []
+        if closing and self._delay_of(stage):
+            self._delayed.append((self._delay_of(stage), closing))
             closing = []
         self._let_reduce(closing)
+        self._unreduced.difference_update(closing)
         self._root.set_is_last_backward(ends_step)
         self._derivatives.before_backward(reduces=self._reduces and bool(closing))
         yield
         self._derivatives.after_backward()
+
+    @contextmanager
+    def second_half(self, stage: int) -> Iterator[None]:
+        """Surround what makes the gradients of a stage's parameters: of it FSDP knows nothing."""
+        yield
+        for unit in self._units_of(stage):
+            compat.keep_gradients(unit)
+
+    def _units_of(self, stage: int) -> list[FSDPModule]:
+        return [unit for unit, own in self._stage_of.items() if own == stage]
+
+    def _closing(self, stage: int, *, ends_stage: bool, ends_step: bool) -> list[FSDPModule]:
+        """Return the units for which a stage's pass is the step's last one."""
+        if ends_step:
+            return [*self._units_of(-1), *self._units_of(stage), self._root]
+        return self._units_of(stage) if ends_stage else []
+
+    def _delay_of(self, stage: int) -> int:
+        """Return how many passes later a stage is reduced than it could be, so that all stages are at the same time.
+
+        The stages that follow each other on all ranks end so many passes after each other, and the first of them last. Were
+        each reduced at once, it would slow down one stage after the other, and all others would wait for it every time
+        (`align_grad_reduce` of Megatron-LM).
+        """
+        pipeline = self.stages.pipeline
+        return 0 if pipeline is None or not self._aligns else stage % pipeline.size()
+
+    def _reduce_due(self) -> None:
+        """Reduce the units that were to wait until this pass."""
+        waiting = [(passes - 1, units) for passes, units in self._delayed]
+        self._delayed = [(passes, units) for passes, units in waiting if passes]
+        kept = self._derivatives.kept()
+        due = [unit for passes, units in waiting if not passes for unit in units if unit not in kept]
+        self._let_reduce(due)
+        self._unreduced.difference_update(due)
+        with self._derivatives.ending():
+            for unit in due:
+                compat.reduce_gradients(unit)
 
     def _let_reduce(self, units: Iterable[FSDPModule]) -> None:
         for unit in units:
@@ -134,6 +177,7 @@ class PipelinedEngine(Engine):
         for unit in self._all_units if self._keeps_parts else ():
             unit.unshard()  # so that it is known from the first batch on which parameters each uses
         self._window.before_backward(last=self._is_last_batch)
+        self._unreduced, self._delayed = set(self._all_units), []
         last = self._is_last_batch
         for unit in self._all_units:
             unit.set_requires_gradient_sync(False, recurse=False)
@@ -143,8 +187,8 @@ class PipelinedEngine(Engine):
 
     def _end(self) -> None:
         self._root.set_is_last_backward(True)
-        if not self._overlaps:
-            self._let_reduce(self._all_units)
+        if self._unreduced:
+            self._let_reduce(unit for unit in self._all_units if unit in self._unreduced)
             compat.end_backward(self._root)
         self._edits.keep(self._all_units)
         if self._frees:

@@ -34,6 +34,13 @@ class Passes(Protocol):
             ends_step: it is the step's last one on this rank.
         """
 
+    def second_half(self, stage: int) -> AbstractContextManager[None]:
+        """Surround what makes the gradients of a stage's parameters, after those of what the stage was sent.
+
+        Args:
+            stage: which.
+        """
+
 
 class PlainPasses:
     """Surrounds them with nothing."""
@@ -47,5 +54,9 @@ class PlainPasses:
         return tensor
 
     def backward_pass(self, stage: int, *, ends_stage: bool, ends_step: bool) -> AbstractContextManager[Any]:
+        """Surround it with nothing."""
+        return nullcontext()
+
+    def second_half(self, stage: int) -> AbstractContextManager[Any]:
         """Surround it with nothing."""
         return nullcontext()

@@ -85,6 +85,7 @@ class PipelinePlan:
         stubs: what each call of a unit returns, with tensors without values.
         reads_beside: whether a stage's code outside of units reads what it was sent.
         draws_beside: whether code outside of units draws random numbers for values that only one stage has.
+        leaves: how many leaves the arguments of each cut have.
         ended_by: the error with which the step ended when it was looked at, after the last cut; empty if it did not.
     """
 
@@ -96,6 +97,7 @@ class PipelinePlan:
     stubs: Mapping[Call, Any] = field(repr=False)
     reads_beside: tuple[bool, ...]
     draws_beside: bool
+    leaves: tuple[int, ...]
     ended_by: str
 
     @property
@@ -114,6 +116,11 @@ class PipelinePlan:
     def owned(self, stage: int) -> frozenset[str]:
         """Return the names of the parameters that a stage holds."""
         return frozenset(name for name, stages in self.stages_of.items() if stage in stages)
+
+    def form_of(self, stage: int) -> tuple[Any, ...]:
+        """Return what tells graphs of a stage apart, whatever the sizes of the microbatches."""
+        passing = (*self.received(stage), *self.sent(stage))
+        return tuple((each.dtype, each.requires_grad, each.argument, each.output) for each in passing)
 
     def tied(self) -> dict[str, tuple[int, ...]]:
         """Return the parameters that several stages hold, whose gradients are added up."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,11 +13,26 @@ from torch import Tensor, nn
 from meshbolt.compat import PipelineStageBase
 from meshbolt.pipeline.passes import Passes, PlainPasses
 from meshbolt.pipeline.plan import Crossing, PipelinePlan
+from meshbolt.pipeline.split_backward import Leaving, why_not_halves
 from meshbolt.pipeline.stage import left_stage
 
 Forward = Callable[[int, list[Tensor]], tuple[list[Tensor], Tensor | None]]
 Observer = Callable[[str, int, int], AbstractContextManager[Any]]
-"""Given "F" or "B", a stage and a microbatch, returns what surrounds that pass."""
+"""Given "F", "B", "I" or "W", a stage and a microbatch, returns what surrounds that pass.
+
+I and W are the two halves of B: gradients of inputs, gradients of parameters.
+"""
+
+
+class Surround(Protocol):
+    """Returns what surrounds the pass that ends a microbatch in a stage."""
+
+    def __call__(self, stage: int, *, halves: bool) -> AbstractContextManager[Any]:
+        """Return it; `halves`: the pass makes gradients of parameters only."""
+
+
+def _nothing_around(stage: int, *, halves: bool) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 def unobserved(_work: str, _stage: int, _microbatch: int) -> AbstractContextManager[Any]:
@@ -40,19 +55,25 @@ class RankStage(PipelineStageBase):
         self._plans: Sequence[PipelinePlan] = ()
         self._forward: Forward = lambda _number, _received: ([], None)
         self._passes: Passes = PlainPasses()
-        self._surround: Callable[[int], Any] = nullcontext
+        self._surround: Surround = _nothing_around
         self._arriving: dict[int, list[Tensor]] = {}
         self._arriving_gradients: dict[int, list[Tensor]] = {}
         self._edges: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._leaving_gradients: dict[int, list[Tensor]] = {}
         self.observer: Observer = unobserved
+        self._splits = False
+        self._module = module
+        self._places: tuple[PipelinePlan | None, list[tuple[nn.Module, str]]] = None, []
+        self._refused: Callable[[int, str], None] = lambda _stage, _reason: None
+        self._tried: set[Any] = set()
+        self._later: dict[int, tuple[Callable[[], None], bool]] = {}  # and whether that is a half
 
     def begin(
         self,
         plans: Sequence[PipelinePlan],
         forward: Forward,
         passes: Passes,
-        surround: Callable[[int], Any] = nullcontext,
+        surround: Surround = _nothing_around,
     ) -> None:
         """Prepare for a step.
 
@@ -60,9 +81,11 @@ class RankStage(PipelineStageBase):
             plans: of its microbatches.
             forward: runs a microbatch through this stage.
             passes: surrounds its passes.
-            surround: returns what surrounds the next pass backwards through a stage.
+            surround: given a stage and whether a pass makes gradients of parameters only, returns what surrounds the pass that
+                ends a microbatch there.
         """
         self._plans, self._forward, self._passes, self._surround = plans, forward, passes, surround
+        self._later.clear()  # of a step that an exception has ended
 
     def as_planned(self, sent: Sequence[Tensor], number: int) -> list[Tensor]:
         """Return a microbatch's outputs in the dtypes in which the next stage expects them, as tensors of their own."""
@@ -176,27 +199,76 @@ class RankStage(PipelineStageBase):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
-        """Run a microbatch backwards, for inputs and parameters together; `loss` has no graph."""
+        """Run a microbatch backwards; `loss` has no graph.
+
+        Args:
+            bwd_chunk_id: the microbatch.
+            loss: not used.
+            full_backward: for inputs and parameters together; else `backward_weight_one_chunk` makes those of the latter, where
+                that has been tried and is right.
+            last_backward: not used.
+        """
         received, sent = self._edges.pop(bwd_chunk_id)
-        with self.observer("B", self.stage_index, bwd_chunk_id), self._surround(self.stage_index):
-            if self.is_last:
-                sent[0].backward()
-            else:
-                self._back_from(sent, number=bwd_chunk_id)
+        leaving = self._leaving(received, sent, number=bwd_chunk_id)
+        if full_backward or not self._splits:
+            with self.observer("B", self.stage_index, bwd_chunk_id), self._surround(self.stage_index, halves=False):
+                leaving.run()
+        else:
+            self._backward_to_inputs(leaving, number=bwd_chunk_id)
         self._leaving_gradients[bwd_chunk_id] = [
             torch.zeros_like(tensor) if tensor.grad is None else tensor.grad.contiguous()
             for tensor, crossing in zip(received, self._received(bwd_chunk_id), strict=True)
             if crossing.requires_grad
         ]
 
-    def _back_from(self, sent: Sequence[Tensor], *, number: int) -> None:
+    def _leaving(self, received: Sequence[Tensor], sent: Sequence[Tensor], *, number: int) -> Leaving:
+        if self.is_last:
+            return Leaving(received=received, sent=sent, gradients=[torch.ones_like(sent[0])])
         leaving = [tensor for tensor, crossing in zip(sent, self._sent(number), strict=True) if crossing.requires_grad]
         gradients = [gradient.to(self.device) for gradient in self._arriving_gradients.pop(number)]
         pairs = [pair for pair in zip(leaving, gradients, strict=True) if pair[0].requires_grad]
-        torch.autograd.backward([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs])
+        return Leaving(received=received, sent=[each for each, _ in pairs], gradients=[each for _, each in pairs])
+
+    # The backward pass in halves ----------------------------------------------------------------------------------------
+
+    def split_backward(self, refused: Callable[[int, str], None]) -> None:
+        """Make gradients of parameters apart from those of inputs where the schedule says so, once that is seen to be right.
+
+        Args:
+            refused: told the stage and why, where it is not right.
+        """
+        self._splits, self._refused = True, refused
+
+    def _parameters(self, number: int) -> list[nn.Parameter]:
+        """Return this stage's parameters, as the graph of a microbatch has them: a sharding engine puts others in their place."""
+        plan = self._plans[number]
+        if self._places[0] is not plan:
+            split = (name.rpartition(".") for name in sorted(plan.owned(self.stage_index)))
+            self._places = plan, [(self._module.get_submodule(path), name) for path, _, name in split]
+        return list(dict.fromkeys(getattr(owner, name) for owner, name in self._places[1]))
+
+    def _backward_to_inputs(self, leaving: Leaving, *, number: int) -> None:
+        if not any(tensor.requires_grad for tensor in leaving.received):
+            self._later[number] = leaving.run, False  # nobody waits for anything
+            return
+        form = self._plans[number].form_of(self.stage_index)
+        if form in self._tried:
+            with self.observer("I", self.stage_index, number):
+                self._later[number] = leaving.run_to_inputs(self._parameters(number)), True
+            return
+        with self.observer("B", self.stage_index, number), self._surround(self.stage_index, halves=False):
+            reason = why_not_halves(leaving, self._parameters(number))
+        self._tried.add(form)
+        if reason:
+            self._splits = False
+            self._refused(self.stage_index, reason)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        """Do nothing: `backward_one_chunk` has done it, as torch's split of the two loses gradients of some modules."""
+        """Make the gradients of parameters that `backward_one_chunk` has left."""
+        run, is_half = self._later.pop(bwd_chunk_id, (None, False))
+        if run is not None:
+            with self.observer("W", self.stage_index, bwd_chunk_id), self._surround(self.stage_index, halves=is_half):
+                run()
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         """Do nothing: there is one rank for each stage."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,12 +20,13 @@ from meshbolt.pipeline.microbatch import signature_of
 from meshbolt.pipeline.passes import Passes, PlainPasses
 from meshbolt.pipeline.plan import PipelinePlan
 from meshbolt.pipeline.pristine import Pristine
-from meshbolt.pipeline.rank_stage import Observer, RankStage, unobserved
+from meshbolt.pipeline.rank_stage import Observer, RankStage, Surround, unobserved
 from meshbolt.pipeline.schedule import build_schedule, find_schedule, schedule_for
 from meshbolt.pipeline.stage import run_stage
 from meshbolt.pipeline.taint import Foreign, Gathered, foreign_parameters
 
 _MOST_PLANS = 512
+_log = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -40,6 +42,7 @@ class Pipeline:
         group: the ranks among which stages are distributed.
         device: where this rank computes.
         replicate: names of modules that every stage keeps.
+        splits_backward: schedules that make gradients of parameters apart from those of inputs do so, where it is right.
 
     Raises:
         ConfigError: a cut or a module to keep is unknown, or the schedule does not fit the numbers.
@@ -56,6 +59,7 @@ class Pipeline:
         device: torch.device,
         replicate: Sequence[str] = (),
         gathered: Gathered | None = None,
+        splits_backward: bool = True,
     ) -> None:
         self._module, self._group, self._device = module, group, device
         self._num_stages, ranks = len(cuts) + 1, group.size()
@@ -74,6 +78,8 @@ class Pipeline:
         self._stages = [
             RankStage(module, stage, self._num_stages, device, group) for stage in self._stages_of_ranks[group.rank()]
         ]
+        for stage in self._stages if splits_backward and order.splits_backward else ():
+            stage.split_backward(_say_why_whole)
         # By number of microbatches. A schedule tells its stages where their neighbours are.
         self._schedules = {microbatches: build_schedule(order, self._stages, microbatches)}
 
@@ -259,7 +265,7 @@ class Pipeline:
         """Surround each pass of a step through a stage of this rank with what an observer returns for it.
 
         Args:
-            observer: is given "F" or "B", the stage and the microbatch; None: end it.
+            observer: is given "F", "B" or its halves "I" and "W", the stage and the microbatch; None: end it.
         """
         for stage in self._stages:
             stage.observer = observer or unobserved
@@ -277,12 +283,14 @@ class Pipeline:
             self._schedules[count] = build_schedule(order, self._stages, count)
         return self._schedules[count]
 
-    def _surrounding(self, count: int) -> Callable[[int], Any]:
-        """Return what surrounds a stage's next pass backwards, of as many as there are."""
+    def _surrounding(self, count: int) -> Surround:
+        """Return what surrounds the pass that ends a stage's next microbatch, of as many as there are."""
         left = {stage.stage_index: count for stage in self._stages}
 
-        def next_pass(stage: int) -> Any:
+        def next_pass(stage: int, *, halves: bool) -> Any:
             left[stage] -= 1
+            if halves:
+                return self._passes.second_half(stage)
             ends_stage = left[stage] == 0
             return self._passes.backward_pass(stage, ends_stage=ends_stage, ends_step=not any(left.values()))
 
@@ -339,3 +347,11 @@ class Pipeline:
             dist.all_reduce(added, group=self._group)
             before = earlier[parameter]
             parameter.grad = (added if before is None else before.add_(added)) if is_own else before
+
+
+def _say_why_whole(stage: int, reason: str) -> None:
+    _log.warning(
+        "pipeline: stage %d makes gradients of parameters together with those of inputs, not apart as its schedule allows: %s.",
+        stage,
+        reason,
+    )

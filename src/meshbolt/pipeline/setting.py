@@ -34,6 +34,10 @@ class PipelineParallel:
             gradients are added up.
         example_batch: name of a method or attribute of the module that gives a batch like those of training, where the loader
             cannot be asked for one, such as a loader of an iterable dataset.
+        align_reductions: gradients of all stages are reduced over data-parallel ranks at the same time, in the pass in which the
+            first of them ends; False: each as soon as it can be.
+        split_backward: schedules that make gradients of parameters apart from those of inputs, which fills their gaps, do so on
+            each stage where the first microbatch has shown the same gradients; False: all gradients at once.
     """
 
     size: int = 1
@@ -45,6 +49,8 @@ class PipelineParallel:
     stages_per_rank: int | str = AUTO
     replicate: list[str] | tuple[str, ...] = ()
     example_batch: str | None = None
+    align_reductions: bool = True
+    split_backward: bool = True
 
     def __post_init__(self) -> None:
         if not _is_count(self.size):
@@ -151,6 +157,9 @@ class PipelineParallel:
             value = getattr(self, name)
             if value != AUTO and not _is_count(value):
                 raise ConfigError(f"PipelineParallel({name}={value!r}) is not a number. Use 1 or more, or 'auto'.")
+        for name in ("align_reductions", "split_backward"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"PipelineParallel({name}={getattr(self, name)!r}) is a switch. Use True or False.")
         counts = self.split
         if counts != AUTO and not (isinstance(counts, Sequence) and counts and all(map(_is_count, counts))):
             raise ConfigError(

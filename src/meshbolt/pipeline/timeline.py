@@ -76,7 +76,7 @@ def plan_timeline(
     ranks: int,
     microbatches: int,
     backward_costs: Sequence[float] | None = None,
-    split_backward: bool = False,
+    split_backward: bool | Sequence[float] = False,
 ) -> Timeline:
     """Play a schedule through.
 
@@ -86,8 +86,9 @@ def plan_timeline(
         ranks: among which the stages are distributed.
         microbatches: of a step.
         backward_costs: of its backward pass; None: each takes twice as long.
-        split_backward: schedules that compute gradients of parameters apart do so, where they would not if it were
-            unsafe for the model.
+        split_backward: schedules that compute gradients of parameters apart do so, in half of the time of a backward pass;
+            or the part of that time, by stage, which gradients of inputs take: 1.0 where nothing is computed apart, 0.0 where
+            gradients of inputs are not needed.
 
     Raises:
         ConfigError: there is no such schedule, or it cannot be for these numbers.
@@ -100,14 +101,17 @@ def plan_timeline(
     order = find_schedule(schedule, stages=len(costs), ranks=ranks, microbatches=microbatches)
     waiting = {rank: list(actions) for rank, actions in enumerate(order_of(order, len(costs), ranks, microbatches))}
     backward = [2.0 * cost for cost in costs] if backward_costs is None else list(backward_costs)
-    shares = {"B": 1.0, "I": 0.5, "W": 0.5} if split_backward else {"B": 1.0, "I": 1.0, "W": 0.0}
+    if isinstance(split_backward, bool):
+        split_backward = [0.5 if split_backward else 1.0] * len(costs)
     done: dict[tuple[str, int, int], float] = {}
     free, spans = dict.fromkeys(waiting, 0.0), list[Span]()
     while any(waiting.values()):
         rank = next(rank for rank, actions in waiting.items() if actions and _may_start(actions[0], len(costs), done))
         work, stage, microbatch = waiting[rank].pop(0)
         begun = max([free[rank], *(done[each] for each in _needs(work, stage, microbatch, len(costs)))])
-        free[rank] = begun + (costs[stage] if work == "F" else shares[work] * backward[stage])
+        of_inputs = split_backward[stage] * backward[stage]
+        times = {"F": costs[stage], "B": backward[stage], "I": of_inputs, "W": backward[stage] - of_inputs}
+        free[rank] = begun + times[work]
         done["B" if work == "I" else work, stage, microbatch] = free[rank]
         spans.append(Span(rank=rank, stage=stage, microbatch=microbatch, work=work, start=begun, end=free[rank]))
     return Timeline(schedule=schedule, ranks=ranks, stages=len(costs), microbatches=microbatches, spans=tuple(spans))

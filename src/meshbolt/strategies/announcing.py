@@ -6,7 +6,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from meshbolt.engine import Engine, Stages
-from meshbolt.pipeline import SCHEDULES
 from meshbolt.strategies.pipelined import StagedModule
 from meshbolt.units import format_bytes
 
@@ -42,10 +41,6 @@ def say_where_it_is_cut(module: nn.Module, staged: StagedModule) -> None:
         sent = plan.sent(stage)
         sends = f", sends {format_bytes(sum(each.num_bytes for each in sent))} for each microbatch" if sent else ""
         lines.append(f"stage {stage} on pipeline rank {rank}: from {begins}, {format_bytes(size)} of parameters{sends}")
-    if SCHEDULES[staged.schedule].splits_backward:
-        lines.append(
-            "gradients of parameters are computed together with those of inputs, not apart as this schedule allows"
-        )
     head = f"{type(module).__name__} in {plan.stages} stages ({staged.schedule}, {staged.microbatches} microbatches of a batch):"
     rank_zero_info("\n  ".join([f"pipeline: {head}", *lines]))
 
