@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from meshbolt.compat import local_tensor
 from meshbolt.engine import Engine
-from meshbolt.engine.gathered import as_sharded
+from meshbolt.engine.gathered import as_sharded, local_part
+from meshbolt.engine.placeholders import entries_of_all_stages, held_elsewhere
+from meshbolt.engine.state import AVERAGE
 from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 from meshbolt.plugins import MeshPrecision
-
-_KEY = "exponential_moving_average"
 
 
 class ExponentialMovingAverage(pl.Callback):
@@ -29,7 +29,8 @@ class ExponentialMovingAverage(pl.Callback):
     each rank's own shards, so that it costs no communication and only the memory of one more shard. The first update
     takes the weights as they are. Weights of 16 bits are averaged in float32, since a step of the average would be lost
     in their rounding. Frozen weights are their own average and are not kept; what is unfrozen later joins the average
-    with the update that follows. Buffers are not averaged.
+    with the update that follows. Buffers are not averaged. Under pipeline parallelism each rank keeps the average of its
+    own stages.
 
     Checkpoints hold both the weights and the average, by name, so that any layout of ranks can go on with them.
 
@@ -65,6 +66,7 @@ class ExponentialMovingAverage(pl.Callback):
         self._average: dict[str, torch.Tensor] = {}
         self._periods = 0
         self._weights: dict[str, torch.Tensor] | None = None  # while the average is in their place
+        self._names: dict[str, str] = {}  # the first name of each parameter, by all of them
         self._was_restored = False
 
     @contextmanager
@@ -93,11 +95,6 @@ class ExponentialMovingAverage(pl.Callback):
                 f"{type(trainer.strategy).__name__}. Use strategy='zero3' (or another of meshbolt's), or Lightning's "
                 "EMAWeightAveraging."
             )
-        if trainer.strategy.plan.mesh.pp > 1:  # type: ignore[attr-defined]
-            raise UnsupportedError(
-                "ExponentialMovingAverage cannot be used under pipeline parallelism yet: each rank has the parameters of its own "
-                "stages. Leave it out, or train without pipeline_parallel."
-            )
         self._was_restored = False
 
     @override
@@ -115,7 +112,8 @@ class ExponentialMovingAverage(pl.Callback):
 
     @torch.no_grad()
     def _update(self, engine: Engine) -> None:
-        shards = {name: local_tensor(p) for name, p in engine.parameters_by_name.items() if p.requires_grad}
+        trained = {name: p for name, p in engine.parameters_by_name.items() if p.requires_grad}
+        shards = {name: local_tensor(p) for name, p in trained.items() if not held_elsewhere(p)}
         known = [name for name in shards if name in self._average]
         for name in shards.keys() - self._average.keys():
             wide = torch.promote_types(shards[name].dtype, torch.float32)
@@ -168,6 +166,8 @@ class ExponentialMovingAverage(pl.Callback):
         if self._weights is not None:
             return
         engine.settle()
+        first = {parameter: name for name, parameter in engine.parameters_by_name.items()}
+        self._names = {n: first[p] for n, p in engine.module.named_parameters(remove_duplicate=False) if p in first}
         shards = {name: local_tensor(engine.parameters_by_name[name]) for name in self._average}
         self._weights = {name: shard.clone() for name, shard in shards.items()}
         for name, shard in shards.items():
@@ -194,29 +194,39 @@ class ExponentialMovingAverage(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average beside the weights, and the weights themselves where the average is in their place."""
-        if self._engine is None:
-            return
-        checkpoint[_KEY] = {"periods": self._periods, "weights": _named(self._engine, self._average)}
+        if self._engine is None or not checkpoint["state_dict"]:
+            return  # the ranks do not save together, after an exception on some of them
+        average, stages = _named(self._engine, self._average), trainer.strategy.pipeline  # type: ignore[attr-defined]
+        if stages is not None:
+            average = entries_of_all_stages(average, order=self._engine.parameters_by_name, group=stages.group)
+        checkpoint[AVERAGE] = {"periods": self._periods, "weights": average}
         if self._weights is not None:
-            checkpoint["state_dict"].update(_named(self._engine, self._weights))
+            held = _named(self._engine, self._weights)
+            names = {name: first for name, first in self._names.items() if first in held}
+            checkpoint["state_dict"].update({name: held[first] for name, first in names.items()})
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take back the average that was saved."""
-        if _KEY not in checkpoint:
+        if AVERAGE not in checkpoint:
             return
         self._was_restored = True
-        engine, saved = self._attach(trainer), checkpoint[_KEY]
+        engine, saved = self._attach(trainer), checkpoint[AVERAGE]
+        parameters = engine.parameters_by_name
         for name, value in saved["weights"].items():
-            if name not in engine.parameters_by_name or value.shape != engine.parameters_by_name[name].shape:
+            if name not in parameters or value.shape != parameters[name].shape:
                 raise CheckpointError(
                     f"The checkpoint has an average of {name!r} {tuple(value.shape)}, which is no parameter of this module. "
                     "Build the module as it was when it was saved, or train without ExponentialMovingAverage."
                 )
         self._periods = saved["periods"]
-        self._average = {name: local_tensor(value) for name, value in saved["weights"].items()}
+        self._average = {
+            name: _own_part(value, like=parameters[name])
+            for name, value in saved["weights"].items()
+            if not held_elsewhere(parameters[name])
+        }
 
     def _attach(self, trainer: pl.Trainer) -> Engine:
         """Return the engine; forget an average that does not belong to the weights that it holds now."""
@@ -239,3 +249,10 @@ def _named(engine: Engine, shards: dict[str, torch.Tensor]) -> dict[str, torch.T
         name: as_sharded(shards[name], like=parameter) if isinstance(parameter, DTensor) else shards[name]
         for name, parameter in parameters.items()
     }
+
+
+def _own_part(value: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+    """Return what this rank keeps of a saved average, which is laid out as the parameter is, or whole."""
+    if isinstance(like, DTensor) and not isinstance(value, DTensor):
+        value = local_part(value, like=like).clone()
+    return local_tensor(value).to(local_tensor(like).device)

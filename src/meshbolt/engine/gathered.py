@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,55 +14,101 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from meshbolt.compat import distributed_tensor, local_tensor, own_pieces, sections_of, whole_of
+from meshbolt.compat import (
+    device_of,
+    distributed_tensor,
+    local_tensor,
+    own_pieces,
+    sections_of,
+    tree_map_only,
+    whole_of,
+)
+from meshbolt.engine.fingerprint import fingerprint
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.errors import UnsupportedError
 
 
 @dataclass
 class _Gathered:
-    """A tensor that stands in for a shard: the shard, and its whole copy."""
+    """A whole tensor that stands in for what this rank holds of it.
 
-    shard: DTensor
+    Attributes:
+        held: the shard, or the whole one; None: another stage of a pipeline holds it.
+        whole: stands in for it.
+        before: on the rank whose changes count, the fingerprint of what was gathered.
+    """
+
+    held: torch.Tensor | None
     whole: torch.Tensor
+    before: torch.Tensor | None = None
+
+
+Place = tuple[nn.Module, str]
+"""A module, and the key of one of its own parameters."""
+
+_ITSELF = ""  # beside the keys of its optimizer's state, the parameter
+_CONTIGUOUS = torch.contiguous_format
+
+
+def places_of(
+    wanted: nn.Module | nn.Parameter | Iterable[nn.Parameter], *, modules: Iterable[nn.Module]
+) -> list[Place]:
+    """Return where parameters stand, in the same order on every rank; nowhere if they are none of the modules'.
+
+    Args:
+        wanted: a module, whose parameters they are; or parameters, as they stand in the modules now.
+        modules: those that were sharded, whole.
+    """
+    if isinstance(wanted, nn.Module):
+        return [place for place, _ in _standing(wanted)]
+    chosen = {wanted} if isinstance(wanted, nn.Parameter) else set(wanted)
+    return [place for module in modules for place, parameter in _standing(module) if parameter in chosen]
+
+
+def _standing(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
+    for child in module.modules():
+        yield from (((child, key), value) for key, value in child._parameters.items() if value is not None)
 
 
 @contextmanager
 def gathered(
-    module: nn.Module, *, names: dict[nn.Parameter, str], optimizers: list[Optimizer]
-) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
-    """Replace the sharded parameters of a module by whole ones; changes made in place are kept.
+    places: Iterable[Place],
+    *,
+    names: Mapping[nn.Parameter, str],
+    optimizers: Sequence[Optimizer],
+    pipeline: dist.ProcessGroup | None = None,
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Replace parameters that this rank does not hold whole by whole ones; changes made in place are kept.
 
-    Every rank enters and leaves together. A change counts where rank 0 makes it too; ranks that differ take rank 0's values.
+    Every rank enters and leaves together. Of what ranks change, rank 0's changes count.
 
     Args:
-        module: a module, or one inside it; its units must not be gathered otherwise.
+        places: where the parameters stand, the same on every rank; their units must not be gathered otherwise.
         names: names of all parameters, by sharded parameter.
-        optimizers: also gather the state that these keep for the module's parameters.
+        optimizers: also gather the state that these keep for the parameters.
+        pipeline: the ranks that hold stages of the module, each of which then gets what the others hold; every tensor is
+            replaced. None: this one holds parts of everything, and what it holds whole stays as it is.
 
     Yields:
         Optimizer state by parameter name and key, whole; empty without optimizers.
     """
-    held: list[tuple[nn.Module, str, nn.Parameter]] = []
-    tensors: list[_Gathered] = []
-    copies: dict[nn.Parameter, nn.Parameter] = {}
-    state = _gather_state(module, names, optimizers, tensors)
-    for child in module.modules():
-        for key, parameter in list(child._parameters.items()):
-            if not isinstance(parameter, DTensor):
-                continue
-            if parameter not in copies:
-                copies[parameter] = nn.Parameter(whole_of(parameter), requires_grad=parameter.requires_grad)
-                tensors.append(_Gathered(parameter, copies[parameter]))
-            held.append((child, key, parameter))
-            child._parameters[key] = copies[parameter]
+    held = [(child, key, child._parameters[key]) for child, key in places]
+    # What stands in for a parameter already, inside of another such context, has no name.
+    parameters = list(dict.fromkeys(each for *_, each in held if each is not None and each in names))
+    wholes = _Wholes([_held_of(each, optimizers) for each in parameters], pipeline=pipeline)
+    values = [wholes.take(parameter, number) for number, parameter in enumerate(parameters)]
+    copies = {parameter: of_each.pop(_ITSELF) for parameter, of_each in zip(parameters, values, strict=True)}
     try:
-        yield state
+        for child, key, parameter in held:
+            child._parameters[key] = parameter if parameter is None else copies.get(parameter, parameter)
+        yield {names[parameter]: state for parameter, state in zip(parameters, values, strict=True) if state}
     finally:
         for child, key, parameter in held:
             child._parameters[key] = parameter
-    for whole in copies.values():
-        _refuse_gradient(whole)
-    _write_back(tensors)
+    for parameter, whole in copies.items():
+        if whole is not parameter:
+            _refuse_gradient(whole)
+    wholes.write_back()
 
 
 def _refuse_gradient(whole: nn.Parameter) -> None:
@@ -78,26 +125,114 @@ def _refuse_gradient(whole: nn.Parameter) -> None:
         whole.register_hook(refuse)
 
 
-def _gather_state(
-    module: nn.Module, names: dict[nn.Parameter, str], optimizers: list[Optimizer], tensors: list[_Gathered]
-) -> dict[str, dict[str, torch.Tensor]]:
-    state: dict[str, dict[str, torch.Tensor]] = {}
+def _held_of(parameter: nn.Parameter, optimizers: Iterable[Optimizer]) -> dict[str, Any]:
+    """Return a parameter and its optimizers' state, as this rank holds them; nothing where another stage does."""
+    if held_elsewhere(parameter):
+        return {}
+    held: dict[str, Any] = {_ITSELF: parameter}
     for optimizer in optimizers:
-        for parameter in module.parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                state.setdefault(names[parameter], {})[key] = _whole_state(parameter, value, tensors)
-    return state
+        for key, value in optimizer.state.get(parameter, {}).items():
+            is_part = isinstance(parameter, DTensor) and isinstance(value, torch.Tensor)
+            held[key] = as_sharded(value, like=cast("DTensor", parameter)) if is_part else value
+    return held
 
 
-def _whole_state(parameter: nn.Parameter, value: Any, tensors: list[_Gathered]) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(value, torch.Tensor):
-        return value
-    shard = as_sharded(value, like=parameter)
-    if not isinstance(shard, DTensor):
-        return value
-    whole = whole_of(shard)
-    tensors.append(_Gathered(shard, whole))
-    return whole
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """What the ranks of a pipeline tell each other of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device_type: str
+
+
+class _Wholes:
+    """Makes whole tensors of what ranks hold, and writes back those that were changed."""
+
+    def __init__(self, held: Sequence[Mapping[str, Any]], *, pipeline: dist.ProcessGroup | None) -> None:
+        """Find out who holds what; a collective of the pipeline.
+
+        Args:
+            held: by parameter and key, what this rank has.
+            pipeline: as for `gathered`.
+        """
+        self._held, self._pipeline = held, pipeline
+        self._made: list[_Gathered] = []
+        self._decides = dist.get_rank() == 0
+        each: list[Any] = [held]
+        if pipeline is not None:
+            each = [None] * pipeline.size()
+            dist.all_gather_object(each, tree_map_only(torch.Tensor, _told, list(held)), group=pipeline)
+        # By parameter, the first rank that has it, and what it has told.
+        self._sources = [
+            next((rank, entries) for rank, entries in enumerate(of_ranks) if entries)
+            for of_ranks in zip(*each, strict=True)
+        ]
+
+    def take(self, parameter: nn.Parameter, number: int) -> dict[str, Any]:
+        """Return a parameter and its optimizers' state, whole; a collective.
+
+        Args:
+            parameter: as it stands in the module.
+            number: of it.
+        """
+        source, entries = self._sources[number]
+        values: dict[str, Any] = {}
+        for key, entry in entries.items():
+            held = self._held[number].get(key)
+            whole = self._whole(held, entry, source=source, device=parameter.device)
+            if isinstance(whole, torch.Tensor) and whole is not held:
+                if key == _ITSELF:
+                    whole = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                before = fingerprint(whole) if self._decides else None
+                self._made.append(_Gathered(held, whole, before))
+            values[key] = whole
+        return values
+
+    def _whole(self, held: Any, entry: Any, *, source: int, device: torch.device) -> Any:
+        if self._pipeline is None:
+            return whole_of(held) if isinstance(held, DTensor) else held
+        if not isinstance(entry, _Told):
+            return entry
+        if self._pipeline.rank() == source:
+            whole = whole_of(held) if isinstance(held, DTensor) else held.detach().clone(memory_format=_CONTIGUOUS)
+        else:
+            on = device if entry.device_type == device.type else torch.device(entry.device_type)
+            whole = torch.empty(entry.shape, dtype=entry.dtype, device=on)
+        return _broadcast(whole, self._pipeline, source=source)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Write the whole tensors that rank 0 has changed into what ranks hold of them; a collective of all ranks."""
+        if not self._made:
+            return
+        changed = torch.zeros(len(self._made), dtype=torch.uint8)
+        for number, made in enumerate(self._made if self._decides else ()):
+            changed[number] = fingerprint(made.whole) != made.before
+        flags = _broadcast(changed, _world(), source=0)
+        for made in itertools.compress(self._made, flags.tolist()):
+            whole = _broadcast(made.whole.detach(), _world(), source=0)
+            if isinstance(made.held, DTensor):
+                local_tensor(made.held).copy_(local_part(whole, like=made.held))
+            elif made.held is not None:
+                made.held.copy_(whole)
+
+
+def _told(tensor: torch.Tensor) -> _Told:
+    return _Told(shape=tuple(tensor.shape), dtype=tensor.dtype, device_type=tensor.device.type)
+
+
+def _world() -> dist.ProcessGroup:
+    return cast("dist.ProcessGroup", dist.group.WORLD)
+
+
+def _broadcast(tensor: torch.Tensor, group: dist.ProcessGroup, *, source: int) -> torch.Tensor:
+    """Return a tensor as one rank of a group has it, where that can be in the memory of this rank's."""
+    content = tensor.contiguous().to(device_of(group))
+    if content.numel():
+        # As bytes: backends know few of the dtypes.
+        dist.broadcast(content.view(-1).view(torch.uint8), group=group, group_src=source)
+    return content.to(tensor.device)
 
 
 def as_sharded(value: torch.Tensor, *, like: DTensor) -> torch.Tensor:
@@ -110,24 +245,6 @@ def as_sharded(value: torch.Tensor, *, like: DTensor) -> torch.Tensor:
     if isinstance(value, DTensor) or value.shape != local_tensor(like).shape or (value.dim() == 0 and like.dim() > 0):
         return value
     return distributed_tensor(value, like=like, placements=like.placements)
-
-
-@torch.no_grad()
-def _write_back(tensors: list[_Gathered]) -> None:
-    """Write the whole tensors that any rank changed into the shards, with rank 0's values."""
-    if not tensors:
-        return
-    changed = torch.tensor([float(_differs(held)) for held in tensors], device=local_tensor(tensors[0].shard).device)
-    dist.all_reduce(changed, op=dist.ReduceOp.MAX)
-    for held, flag in zip(tensors, changed.tolist(), strict=True):
-        if flag:
-            whole = held.whole.detach()
-            dist.broadcast(whole, src=0)
-            local_tensor(held.shard).copy_(local_part(whole, like=held.shard))
-
-
-def _differs(held: _Gathered) -> bool:
-    return not torch.equal(local_part(held.whole.detach(), like=held.shard), local_tensor(held.shard))
 
 
 def local_part(whole: torch.Tensor, *, like: DTensor) -> torch.Tensor:

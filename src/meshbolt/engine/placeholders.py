@@ -6,7 +6,7 @@ and a dtype and no values.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -66,12 +66,22 @@ def states_of_all_stages(state: Mapping[str, Any], *, group: dist.ProcessGroup) 
         state: of this rank's parameters, as `optimizer_state` returned it.
         group: the ranks that hold the stages.
     """
-    known = {**_of_all_ranks(state["state"], group=group), **state["state"]}
     grouped = [name for each in state["param_groups"] for name in each["params"]]
-    return {
-        **state,
-        "state": {name: known[name] for name in dict.fromkeys((*grouped, *sorted(known))) if name in known},
-    }
+    return {**state, "state": entries_of_all_stages(state["state"], order=grouped, group=group)}
+
+
+def entries_of_all_stages(own: Mapping[str, Any], *, order: Iterable[str], group: dist.ProcessGroup) -> dict[str, Any]:
+    """Return this rank's entries and those of other stages, in one order on every rank; a collective of the group.
+
+    Tensors that other stages hold are placeholders of their whole shapes.
+
+    Args:
+        own: this rank's, by the name of a parameter.
+        order: names of parameters in the order of the result, the same on every rank; others follow.
+        group: the ranks that hold the stages.
+    """
+    known = {**_of_all_ranks(own, group=group), **own}
+    return {name: known[name] for name in dict.fromkeys((*order, *sorted(known))) if name in known}
 
 
 def _of_all_ranks(own: Mapping[str, Any], *, group: dist.ProcessGroup) -> dict[str, Any]:

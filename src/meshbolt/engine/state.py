@@ -22,6 +22,9 @@ from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.errors import CheckpointError
 
+AVERAGE = "exponential_moving_average"
+"""The entry of a checkpoint that holds a moving average of the weights: under "weights", by name."""
+
 _SHOWN = 3
 
 # Settings of torch's optimizers that their first versions did not have.
@@ -47,6 +50,15 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> 
     for group in optimizer.param_groups:
         groups.append({**group, "params": [names[parameter] for parameter in group["params"]]})
     return {"state": state, "param_groups": groups, "class": type(optimizer).__name__}
+
+
+def keys_of_average(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return parameters by the keys under which a checkpoint has their moving average.
+
+    Args:
+        parameters: by name.
+    """
+    return {f"{AVERAGE}.weights.{name}": parameter for name, parameter in parameters.items()}
 
 
 def trained_state(

@@ -23,9 +23,9 @@ from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
 from meshbolt.collectives import agree_on_error
 from meshbolt.config import Plan, Settings, resolve
-from meshbolt.engine import Engine, PipelinedEngine, gathered
+from meshbolt.engine import Engine, PipelinedEngine
 from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
-from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.errors import ConfigError
 from meshbolt.mesh import build_mesh
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.plugins import MeshPrecision, convert_precision
@@ -33,11 +33,9 @@ from meshbolt.strategies.agreement import agree_on_settings, precision_rows
 from meshbolt.strategies.announcing import say_what_is_divided, say_what_is_let_go, say_where_it_is_cut
 from meshbolt.strategies.arguments import DEFAULT_TIMEOUT, StartMethod, check_arguments, written_call
 from meshbolt.strategies.attendance import Attendance
-from meshbolt.strategies.checks import refuse_foreign
 from meshbolt.strategies.compat import (
     connect_ranks,
     default_backend,
-    plain_optimizer,
     set_rank_zero_only,
 )
 from meshbolt.strategies.data_parallel import DataParallelRanks
@@ -45,8 +43,8 @@ from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
 from meshbolt.strategies.examples import Example
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.pipelined import StagedModule
-from meshbolt.strategies.replicas import take_from_rank_zero, whole_tensors
 from meshbolt.strategies.saving import Saving
+from meshbolt.strategies.whole_weights import State, Wanted, whole_weights
 from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
 
@@ -367,38 +365,30 @@ class MeshCore(DataParallelRanks):
     model_to_device = module_to_device  # the Trainer's name for it
 
     @contextmanager
-    def gathered(
-        self, module: nn.Module, *, optimizer: Optimizer | None = None
-    ) -> Iterator[dict[str, dict[str, torch.Tensor]]]:
+    def gathered(self, module: Wanted, *, optimizer: Optimizer | None = None) -> Iterator[State]:
         """Hold whole parameters instead of shards for a while, to read or to change them on every rank.
 
-        All ranks must enter and leave together. Changes made in place are kept; where ranks differ, rank 0's count.
+        All ranks must enter and leave together. Changes made in place are kept; where ranks differ, rank 0's count. Under a
+        pipeline each rank gets what is asked for of all stages.
 
         Args:
-            module: the module, or one inside it.
-            optimizer: also gather the state that it keeps for the module's parameters.
+            module: the module, one inside it, or parameters of it.
+            optimizer: also gather the state that it keeps for these parameters.
 
         Yields:
             The optimizer's state by parameter name and key, whole; empty without an optimizer.
 
         Raises:
             ConfigError: the module is not part of one that was sharded.
+            UnsupportedError: ranks cannot meet, since they are in a step of different stages.
 
         Example:
             >>> with trainer.strategy.gathered(model.head):
             ...     model.head.weight.norm()
         """
-        if self.plan.mesh.pp > 1:
-            raise UnsupportedError(
-                "gathered() would bring the parameters of all pipeline stages together, which no rank has room for. Save a "
-                "checkpoint, and read it with meshbolt.load_from_checkpoint() where the whole model is wanted."
-            )
-        optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
-        with self._settled() as names:
-            refuse_foreign(module, sharded=self._engines, parameters=names)
-            with gathered(module, names=names, optimizers=optimizers) as state:
-                yield state
-            take_from_rank_zero(whole_tensors(module, optimizers))
+        options: dict[str, Any] = {"plan": self.plan, "pipeline": self._pipeline, "settled": self._settled}
+        with whole_weights(module, optimizer, engines=self._engines, **options) as state:
+            yield state
 
     def of_all_stages(self, value: Any) -> Any:
         """Return, on the first rank of a pipeline, what the first rank has that has it; without a pipeline the value.

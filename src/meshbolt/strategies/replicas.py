@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
-def whole_tensors(module: nn.Module, optimizers: Iterable[Optimizer]) -> Iterator[torch.Tensor]:
-    """Yield the parameters of a sharded module that every rank holds whole, and such tensors of optimizer state.
+def whole_tensors(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> Iterator[torch.Tensor]:
+    """Yield those of some parameters that every rank holds whole, and such tensors of optimizer state.
 
     Args:
-        module: sharded, with nothing gathered.
+        parameters: of a sharded module, with nothing gathered; in the same order on every rank.
         optimizers: whose state for these parameters to look at; empty for none.
     """
-    for parameter in module.parameters():
+    for parameter in dict.fromkeys(parameters):
         if not isinstance(parameter, DTensor):
             yield parameter.data
         for optimizer in optimizers:

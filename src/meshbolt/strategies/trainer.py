@@ -24,7 +24,7 @@ from typing_extensions import override
 from meshbolt.collectives import agree_on_error
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import check_weights, load_model
-from meshbolt.engine.state import load_optimizer_state, optimizer_state, trained_state
+from meshbolt.engine.state import keys_of_average, load_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.agreement import trainer_rows
@@ -407,8 +407,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             if not loaded.is_file and not is_overridden("on_load_checkpoint", module):
                 self._check(loaded.tree, loaded.notes, strict=module.strict_loading)
 
+        own = {f"state_dict.{k}": v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
         return LoadInto(
-            weights={f"state_dict.{k}": v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)},
+            weights={**own, **keys_of_average(self.engine.parameters_by_name)},
             parameters={"": self.engine.parameters_by_name},
             check=check,
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
