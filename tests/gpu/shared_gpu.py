@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from program import whole
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from meshbolt import MeshStrategy, PipelineParallel, TensorParallel
-from meshbolt.compat import whole_of
 from meshbolt.demos.model import Block
-from meshbolt.engine.placeholders import held_elsewhere
 
 STEPS, SAMPLES, LENGTH, WIDTH = 4, 4, 16, 32
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -79,10 +76,17 @@ def train(strategy: Any, precision: str, accelerator: str, *, nodes: int, dropou
     return module
 
 
-def held(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that this rank has, gathered: of a pipeline those of its stages."""
-    parameters = {name: p for name, p in module.named_parameters() if not held_elsewhere(p)}
-    return {name: (whole_of(p) if isinstance(p, DTensor) else p).detach().cpu() for name, p in parameters.items()}
+def gathered(module: nn.Module, rank: int) -> dict[str, Tensor]:
+    """Return all parameters, whole; what rank 0 makes of them in the meantime arrives wherever they are held."""
+    strategy: Any = module.trainer.strategy
+    with strategy.gathered(module), torch.no_grad():
+        found = {name: parameter.detach().cpu().clone() for name, parameter in module.named_parameters()}
+        for parameter in module.parameters() if rank == 0 else ():
+            parameter.neg_()
+    with strategy.gathered(module):
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(parameter.detach().cpu(), -found[name], rtol=0.0, atol=0.0)
+    return found
 
 
 def main(setting: str, precision: str, accelerator: str) -> None:
@@ -90,11 +94,11 @@ def main(setting: str, precision: str, accelerator: str) -> None:
     # Ranks that see samples of their own draw masks of their own.
     dropout = 0.2 if ranks == 2 and setting.startswith("tp2") else 0.0
     strategy = MeshStrategy(**SETTINGS[setting], process_group_backend="gloo")
-    sharded = held(train(strategy, precision, accelerator, nodes=ranks, dropout=dropout))
+    module = train(strategy, precision, accelerator, nodes=ranks, dropout=dropout)
+    sharded = gathered(module, int(os.environ["RANK"]))
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     plain = whole(train("auto", precision, accelerator, nodes=1, dropout=dropout))
-    plain = {name: plain[name] for name in sharded}
     if precision == "32-true":
         # What is left is the order of sums.
         torch.testing.assert_close(sharded, plain, rtol=1e-4, atol=1e-5)
