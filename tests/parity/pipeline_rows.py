@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tests.parity.pipeline_models import CUTS
-from tests.parity.tensor_models import Model, Task
+from tests.parity.tensor_models import Model, Task, tokens
 
 from meshbolt import PipelineParallel, TensorParallel, Zero
 from meshbolt.testing.parity.case import Case
@@ -18,9 +18,11 @@ from meshbolt.testing.parity.case import Case
 STEPS, DRAWS = 3, 4
 _CLIPPED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
 
-# A mean over tokens, of which each microbatch has another number; noise, of which each has its own; and layers that compute in
-# float32, in which a sum over microbatches is another one than over the batch.
-OTHERWISE = frozenset({"bert", "noise", "gemma", "gemma2"})
+# Noise, of which each microbatch has its own; and layers that compute in float32, in which a sum over microbatches is another one
+# than over the batch.
+OTHERWISE = frozenset({"noise", "gemma", "gemma2"})
+# A mean over tokens is that of the batch where every microbatch has as many, so that none is left out of the loss.
+OF_ALL_TOKENS = frozenset({"bert"})
 # Without repeated blocks, places to cut have to be named, and none is recomputed.
 NAMED = frozenset({"unet", "recurrent", "resnet", "resnet_inside_a_block", "sequential"})
 
@@ -112,7 +114,7 @@ class PipelineRow:
         window = setting.trainer.get("accumulate_grad_batches", 1)
         blank = Case(module=Steady, data=range(10**6), strategy=strategy, ranks=setting.ranks)  # type: ignore[arg-type]
         return Case(
-            module=functools.partial(steady, cut.model),
+            module=functools.partial(steady, model_of(self.model)),
             data=batches(self.model, STEPS * window * blank.data_ranks),
             strategy=strategy,
             ranks=setting.ranks,
@@ -133,6 +135,12 @@ class PipelineRow:
         return next(row for row in others if (row.case().data_ranks, SETTINGS[row.setting].trainer) == alike)
 
 
+def model_of(name: str) -> Model:
+    """Return a model as it is trained here."""
+    model = CUTS[name].model
+    return dataclasses.replace(model, batch=tokens) if name in OF_ALL_TOKENS else model
+
+
 def steady(model: Model) -> Steady:
     """Return a task, in the mode of training."""
     task = Steady(model)
@@ -144,7 +152,7 @@ def steady(model: Model) -> Steady:
 def batches(model: str, count: int) -> list[Any]:
     """Return batches of a model, of several of its draws each, the same every time."""
     generator = torch.Generator().manual_seed(1)
-    drawn = [[CUTS[model].model.batch(generator) for _ in range(DRAWS)] for _ in range(count)]
+    drawn = [[model_of(model).batch(generator) for _ in range(DRAWS)] for _ in range(count)]
     return [{key: torch.cat([each[key] for each in draws]) for key in draws[0]} for draws in drawn]
 
 

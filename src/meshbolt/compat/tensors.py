@@ -11,7 +11,12 @@ from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.autograd import Variable
 from torch.distributed.checkpoint.utils import _create_file_view
 from torch.distributed.device_mesh import DeviceMesh
@@ -219,6 +224,19 @@ def tensors_without_memory(*, beside_others: bool = False) -> AbstractContextMan
         beside_others: they may meet tensors with memory, whose values are not used then.
     """
     return FakeTensorMode(allow_non_fake_inputs=beside_others)
+
+
+def on_meta(mode: FakeTensorMode, operation: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what an operation makes of the meta tensors behind tensors without memory, as a meta tensor.
+
+    Args:
+        mode: of the tensors.
+        operation: has an implementation for the meta device.
+        args: its positional arguments.
+        kwargs: its other arguments.
+    """
+    with in_kernel_invocation_manager(mode):
+        return operation(*args, **kwargs)
 
 
 def storages_without_memory() -> AbstractContextManager[Any]:

@@ -2,11 +2,12 @@
 
 A stage is the module's own step, entered where its first unit is called and left after its last. `taint.py` has the tensors that
 stand for what other stages hold, `calls.py` stands between callers and units, `analyse.py` finds out by one run on tensors
-without values what crosses each cut and who needs which parameter (`plan.py`), `stage.py` runs a stage, `streams.py` has the
-random numbers, `cuts.py` finds cuts as the user's `setting.py` says, `balance.py` chooses them by the work that `cost.py`
-counts, `microbatch.py` divides batches, and `emulate.py` runs all stages in one process. `runtime.py` runs them on ranks, in the
-orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draws. `compare.py` compares stages with the module,
-and `report.py` says what was found. May import: `blocks`, `compat`, `errors`.
+without values what crosses each cut and who needs which parameter (`plan.py`), and what layers leave each other beside that
+(`left.py`); `shapes.py` makes such runs fast. `stage.py` runs a stage, `streams.py` has the random numbers, `cuts.py` finds cuts
+as the user's `setting.py` says, `balance.py` chooses them by the work that `cost.py` counts, among the places of `survey.py`,
+`microbatch.py` divides batches, and `emulate.py` runs all stages in one process, whose attributes `apart.py` keeps apart.
+`compare.py` compares them with the module, and `report.py` says what was found. `runtime.py` runs stages on ranks, in the
+orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draws. May import: `blocks`, `compat`, `errors`.
 """
 
 from meshbolt.pipeline.analyse import analyse

@@ -3,13 +3,18 @@
 Counted are operations of matrix products and bytes that all operations write, from the step's first line to its last: an
 embedding before the first unit belongs to the first stage, a head and the loss to the last. Bytes written also stand for the
 activations that a stage keeps for its backward pass; early stages keep those of more microbatches than late ones.
+
+Places are first the model's repeated blocks and its outermost modules. Where these are too few, or stages would be uneven, all
+modules are that the step calls once (`survey.py`), and among choices that are nearly as fast the one passes least.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,9 +26,19 @@ from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.calls import Calls
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.plan import CutError, PipelinePlan
+from meshbolt.pipeline.survey import Place, survey
 
 _AS_FAST = 1.01
 """A choice whose slowest stage takes no longer than this times that of the fastest choice is as fast."""
+_NEARLY_AS_FAST = 1.1
+"""The same, where places lie close to each other and differ in what passes them."""
+_UNEVEN = 1.25
+"""Where the slowest stage has more than this times the mean work, other modules are looked at."""
+_WORTH = 1.1
+"""How many times faster stages have to be that begin inside of modules."""
+_NAMED = 6
+
+Look = Callable[[tuple[str, ...]], CutError | None]
 
 
 def choose_cuts(
@@ -36,7 +51,7 @@ def choose_cuts(
     live: Sequence[int] | None = None,
     replicate: Iterable[str] = (),
 ) -> tuple[str, ...]:
-    """Return the modules with which stages 1, 2, ... begin, for stages that take the same time, as far as units allow.
+    """Return the modules with which stages 1, 2, ... begin, for stages that take the same time, as far as modules allow.
 
     The step is looked at once to count the work of each unit, what comes before the first and after the last one included, and
     once for each choice until one can be cut.
@@ -46,7 +61,7 @@ def choose_cuts(
         step: runs a microbatch of it.
         stages: how many.
         device: where it computes.
-        among: modules with which stages may begin, and the first stage has to have one of them; None: any unit.
+        among: modules with which stages may begin, and the first stage has to have one of them; None: any.
         live: of how many microbatches each stage holds activations at once. Among choices that are as fast, the one is taken
             whose fullest stage holds least; None: it does not matter.
         replicate: names of modules that every stage keeps.
@@ -56,12 +71,92 @@ def choose_cuts(
         UnsupportedError: the step cannot be cut at all.
     """
     replicate = tuple(replicate)
+
+    def look(cuts: tuple[str, ...]) -> CutError | None:
+        return _failure(module, cuts, step, device=device, replicate=replicate)
+
     calls, counted = Calls(module, (), units=among or (), replicate=replicate), CountCost()
     try:
         whole = analyse(module, calls, step, device=device, cost=counted)
-        open_to_cut = _candidates(whole, calls, among)
+        places = _candidates(whole, calls, among)
     finally:
         calls.remove()
+    _check_seen(module, whole, calls)
+    end = counted.so_far
+    found = _first_that_cuts(
+        places, stages, end, look, choose=lambda left: _chosen([each.before for each in left], end, stages, live)
+    )
+    what = "blocks" if among is not None else "units"
+    if among is None and found.slowest * stages > _UNEVEN * end.time:
+        inner = _inside(module, step, stages, places, device=device, replicate=replicate, look=look)
+        if inner is not None and (found.cuts is None or inner.slowest * _WORTH < found.slowest):
+            found, what = inner, "modules"
+    if found.cuts is None:
+        raise ConfigError(_why_not(module, stages, found, what, whole))
+    return found.cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What came of trying places.
+
+    Attributes:
+        cuts: the best ones; None: there are too few.
+        slowest: how long the slowest stage takes; endless without cuts.
+        places: all that were tried.
+        refused: by name, why the step cannot be cut at a place.
+    """
+
+    cuts: tuple[str, ...] | None
+    slowest: float
+    places: tuple[Place, ...]
+    refused: dict[str, str]
+
+
+def _first_that_cuts(
+    places: Sequence[Place], stages: int, end: Cost, look: Look, *, choose: Callable[[list[Place]], list[int]]
+) -> _Found:
+    """Choose among places, and without those at which the step cannot be cut, until it can be."""
+    left, refused = list(places), dict[str, str]()
+    while len(left) >= stages - 1:
+        chosen = [left[place] for place in choose(left)]
+        cuts = tuple(each.unit for each in chosen)
+        failure = look(cuts)
+        if failure is None:
+            slowest = _slowest([each.before.time for each in chosen], end.time)
+            return _Found(cuts=cuts, slowest=slowest, places=tuple(places), refused=refused)
+        refused[failure.cut] = str(failure)
+        left = [each for each in left if each.unit != failure.cut]
+    return _Found(cuts=None, slowest=float("inf"), places=tuple(places), refused=refused)
+
+
+def _inside(
+    module: nn.Module,
+    step: Callable[[], Any],
+    stages: int,
+    outer: Sequence[Place],
+    *,
+    device: torch.device,
+    replicate: tuple[str, ...],
+    look: Look,
+) -> _Found | None:
+    """Choose among all modules; None where they begin nowhere but where the outer ones do."""
+    surveyed = survey(module, step, device=device, replicate=replicate)
+    known = {each.before for each in outer}
+    if all(each.before in known for each in surveyed.places):
+        return None
+    found = _first_that_cuts(
+        surveyed.places, stages, surveyed.end, look, choose=lambda left: _of_least_passing(left, surveyed.end, stages)
+    )
+    return replace(found, refused={**surveyed.refused, **found.refused})
+
+
+def _check_seen(module: nn.Module, whole: PipelinePlan, calls: Calls) -> None:
+    """Refuse a step that was not looked at as far as the model's blocks.
+
+    Raises:
+        UnsupportedError: it was not.
+    """
     seen = {call.unit for call in whole.before}
     missed = [name for name in find_blocks(module) if name in calls.units and name not in seen]
     if whole.ended_by and missed:
@@ -70,32 +165,32 @@ def choose_cuts(
             "Code between the units, such as the forward around the layers, runs on every stage, most of which do not have the "
             "values; it cannot branch on them or read them with .item()."
         )
-    refused: dict[str, str] = {}
-    while len(open_to_cut) >= stages - 1:
-        chosen = _chosen([cost for _, cost in open_to_cut], counted.so_far, stages, live)
-        cuts = tuple(open_to_cut[place][0] for place in chosen)
-        failure = _failure(module, cuts, step, device=device, replicate=replicate)
-        if failure is None:
-            return cuts
-        refused[failure.cut] = str(failure)
-        open_to_cut = [(name, cost) for name, cost in open_to_cut if name != failure.cut]
-    why = "".join(f"\n  {name}: {reason}" for name, reason in refused.items())
+
+
+def _why_not(module: nn.Module, stages: int, found: _Found, what: str, whole: PipelinePlan) -> str:
+    names = [each.unit for each in found.places]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    looked_at = f" Looked at: {', '.join(names[:_NAMED])}{more}." if names else ""
+    why = "".join(f"\n  {name}: {reason}" for name, reason in list(found.refused.items())[:_NAMED])
     if whole.ended_by:
         why += f"\n  The step could be looked at as far as {whole.ended_by}"
-    what = "units" if among is None else "blocks"
-    raise ConfigError(
-        f"{type(module).__name__} cannot be cut into {stages} stages: {len(open_to_cut)} of its {what} can begin one. Use fewer "
-        "stages, or name cuts; a list of layers of one kind is named by blocks='...'. A module that a step calls twice can "
-        f"begin none.{why}"
+    again = [call.unit for call in whole.before if call.number == 1]
+    if again:
+        twice = f"Called more than once in a step, so that none of them can: {', '.join(again[:_NAMED])}."
+        looked_at = f" {twice} If that is the whole model, call it once, on all inputs in one batch.{looked_at}"
+    can = sum(name not in found.refused for name in names)
+    return (
+        f"{type(module).__name__} cannot be cut into {stages} stages: {can} of its {what} can begin one. Use fewer stages, or "
+        f"name cuts; a list of layers of one kind is named by blocks='...'.{looked_at}{why}"
     )
 
 
-def _candidates(plan: PipelinePlan, calls: Calls, among: Collection[str] | None) -> list[tuple[str, Cost]]:
-    """Return the units that a stage may begin with, in their order, and how much work lies before each."""
+def _candidates(plan: PipelinePlan, calls: Calls, among: Collection[str] | None) -> list[Place]:
+    """Return the units that a stage may begin with, in their order."""
     often = Counter(call.unit for call in plan.before)
     wanted = [(call.unit, cost) for call, cost in plan.before.items() if among is None or call.unit in among]
     return [
-        (unit, cost)
+        Place(unit=unit, before=cost, passing=0)
         for unit, cost in wanted[1:]
         if often[unit] == 1 and next(calls.units[unit].parameters(), None) is not None and not calls.is_replicated(unit)
     ]
@@ -114,6 +209,23 @@ def _failure(
     return None
 
 
+def _slowest(starts: Sequence[float], end: float) -> float:
+    return max(stop - begin for begin, stop in itertools.pairwise([0.0, *starts, end]))
+
+
+def _of_least_passing(places: Sequence[Place], end: Cost, stages: int) -> list[int]:
+    """Return which places stages begin at: of the choices that are nearly as fast as the fastest, the one that passes least."""
+    times = [each.before.time for each in places]
+    fastest = balanced(times, end.time, stages)
+    limit = _NEARLY_AS_FAST * _slowest([times[place] for place in fastest], end.time)
+    edges, passing = [0.0, *times, end.time], [0, *(each.passing for each in places)]
+
+    def passed(_stage: int, begin: int, stop: int) -> float:
+        return passing[begin] if edges[stop] - edges[begin] <= limit else float("inf")
+
+    return _least(passed, len(places), stages, join=operator.add)
+
+
 def _chosen(starts: Sequence[Cost], end: Cost, stages: int, live: Sequence[int] | None) -> list[int]:
     """Return which places stages begin at: the fastest choice, and the one of least memory among those as fast."""
     times = [cost.time for cost in starts]
@@ -121,8 +233,7 @@ def _chosen(starts: Sequence[Cost], end: Cost, stages: int, live: Sequence[int] 
     if live is None:
         return fastest
     edges, sizes = [0.0, *times, end.time], [0, *(cost.num_bytes for cost in starts), end.num_bytes]
-    chosen = [0, *(place + 1 for place in fastest), len(edges) - 1]
-    limit = _AS_FAST * max(edges[stop] - edges[begin] for begin, stop in itertools.pairwise(chosen))
+    limit = _AS_FAST * _slowest([times[place] for place in fastest], end.time)
 
     def held(stage: int, begin: int, stop: int) -> float:
         return live[stage] * (sizes[stop] - sizes[begin]) if edges[stop] - edges[begin] <= limit else float("inf")
@@ -146,13 +257,16 @@ def balanced(starts: Sequence[float], end: float, stages: int) -> list[int]:
     return _least(lambda _stage, begin, stop: edges[stop] - edges[begin], len(starts), stages)
 
 
-def _least(size: Callable[[int, int, int], float], places: int, stages: int) -> list[int]:
-    """Return which places stages begin at, so that the largest stage is as small as can be.
+def _least(
+    size: Callable[[int, int, int], float], places: int, stages: int, *, join: Callable[[float, float], float] = max
+) -> list[int]:
+    """Return which places stages begin at, so that the largest stage is as small as can be, or what `join` makes of all.
 
     Args:
         size: of a stage, by its number and edges: edge 0 is the beginning, edge n + 1 the end, those between are the places.
         places: how many there are.
         stages: at most one more.
+        join: of two sizes.
     """
     # best[k][i]: the largest of stages 0 to k if stage k ends at edge i, and the edge at which that one begins.
     best: list[dict[int, tuple[float, int]]] = [{edge: (size(0, 0, edge), 0) for edge in range(1, places + 2)}]
@@ -160,7 +274,7 @@ def _least(size: Callable[[int, int, int], float], places: int, stages: int) -> 
         before = best[-1]
         best.append(
             {
-                edge: min((max(before[begin][0], size(stage, begin, edge)), begin) for begin in range(stage, edge))
+                edge: min((join(before[begin][0], size(stage, begin, edge)), begin) for begin in range(stage, edge))
                 for edge in range(stage + 1, places + 2)
             }
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meshbolt.pipeline.analyse import analyse
+from meshbolt.pipeline.apart import Kept
 from meshbolt.pipeline.calls import Calls
 from meshbolt.pipeline.cost import CountCost
 from meshbolt.pipeline.emulate import emulate
@@ -31,7 +32,7 @@ def compare_stages(
 ) -> PipelineReport:
     """Run a module's stages and the module itself, forwards and backwards, and compare losses and gradients.
 
-    Nothing is trained, and gradients and buffers are left as they were.
+    Nothing is trained, and gradients, buffers and attributes are left as they were.
 
     Args:
         module: whole, on the CPU.
@@ -45,14 +46,18 @@ def compare_stages(
         UnsupportedError: the module cannot be cut there; the message says which value is in the way.
     """
     kept = {parameter: parameter.grad for parameter in module.parameters()}
+    attributes = Kept(module)
     module.zero_grad()
     try:
         with buffers_apart(module):
             results, plan = emulate(module, steps, cuts, loss_of=loss_of, replicate=replicate)
+        attributes.put_back()
         found = _losses(results, loss_of), _take_gradients(module)
-        expected, compared_with = _reference(module, steps, loss_of)
+        expected, compared_with = _reference(module, steps, cuts, loss_of, attributes)
+        attributes.put_back()
         shares = _shares(module, steps[0], cuts, replicate)
     finally:
+        attributes.put_back()
         for parameter, gradient in kept.items():
             parameter.grad = gradient
     return PipelineReport(
@@ -68,7 +73,11 @@ def compare_stages(
 
 
 def _reference(
-    module: nn.Module, steps: Sequence[Step], loss_of: Callable[[Any], Tensor]
+    module: nn.Module,
+    steps: Sequence[Step],
+    cuts: Sequence[str],
+    loss_of: Callable[[Any], Tensor],
+    attributes: Kept,
 ) -> tuple[tuple[list[float], dict[str, Tensor]], str]:
     """Return losses and gradients of the whole module, or of one stage where random numbers are drawn."""
     before = torch.get_rng_state()
@@ -79,8 +88,9 @@ def _reference(
         for result in results if not is_random else ():
             loss_of(result).backward()
     if is_random:
+        attributes.put_back()
         with buffers_apart(module):
-            results, _ = emulate(module, steps, (), loss_of=loss_of)
+            results, _ = emulate(module, steps, (), loss_of=loss_of, units=cuts)
     return (_losses(results, loss_of), _take_gradients(module)), "one stage" if is_random else "the whole module"
 
 

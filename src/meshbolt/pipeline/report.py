@@ -90,6 +90,10 @@ class PipelineReport:
             f"{verdict} to {self.compared_with}: losses differ by {self.loss_difference:.1e}, gradients by "
             f"{self.gradient_difference:.1e} (at most {self.tolerance:.0e})"
         )
+        if not self.is_equal:
+            lines.append(
+                "  what is read on one stage may be kept, counted or drawn on another one, in an attribute, a list or a generator"
+            )
         return "\n".join(lines)
 
 

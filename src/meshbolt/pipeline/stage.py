@@ -37,6 +37,7 @@ def run_stage(
     microbatch: int = 0,
     device: torch.device,
     leaving: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    ran: set[Call] | None = None,
 ) -> tuple[list[torch.Tensor], Any]:
     """Run one microbatch through a stage.
 
@@ -50,6 +51,7 @@ def run_stage(
         microbatch: its number in the step.
         device: where the module computes.
         leaving: returns what leaves the stage as the next one takes it.
+        ran: the calls that earlier stages have run for this microbatch on the same modules; None: as `calls` knows.
 
     Returns:
         What is to be sent to the next stage, and on the last one what the step has returned.
@@ -68,7 +70,7 @@ def run_stage(
         received,
         draw=lambda call: stream(stream_seed(seed, microbatch, call), device=device),
         drawn=drawn,
-        ran=calls.ran_before(stage=stage, microbatch=microbatch),
+        ran=calls.ran_before(stage=stage, microbatch=microbatch) if ran is None else ran,
     )
     run.leaving = leaving
     read = _ReadReceived(run) if plan.reads_beside[stage] else contextlib.nullcontext()
@@ -155,6 +157,13 @@ class _Stage:
 
     def _enter(self, args: Any, kwargs: Any) -> None:
         leaves = tree_leaves((args, kwargs))
+        places = [crossing.argument for crossing, _ in self._received if crossing.argument is not None]
+        if len(leaves) != self._plan.leaves[self._stage - 1] or not all(is_foreign(leaves[place]) for place in places):
+            raise UnsupportedError(
+                f"On stage {self._stage}, {self._entry} is called with other arguments than when the step was looked at: an "
+                "earlier layer has put something into a list or dictionary that it was called with, and this rank does not run "
+                "it. Let layers return what they make."
+            )
         for crossing, tensor in self._received:
             if crossing.argument is not None:
                 self._stand_in(leaves[crossing.argument], tensor)

@@ -7,6 +7,7 @@ microbatch, on every stage alike.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import sys
@@ -70,7 +71,12 @@ def draws(operation: Any, kwargs: Mapping[str, Any] | None) -> bool:
         operation: as a dispatch mode gets it.
         kwargs: its arguments by name.
     """
-    return torch.Tag.nondeterministic_seeded in operation.tags and (kwargs or {}).get("generator") is None
+    return _is_random(operation) and (kwargs or {}).get("generator") is None
+
+
+@functools.cache
+def _is_random(operation: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in operation.tags
 
 
 class DrawByNumber(TorchDispatchMode):

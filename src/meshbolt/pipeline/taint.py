@@ -7,6 +7,7 @@ cannot be silent: a change of a real tensor by a foreign value, which would lose
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshbolt.compat import FakeTensor, FakeTensorMode, storage_identity, tree_leaves, tree_map_only, written_arguments
+from meshbolt.compat import FakeTensor, FakeTensorMode, storage_identity, tree_leaves, written_arguments
 from meshbolt.errors import UnsupportedError
+from meshbolt.pipeline.shapes import computed
 from meshbolt.pipeline.streams import draws
 
 
@@ -40,7 +42,8 @@ class Foreign(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, unless a real tensor would be changed."""
-        if func._schema.is_mutable and any(map(is_foreign, tree_leaves((args, kwargs)))):
+        changes = _changes_arguments(func)
+        if changes and any(map(is_foreign, tree_leaves((args, kwargs)))):
             for written in written_arguments(func, args, kwargs or {}):
                 if not is_foreign(written) and storage_identity(written) not in self._may_change:
                     raise UnsupportedError(
@@ -51,12 +54,18 @@ class Foreign(FakeTensorMode):
         if draws(func, kwargs):
             self.on_draw()
         # As values do not matter, a tensor that has some becomes one without; torch's own way of doing so takes long and warns.
-        args, kwargs = tree_map_only(torch.Tensor, self._without_values, (args, kwargs))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        args, kwargs = (
+            self._without_values(args),
+            {key: self._without_values(each) for key, each in (kwargs or {}).items()},
+        )
+        compute = functools.partial(super().__torch_dispatch__, func, types, args, kwargs)
+        return compute() if changes else computed(self, func, args, kwargs, compute)
 
-    def _without_values(self, tensor: torch.Tensor) -> torch.Tensor:
-        is_own = isinstance(tensor, FakeTensor) and tensor.fake_mode is self
-        return tensor if is_own else self.like(tensor, device=tensor.device)
+    def _without_values(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            is_own = isinstance(value, FakeTensor) and value.fake_mode is self
+            return value if is_own else self.like(value, device=value.device)
+        return type(value)(map(self._without_values, value)) if type(value) in (list, tuple) else value
 
     def like(self, tensor: torch.Tensor, *, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return a tensor that stands for one of the same shape, without reading it.
@@ -68,6 +77,11 @@ class Foreign(FakeTensorMode):
         """
         meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=dtype or tensor.dtype, device="meta")
         return FakeTensor(self, meta, device)
+
+
+@functools.cache
+def _changes_arguments(operation: Any) -> bool:
+    return bool(operation._schema.is_mutable)
 
 
 @dataclass(frozen=True, kw_only=True)

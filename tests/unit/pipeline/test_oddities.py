@@ -181,3 +181,14 @@ def test_statistics_of_a_unit_that_all_stages_run_count_each_microbatch_once() -
 
     torch.testing.assert_close(buffers("layers.1", "layers.3"), buffers(), rtol=0.0, atol=1e-12)
     assert buffers()["noise.num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize("cuts", [("layers.2",), ("layers.1", "layers.3")])
+def test_a_parameter_of_several_names_that_is_not_used_has_one_stage(cuts: tuple[str, ...]) -> None:
+    net = Net(through)
+    shared = nn.Parameter(torch.zeros(2))
+    net.layers[3].spare = net.layers[0].spare = shared
+    _, plan = emulate(net, [lambda: net(torch.ones(2, 4))], cuts)
+    assert plan.stages_of["layers.0.spare"] == plan.stages_of["layers.3.spare"] == (0,)
+    assert "layers.3.spare" not in plan.tied()
+    assert shared.grad is None

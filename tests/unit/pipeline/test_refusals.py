@@ -37,9 +37,9 @@ def straight(net: Net, x: Tensor) -> Tensor:
     return x
 
 
-def run(forward: Forward, *cuts: str) -> Any:
+def run(forward: Forward, *cuts: str, microbatches: int = 1) -> Any:
     net = Net(forward)
-    return emulate(net, [lambda: net(torch.ones(2, 4))], cuts or ["layers.2"])
+    return emulate(net, [lambda: net(torch.ones(2, 4))] * microbatches, cuts or ["layers.2"])
 
 
 @pytest.mark.parametrize(
@@ -139,11 +139,10 @@ def test_a_path_that_is_taken_later_only_is_refused_when_it_is_taken() -> None:
         x = net.layers[2](net.layers[1](first))
         return x if net.runs < 2 else net.layers[3](x + first)
 
-    net = Net(forward)
     with pytest.raises(
         UnsupportedError, match=r"On stage 1, layers\.3 reads a tensor of \[2, 4\] that another stage holds"
     ):
-        emulate(net, [lambda: net(torch.ones(2, 4))], ["layers.2"])
+        run(forward, microbatches=2)
 
 
 def test_a_loss_that_reads_a_parameter_of_another_stage_is_refused_when_it_was_not_seen() -> None:
@@ -152,7 +151,7 @@ def test_a_loss_that_reads_a_parameter_of_another_stage_is_refused_when_it_was_n
         return x if net.runs < 2 else F.linear(x, net.layers[0].weight)
 
     with pytest.raises(UnsupportedError, match=r"head reads a tensor of \[2, 4\] that another stage holds"):
-        run(forward)
+        run(forward, microbatches=2)
 
 
 def test_a_module_is_left_as_it_was() -> None:

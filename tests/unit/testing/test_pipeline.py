@@ -64,13 +64,20 @@ def test_random_numbers_are_compared_with_one_stage_and_tied_weights_are_named()
 
 
 def test_a_difference_is_found() -> None:
-    class Drifting(Tied):
-        runs = 0
+    class Counting(nn.Linear):
+        def __init__(self, seen: list[int]) -> None:
+            super().__init__(8, 8)
+            self.seen = seen
 
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-            self.runs += 1
-            result = super().training_step(batch, batch_idx)
-            return {"loss": result["loss"] * self.runs}
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(1)  # of which a stage sees those of its own layers only
+            return super().forward(x) * len(self.seen)
+
+    class Drifting(Tied):
+        def __init__(self) -> None:
+            super().__init__()
+            seen: list[int] = []
+            self.layers = nn.ModuleList(Counting(seen) for _ in range(4))
 
     ids, following = tokens()
     report = verify_pipeline(Drifting(), {"ids": ids, "next": following}, cuts=["layers.2"])
