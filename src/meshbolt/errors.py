@@ -6,6 +6,8 @@ MeshboltError
 ├── TopologyError(ValueError)             the world of ranks does not fit what was asked, or its ranks disagree
 ├── UnsupportedError(NotImplementedError) asked for something that meshbolt, or this version, cannot do
 ├── CheckpointError(RuntimeError)         a checkpoint cannot be written, or read as asked
+├── RankError(RuntimeError)               another rank has failed, for which this one waited
+├── StorageError(OSError)                 a disk that holds state during training fails, or has no room
 └── MissingPackageError(ImportError)      an optional package is needed
 ```
 
@@ -36,6 +38,14 @@ class UnsupportedError(MeshboltError, NotImplementedError):
 
 class CheckpointError(MeshboltError, RuntimeError):
     """A checkpoint cannot be written, or cannot be read as asked."""
+
+
+class RankError(MeshboltError, RuntimeError):
+    """Another rank has failed or is gone, for which this one waited; the message has that rank's error and its traceback."""
+
+
+class StorageError(MeshboltError, OSError):
+    """A file that holds state during training cannot be made, written or read; its cause says what the system answered."""
 
 
 class MissingPackageError(MeshboltError, ImportError):

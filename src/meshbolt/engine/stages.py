@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from meshbolt.pipeline import Foreign, is_foreign
+from meshbolt.pipeline import Elsewhere, is_foreign
 from meshbolt.zero import UnitPlan
 
 
@@ -20,6 +20,8 @@ class Stages:
 
     Attributes:
         elsewhere: names of the parameters that only other ranks of the pipeline hold.
+        holders: who holds them, in words for messages.
+        called_in: where the module can be called, in words.
         around: modules that hold the beginning of a stage inside of them, which no unit can be.
         of_units: the stage, of this rank's, of each module that begins with a name.
         tied: by name, the ranks of the pipeline that hold a parameter which several hold.
@@ -28,12 +30,14 @@ class Stages:
     """
 
     elsewhere: frozenset[str] = frozenset()
+    holders: Mapping[str, str] = field(default_factory=dict)
+    called_in: str = "a step"
     around: frozenset[str] = frozenset()
     of_units: Mapping[str, int] = field(default_factory=dict)
     tied: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     pipeline: dist.ProcessGroup | None = None
     group: dist.ProcessGroup | None = None
-    _foreign: Foreign = field(default_factory=Foreign, repr=False)
+    _foreign: Elsewhere = field(default_factory=Elsewhere, repr=False)
     _made: dict[str, nn.Parameter] = field(default_factory=dict, repr=False)  # by name: what is let go of must be free
 
     def parameters_elsewhere(self, module: nn.Module) -> frozenset[nn.Parameter]:
@@ -80,7 +84,8 @@ class Stages:
         if parameter is None or is_foreign(parameter):
             return
         if first not in self._made:
-            foreign = self._foreign.like(parameter, device=device)
+            holder = self.holders.get(first, "")
+            foreign = self._foreign.stand_in(first, parameter, holder=holder, device=device)
             self._made[first] = nn.Parameter(foreign, requires_grad=parameter.requires_grad)
         # By assignment: recurrent layers keep a list of their parameters.
         setattr(child, key, self._made[first])

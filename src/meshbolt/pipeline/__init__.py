@@ -12,12 +12,13 @@ orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draw
 
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.balance import balanced, choose_cuts
-from meshbolt.pipeline.calls import Calls
+from meshbolt.pipeline.calls import Calls, is_in_step
 from meshbolt.pipeline.compare import compare_stages
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.cuts import cuts_of
 from meshbolt.pipeline.emulate import emulate
-from meshbolt.pipeline.microbatch import batch_size, split_batch
+from meshbolt.pipeline.held import Elsewhere, HeldElsewhereError
+from meshbolt.pipeline.microbatch import batch_size, part_sizes, split_batch
 from meshbolt.pipeline.picture import draw
 from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
 from meshbolt.pipeline.report import PipelineReport
@@ -36,8 +37,10 @@ __all__ = [
     "CountCost",
     "Crossing",
     "CutError",
+    "Elsewhere",
     "Foreign",
     "Gathered",
+    "HeldElsewhereError",
     "Pipeline",
     "PipelineParallel",
     "PipelinePlan",
@@ -54,6 +57,8 @@ __all__ = [
     "draw",
     "emulate",
     "is_foreign",
+    "is_in_step",
+    "part_sizes",
     "plan_timeline",
     "run_stage",
     "split_batch",

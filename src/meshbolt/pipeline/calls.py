@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from meshbolt.blocks import find_blocks
 from meshbolt.errors import ConfigError, UnsupportedError, did_you_mean
 from meshbolt.pipeline.plan import Call
 
 Proceed = Callable[..., Any]
+_running: list[Calls] = []
 _KEY = "_meshbolt_calls"
+
+
+def is_in_step() -> bool:
+    """Return whether a step is running that a pipeline runs in parts, or looks at."""
+    return bool(_running)
 
 
 class Watcher(Protocol):
@@ -70,7 +80,7 @@ class Calls:
         self.replicated = _parameters_of(module, [names[name] for name in self._replicate])
         asked = (*self.cuts, *units)
         holding = aliases.holding(asked)
-        blocks = find_blocks(module).keys() - holding
+        blocks = find_blocks(module).keys()
         above = aliases.holding((*asked, *blocks)) | {""}
         outermost = {name for name in names if name and name not in above and name.rpartition(".")[0] in above}
         wanted = {*asked, *blocks, *outermost}
@@ -82,8 +92,10 @@ class Calls:
         }
         self._watcher: Watcher | None = None
         self.is_in_pieces = False  # whether it can be called in steps only
+        self.called_in = "a step"  # where it can be, in words
         self.hooks_to_leave_out: frozenset[int] = frozenset()  # which wait for no call whose result does not count
-        self._is_in_backward = False
+        self._is_in_backward = self._has_backward = False
+        self._known = set[str]()
         self._counts = Counter[str]()
         self._ran: dict[int, tuple[int, set[Call]]] = {}
         for name, unit in self.units.items():
@@ -110,11 +122,13 @@ class Calls:
         """Return what a step returns while a watcher is asked."""
         if self._watcher is not None:
             raise AssertionError("A step of a pipeline was started inside of another one.")
-        self._watcher = watcher
+        self._watcher, self._has_backward = watcher, torch.is_grad_enabled()
         self._counts.clear()
+        _running.append(self)
         try:
-            return step()
+            return step_begins(step)
         finally:
+            _running.pop()
             self._watcher = None
 
     def ran_before(self, *, stage: int, microbatch: int) -> set[Call]:
@@ -142,21 +156,44 @@ class Calls:
     def _called(self, name: str, unit: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
         watcher = self._watcher
         if watcher is None and self._is_in_backward:
-            raise UnsupportedError(
-                f"{name!r} is called again in the backward pass: the step has wrapped it in torch.utils.checkpoint, so that its "
-                "random numbers and what other stages hold would be others. Recompute inside of the layers, as Hugging Face's "
-                "gradient_checkpointing_enable() does."
-            )
+            raise _wrapped_in_checkpoint(name, "is called again in the backward pass")
+        if watcher is not None and self._has_backward and name not in self._known:
+            self._known.add(name)  # the first time is when the step is looked at
+            if _is_inside(checkpoint.__file__, of=step_begins.__code__):
+                raise _wrapped_in_checkpoint(name, "would be called again in the backward pass")
         if watcher is None and self.is_in_pieces:
             raise UnsupportedError(
                 f"{name!r} was called outside of a step, and under pipeline parallelism no rank has all of the module. Call it "
-                "in training_step, validation_step, test_step or predict_step."
+                f"in {self.called_in}."
             )
         if watcher is None:
             return proceed(*args, **kwargs)
         call = Call(name, self._counts[name])
         self._counts[name] += 1
         return watcher.called(call, unit, proceed, args, kwargs)
+
+
+def step_begins(step: Callable[[], Any]) -> Any:
+    """Return what a step returns; up to here its callers are the user's."""
+    return step()
+
+
+def _is_inside(file: str, *, of: CodeType) -> bool:
+    """Return whether code of a file has called this, between here and where a step begins."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not of:
+        if frame.f_code.co_filename == file:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _wrapped_in_checkpoint(name: str, what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name!r} {what}: the step has wrapped it in torch.utils.checkpoint, so that its random numbers and what other stages "
+        "hold would be others. Recompute inside of the layers, as Hugging Face's gradient_checkpointing_enable() does, or with "
+        "MeshStrategy(recompute=...)."
+    )
 
 
 class _Watch:

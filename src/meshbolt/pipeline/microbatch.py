@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,19 +38,43 @@ def split_batch(batch: Any, count: int) -> list[Any]:
             f"A batch of {samples} samples cannot be divided into {count} microbatches. Use larger batches, or "
             f"PipelineParallel(microbatches={samples})."
         )
-    ends = [(index + 1) * (samples // count) + min(index + 1, samples % count) for index in range(count)]
+    ends = list(itertools.accumulate(part_sizes(samples, count)))
     return [_part(batch, start, end, samples) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def part_sizes(samples: int, count: int) -> list[int]:
+    """Return how many samples each part of a batch has.
+
+    Args:
+        samples: of the batch.
+        count: of parts.
+
+    Example:
+        >>> part_sizes(7, 3)
+        [3, 2, 2]
+    """
+    return [samples // count + int(index < samples % count) for index in range(count)]
+
+
 def batch_size(batch: Any) -> int:
-    """Return how many samples a batch has: the first dim of its first tensor that has one.
+    """Return how many samples a batch has: the first dim that most of its tensors share.
+
+    Of lengths that as many tensors have, that of the tensor with the most dims counts, then the first. So a batch may begin with
+    weights of classes or a single number. Tensors in a list inside of the batch, as one for each sample, count once.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no tensor with a dim.
+
+    Example:
+        >>> batch_size({"weights": torch.ones(3), "x": torch.zeros(8, 4), "y": torch.zeros(8)})
+        8
     """
-    for tensor in _tensors(batch):
-        if tensor.dim() > 0:
-            return len(tensor)
+    count, dims = Counter[int](), dict[int, int]()
+    for length, number in _lengths(batch):
+        count[length] += 1
+        dims[length] = max(number, dims.get(length, 0))
+    if count:
+        return max(count, key=lambda length: (count[length], dims[length]))
     raise ConfigError(
         f"A batch of {type(batch).__name__} holds no tensor with a dim for its samples, along which it could be divided into "
         "microbatches. Put tensors into it."
@@ -82,11 +107,15 @@ def _holds_arrays(value: Any) -> bool:
     return _is_array(value) or any(map(_holds_arrays, _values(value)))
 
 
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+def _lengths(batch: Any, *, inside: bool = False) -> Iterator[tuple[int, int]]:
+    """Yield the length of each tensor's first dim, and how many dims it has; those of a list inside once."""
     if isinstance(batch, torch.Tensor):
-        yield batch
-    for value in _values(batch):
-        yield from _tensors(value)
+        if batch.dim() > 0:
+            yield len(batch), batch.dim()
+        return
+    found = (pair for value in _values(batch) for pair in _lengths(value, inside=True))
+    is_list = isinstance(batch, (list, tuple)) and not hasattr(batch, "_fields")
+    yield from dict(sorted(found)).items() if inside and is_list else found
 
 
 def _values(batch: Any) -> list[Any]:

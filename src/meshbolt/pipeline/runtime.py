@@ -72,6 +72,7 @@ class Pipeline:
         self._kept, self._gathered = ExitStack(), gathered
         self._own: frozenset[str] | None = None
         self._plans: dict[Any, PipelinePlan] = {}
+        self._trained: tuple[bool, ...] | None = None  # which parameters need gradients; None: to be asked for
         self._passes: Passes = PlainPasses()
         self.is_in_last_stage = False  # while that runs
         self.is_looking = False  # while a step is looked at with tensors without values
@@ -115,14 +116,17 @@ class Pipeline:
             microbatch: one.
             kind: of the step, where there are several.
         """
-        key = kind, signature_of(microbatch), self._module.training, torch.is_grad_enabled()
+        if self._trained is None:
+            self._trained = _trained_in(self._module)
+        graph = torch.is_grad_enabled()
+        key = kind, signature_of(microbatch), self._module.training, graph, self._trained if graph else ()
         if key not in self._plans:
             if len(self._plans) == _MOST_PLANS:
                 del self._plans[next(iter(self._plans))]
             step = functools.partial(function, microbatch)
             self.is_looking = True
             try:
-                with torch.inference_mode(False), torch.set_grad_enabled(key[-1]), self._pristine.as_before():
+                with torch.inference_mode(False), torch.set_grad_enabled(graph), self._pristine.as_before():
                     self._plans[key] = analyse(
                         self._module, self._calls, step, device=self._device, gathered=self._gathered
                     )
@@ -140,14 +144,15 @@ class Pipeline:
         self._kept.enter_context(foreign_parameters(self._module, others, Foreign(), device=self._device))
         self._own = frozenset(plan.stages_of) - others
 
-    def run_by(self, passes: Passes, plan: PipelinePlan) -> None:
+    def run_by(self, passes: Passes, plan: PipelinePlan, *, called_in: str = "a step") -> None:
         """Let an engine surround the passes of stages, which has left the parameters of others and reduces gradients.
 
         Args:
             passes: the engine.
             plan: of the first step.
+            called_in: where the module can be called, in words.
         """
-        self._calls.is_in_pieces = True
+        self._calls.is_in_pieces, self._calls.called_in = True, called_in
         self._calls.hooks_to_leave_out = self._pristine.hooks_since()  # the engine's
         self._passes, self._own = passes, self._needed(plan)
 
@@ -299,6 +304,7 @@ class Pipeline:
     def _plans_of(
         self, function: Callable[[Any], Any], microbatches: Sequence[Any], *, kind: str
     ) -> list[PipelinePlan]:
+        self._trained = None
         plans = [self.plan(function, microbatch, kind=kind) for microbatch in microbatches]
         if self._own is None:
             self.begin(plans[0])
@@ -347,6 +353,10 @@ class Pipeline:
             dist.all_reduce(added, group=self._group)
             before = earlier[parameter]
             parameter.grad = (added if before is None else before.add_(added)) if is_own else before
+
+
+def _trained_in(module: nn.Module) -> tuple[bool, ...]:
+    return tuple(parameter.requires_grad for parameter in module.parameters())
 
 
 def _say_why_whole(stage: int, reason: str) -> None:

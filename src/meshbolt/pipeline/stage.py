@@ -12,7 +12,9 @@ from torch import nn
 from meshbolt.compat import NeedsValues, TorchFunctionMode, tree_leaves, tree_map_only
 from meshbolt.errors import UnsupportedError
 from meshbolt.pipeline.calls import Calls, Proceed
+from meshbolt.pipeline.held import HeldElsewhereError
 from meshbolt.pipeline.plan import Call, Crossing, PipelinePlan
+from meshbolt.pipeline.strayed import never_called, never_came, refuse_strayed, returned_foreign, went_on
 from meshbolt.pipeline.streams import DrawByNumber, stream, stream_seed
 from meshbolt.pipeline.taint import buffers_apart, is_foreign
 
@@ -111,10 +113,12 @@ class _Stage:
         self._held: list[Any] = []
         self._returned: dict[Call, Any] = {}
         self.is_inside, self.in_unit = stage == 0, False
+        self._has_ended = False
 
     def called(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
         """Leave out what belongs to earlier stages, run what belongs to this one, and end before the next."""
         if call == self._exit:
+            self._has_ended = True
             raise StageDone([self._leaving(each, args, kwargs) for each in self._plan.sent(self._stage)])
         if call == self._entry:
             self._enter(args, kwargs)
@@ -122,6 +126,7 @@ class _Stage:
             return proceed(*args, **kwargs)
         if not self.is_inside:
             return self._without(call, module, proceed, args, kwargs)
+        refuse_strayed(call, module, self._plan, stage=self._stage, has_ended=self._has_ended)
         if _may_hold_foreign(args) or _may_hold_foreign(kwargs):
             args, kwargs = tree_map_only(torch.Tensor, lambda leaf: self.real(leaf, call), (args, kwargs))
         self._ran.add(call)
@@ -178,7 +183,7 @@ class _Stage:
 
     def _without(self, call: Call, module: nn.Module, proceed: Proceed, args: Any, kwargs: Any) -> Any:
         if call not in self._plan.stubs:
-            raise UnsupportedError(f"The step calls {call}, which it did not when it was looked at.")
+            raise never_called(call)
         children = self._calls.inside.get(call.unit)
         # A unit without parameters is cheap; for another somebody may wait for what goes on inside, or it returns a value that
         # does not depend on parameters, which is another one in each step.
@@ -199,7 +204,7 @@ class _Stage:
         try:
             with self._draw(call), keeps:
                 result = proceed(*args, **kwargs)
-        except NeedsValues:
+        except (*NeedsValues, HeldElsewhereError):
             result = self._plan.stubs[call]
         finally:
             self._set_in_unit(False)
@@ -245,17 +250,9 @@ class _Stage:
             UnsupportedError: it depends on other stages, or the step has swallowed the end of a stage.
         """
         if self._exit is not None:
-            raise UnsupportedError(
-                f"Stage {self._stage} went on after its last unit, or never came to {self._exit}: the step does something else "
-                "than when it was looked at, or a bare `except:` around the model has caught what ends a stage. Write `except "
-                "Exception:`."
-            )
-        if any(map(is_foreign, tree_leaves(result))):
-            raise UnsupportedError(
-                "What the step returns depends on parameters or values of another stage that code outside of modules reads, "
-                "such as F.linear(x, self.embedding.weight) where it could not be seen. Read them in a module, or name the "
-                "module in `replicate`."
-            )
+            raise went_on(self._stage) if self._has_ended else never_came(self._stage, self._exit)
+        if (error := returned_foreign(result)) is not None:
+            raise error
 
 
 def left_stage(tensor: torch.Tensor) -> torch.Tensor:

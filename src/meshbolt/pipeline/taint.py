@@ -8,7 +8,7 @@ cannot be silent: a change of a real tensor by a foreign value, which would lose
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,11 +46,7 @@ class Foreign(FakeTensorMode):
         if changes and any(map(is_foreign, tree_leaves((args, kwargs)))):
             for written in written_arguments(func, args, kwargs or {}):
                 if not is_foreign(written) and storage_identity(written) not in self._may_change:
-                    raise UnsupportedError(
-                        f"{func} writes a value that another pipeline stage computes into a tensor of {tuple(written.shape)} "
-                        "that this one has made. A sum over layers that is kept outside of them, such as a router's auxiliary "
-                        "loss, cannot be cut: leave it out of the loss, or let the layers pass it on as an argument."
-                    )
+                    raise self.refuse_write(func, written, (args, kwargs))
         if draws(func, kwargs):
             self.on_draw()
         # As values do not matter, a tensor that has some becomes one without; torch's own way of doing so takes long and warns.
@@ -60,6 +56,20 @@ class Foreign(FakeTensorMode):
         )
         compute = functools.partial(super().__torch_dispatch__, func, types, args, kwargs)
         return compute() if changes else computed(self, func, args, kwargs, compute)
+
+    def refuse_write(self, func: Any, written: torch.Tensor, given: Sequence[Any]) -> UnsupportedError:
+        """Return the error for a foreign value that is to be written into a real tensor.
+
+        Args:
+            func: what writes.
+            written: to which tensor.
+            given: the arguments of what writes.
+        """
+        return UnsupportedError(
+            f"{func} writes a value that another pipeline stage computes into a tensor of {tuple(written.shape)} that this one "
+            "has made. A sum over layers that is kept outside of them, such as a router's auxiliary loss, cannot be cut: leave "
+            "it out of the loss, or let the layers pass it on as an argument."
+        )
 
     def _without_values(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -47,6 +48,8 @@ from meshbolt.strategies.saving import Saving
 from meshbolt.strategies.whole_weights import State, Wanted, whole_weights
 from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
+
+_log = logging.getLogger(__name__)
 
 
 class MeshCore(DataParallelRanks):
@@ -402,6 +405,15 @@ class MeshCore(DataParallelRanks):
     def pipeline(self) -> StagedModule | None:
         """The stages of the module on this rank, once it is set up; None without a pipeline."""
         return self._pipeline
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the other ranks of a pipeline of an exception in this one's run, since they wait for what it was to send.
+
+        Args:
+            exception: that has ended the run.
+        """
+        if self._pipeline is not None and (other := self._pipeline.failures.tell(exception, "a hook")) is not None:
+            _log.error("%s", other)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ from meshbolt.engine.random_state import collect_random_state, restore_random_st
 from meshbolt.mesh import data_parallel_group, same_samples_group
 from meshbolt.strategies.compat import ranks_are_connected, reduce_over_ranks
 from meshbolt.strategies.gathering import GatherOver
+from meshbolt.strategies.pipelined.meeting import refuse_in_step
 
 
 class DataParallelRanks:
@@ -96,6 +97,7 @@ class DataParallelRanks:
             group: other ranks to gather from; Lightning gives all of them where the user gives none.
             sync_grads: let gradients flow back.
         """
+        refuse_in_step()
         if group in (None, dist.group.WORLD) and self._copies > 1:
             # torch's own cannot send gradients back along some of the ranks under gloo.
             with torch.set_grad_enabled(sync_grads and torch.is_grad_enabled()):
@@ -115,7 +117,12 @@ class DataParallelRanks:
         return bool(votes == self.world_size) if all else bool(votes)  # type: ignore[attr-defined]
 
     def _reachable(self) -> dist.ProcessGroup | None:
-        """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to."""
+        """Return the group of all ranks as far as they can be talked to; None where there is nobody to talk to.
+
+        Raises:
+            UnsupportedError: in a step of a pipeline, where ranks do not meet.
+        """
+        refuse_in_step()
         return dist.group.WORLD if ranks_are_connected() else None
 
     def _reduce(self, value: Any, group: Any, reduce_op: Any) -> Any:

@@ -35,7 +35,9 @@ import torch.distributed as dist
 from torch import nn
 from torchmetrics import Metric
 
+from meshbolt.compat import tree_leaves
 from meshbolt.errors import UnsupportedError
+from meshbolt.pipeline import is_foreign
 from meshbolt.strategies.pipelined.results import join_results, map_tensors, mean_of, placed
 
 # The functions that Lightning takes beside their names.
@@ -97,6 +99,29 @@ def record_logs(module: pl.LightningModule, sink: list[Logged]) -> Iterator[None
         replaced["log_dict"] = noted.log_dict
     with attributes_replaced([(module, replaced)]):
         yield
+
+
+def refuse_foreign_logs(logged: Sequence[Logged], step: str) -> None:
+    """Refuse what was logged of values that another stage has.
+
+    Args:
+        logged: by a step that came to its end.
+        step: its name.
+
+    Raises:
+        UnsupportedError: there is such a value.
+    """
+    for each in logged:
+        leaf = next(filter(is_foreign, tree_leaves(_content(each.value))), None)
+        if leaf is not None:
+            origin = getattr(leaf, "origin", "")
+            raise UnsupportedError(
+                f"{step} logged {each.name!r}, a value that depends on parameters or values of another pipeline stage"
+                f"{f' ({origin})' if origin else ''}, which the rank of the last stage does not have: the step did not compute "
+                "it so when it was looked at before training, and each batch has to take the same way. Compute the value in a "
+                "module of that stage and return it from there, or log norms of parameters in a hook, inside of `with "
+                "self.trainer.strategy.gathered(module):`."
+            )
 
 
 def combine(

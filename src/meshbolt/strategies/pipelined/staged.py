@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,11 @@ from meshbolt.config import Plan
 from meshbolt.engine import PipelinedEngine, Stages, gathered_in
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.placeholders import model_state, states_of_all_stages
-from meshbolt.errors import TopologyError
+from meshbolt.errors import TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis, stage_group
-from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, is_foreign, split_batch
+from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, is_foreign, part_sizes, split_batch
 from meshbolt.strategies.compat import refuse_norms_of_stages
+from meshbolt.strategies.pipelined.failures import Failures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,12 @@ class StagedModule:
         plan: of the run.
         mesh: of all axes.
         device: this rank's.
+
+    Attributes:
+        called_in: where the module can be called, in words.
     """
+
+    called_in = "a step"
 
     def __init__(self, module: nn.Module, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
         self._module: Any = module
@@ -66,6 +73,7 @@ class StagedModule:
         self._check_same()
         self._owner = self._pipeline.rank_of_last_stage
         self.stages = self._stages_of(stage_group(mesh))
+        self.failures = Failures(self._place(), parting=self._part)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -99,14 +107,14 @@ class StagedModule:
             engine: surrounds their passes.
         """
         self._engine = engine
-        self._pipeline.run_by(engine, self._first_plan)
+        self._pipeline.run_by(engine, self._first_plan, called_in=self.called_in)
         refuse_norms_of_stages(is_foreign)
 
     def observe_passes(self, observer: Callable[[str, int, int], AbstractContextManager[Any]] | None) -> None:
         """Surround each pass of a step through a stage of this rank with what an observer returns for it.
 
         Args:
-            observer: is given "F" or "B", the stage and the microbatch; None: end it.
+            observer: is given "F", "B" or its halves "I" and "W", the stage and the microbatch; None: end it.
         """
         self._pipeline.observe_passes(observer)
 
@@ -167,6 +175,7 @@ class StagedModule:
                 device=self._device,
                 replicate=self._setting.replicate,
                 gathered=gathered_in(self._module, self._plan),
+                splits_backward=self._setting.split_backward,
             )
             return pipeline, pipeline.plan(lambda _: first.look(), first.microbatch, kind=first.kind)
 
@@ -192,12 +201,25 @@ class StagedModule:
         first_names = {name for name, _ in self._module.named_parameters()}
         return Stages(
             elsewhere=self._pipeline.others(plan),
+            called_in=self.called_in,
+            holders={name: self._holder(stages) for name, stages in plan.stages_of.items()},
             around=self._pipeline.around,
             of_units=of_units,
             tied={name: ranks for name, ranks in holders.items() if len(ranks) > 1 and name in first_names},
             pipeline=self._group,
             group=group,
         )
+
+    def _holder(self, stages: Sequence[int]) -> str:
+        ranks = [dist.get_global_rank(self._group, rank) for rank in self._pipeline.ranks_of(stages)]
+        return f"{_counted('stage', stages)}, on {_counted('rank', ranks)}"
+
+    def _place(self) -> str:
+        own = _counted("stage", self._pipeline.own_stages)
+        return f"rank {dist.get_rank()} ({own} of {self._first_plan.stages})"
+
+    def _part(self) -> None:
+        """Do nothing together with other ranks any more."""
 
     # Steps ----------------------------------------------------------------------------------------------------------------
 
@@ -209,7 +231,7 @@ class StagedModule:
     def _split(self, batch: Any) -> tuple[list[Any], list[int]]:
         samples = batch_size(batch)
         parts = split_batch(batch, min(self._count, samples))
-        return parts, [batch_size(part) for part in parts]
+        return parts, part_sizes(samples, len(parts))
 
     def _tell(self, found: Callable[[], Any]) -> Any:
         """Return on every rank what the one of the last stage has found.
@@ -218,10 +240,20 @@ class StagedModule:
             found: called there; what it returns is sent.
         """
         box = [found() if self._pipeline.has_last_stage else None]
-        dist.broadcast_object_list(box, group=self._group, group_src=self._owner)
+        try:
+            dist.broadcast_object_list(box, group=self._group, group_src=self._owner)
+        except (AttributeError, TypeError, pickle.PicklingError) as error:
+            raise UnsupportedError(
+                f"What the step has returned or logged cannot be sent to the ranks of other stages: {error}. Return tensors, "
+                "numbers, texts and containers of them, or objects that can be pickled."
+            ) from error
         return box[0]
 
     def _seed(self, *place: Any) -> int:
         """Return a seed of a step that depends on the run's seed and the place, and draws no number from any generator."""
         named = f"{torch.initial_seed()}/{self._plan.mesh.data_parallel_rank(dist.get_rank())}/{place}"
         return int.from_bytes(hashlib.blake2b(named.encode(), digest_size=7).digest(), "big")
+
+
+def _counted(noun: str, numbers: Sequence[int]) -> str:
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {' and '.join(map(str, numbers))}"

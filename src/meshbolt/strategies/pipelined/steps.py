@@ -18,16 +18,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshbolt.compat import tree_leaves
 from meshbolt.config import Plan
 from meshbolt.engine import PipelinedEngine
 from meshbolt.errors import UnsupportedError
 from meshbolt.mesh import data_parallel_group
-from meshbolt.pipeline import batch_size, split_batch
+from meshbolt.pipeline import batch_size, is_foreign, split_batch
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.checks import check_pipelined
 from meshbolt.strategies.pipelined.absent import optimizers_stood_in_for
 from meshbolt.strategies.pipelined.example import example_batch
-from meshbolt.strategies.pipelined.logs import Logged, combine, record_logs, replay
+from meshbolt.strategies.pipelined.finetuning import let_finetuning_know_parameters
+from meshbolt.strategies.pipelined.logs import Logged, combine, record_logs, refuse_foreign_logs, replay
 from meshbolt.strategies.pipelined.metrics import WholeBatch, quiet_metrics, share_metrics
 from meshbolt.strategies.pipelined.played import played
 from meshbolt.strategies.pipelined.results import detached, join_results, placed
@@ -58,6 +60,8 @@ class PipelinedSteps(StagedModule):
         device: this rank's.
     """
 
+    called_in = "training_step, validation_step, test_step or predict_step"
+
     def __init__(self, trainer: pl.Trainer, *, plan: Plan, mesh: DeviceMesh, device: torch.device) -> None:
         self._trainer, self._is_in_step = trainer, False
         self._whole = WholeBatch(trainer.lightning_module)
@@ -73,6 +77,7 @@ class PipelinedSteps(StagedModule):
             engine: surrounds the passes of stages.
         """
         super().run_by(engine)
+        let_finetuning_know_parameters()
         self._hide_example()
         share_metrics(
             self._module,
@@ -107,7 +112,10 @@ class PipelinedSteps(StagedModule):
         def look() -> Any:
             stood_in = optimizers_stood_in_for(self._module)
             with record_logs(self._module, []), quiet_metrics(self._module), stood_in:
-                return function(microbatch)
+                result = function(microbatch)
+            if kind == "training_step":
+                _loss_in(result, self._module)
+            return result
 
         return FirstStep(
             kind=kind, look=look, microbatch=microbatch, count=count, trains=self._trainer.state.fn == TrainerFn.FITTING
@@ -120,7 +128,14 @@ class PipelinedSteps(StagedModule):
 
         Args:
             args: of training_step.
+
+        Raises:
+            RankError: another rank has failed, for which this one waited.
         """
+        with self.failures.told("training_step"):
+            return self._train(args)
+
+    def _train(self, args: tuple[Any, ...]) -> Any:
         self._show_example()
         engine, precision = self._running(), self._precision
         parts, sizes = self._split(args[0])
@@ -148,7 +163,14 @@ class PipelinedSteps(StagedModule):
         Args:
             kind: "validation_step", "test_step" or "predict_step".
             args: of the step.
+
+        Raises:
+            RankError: another rank has failed, for which this one waited.
         """
+        with self.failures.told(kind):
+            return self._evaluate(kind, args)
+
+    def _evaluate(self, kind: str, args: tuple[Any, ...]) -> Any:
         parts, sizes = self._split(args[0])
         found = self._running().call(
             self._in_step,
@@ -157,6 +179,10 @@ class PipelinedSteps(StagedModule):
             args[1:],
         )
         return self._told(kind, found, sizes)
+
+    def _part(self) -> None:
+        strategy: Any = self._trainer.strategy
+        strategy._attendance.dismiss()
 
     @property
     def _precision(self) -> MeshPrecision:
@@ -173,6 +199,8 @@ class PipelinedSteps(StagedModule):
             counts = self._pipeline.is_in_last_stage and not self._pipeline.is_looking
             with record_logs(self._module, logged), self._whole.watching() if counts else quiet_metrics(self._module):
                 result = step(microbatch)
+            if counts and not any(map(is_foreign, tree_leaves(result))):
+                refuse_foreign_logs(logged, kind)
             # Beside what was returned, so that both are looked through for values of other stages.
             return result, [each.value for each in logged], _Outcome(logged=logged)
 
