@@ -1,0 +1,237 @@
+"""A file that holds state while a run lasts, read and written in the background past the page cache.
+
+Blocks of a few MiB, several at once, are what a disk is fastest with: on the machine this was written on 2 MiB from four
+threads, and `io_uring` was not faster (`benchmarks/run_file_engine.py` measures both bandwidth and overlap).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from meshbolt.errors import ConfigError, StorageError
+from meshbolt.offload.buffers import ALIGNMENT_BYTES, aligned_bytes, bytes_of
+from meshbolt.offload.counters import Counters, Direction, Traffic
+from meshbolt.offload.faces import SystemCalls, SystemFace
+from meshbolt.offload.requests import Request, Workers
+from meshbolt.offload.scratch import Disk, Scratch, failure, make_scratch
+
+BLOCK_BYTES = 2 * 2**20
+THREADS = 4
+TIMEOUT_SECONDS = 600.0
+_DOING = {"read": "Reading", "write": "Writing"}
+
+
+class StateFile:
+    """One file of one rank: reserved as a whole, nameless, gone with the process.
+
+    Bytes that were never written read as zeros. Transfers of different threads may be under way at once; of two that
+    overlap in the file, the caller waits for one before asking for the other.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        num_bytes: int,
+        *,
+        name: str = "meshbolt",
+        threads: int = THREADS,
+        block_bytes: int = BLOCK_BYTES,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        face: SystemFace | None = None,
+        say: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        """Reserve the space, and start the threads.
+
+        Args:
+            folder: on the disk to use; created where only its last part is missing.
+            num_bytes: how much it will hold; rounded up to whole units of alignment.
+            name: what its name begins with in messages, such as the run and the rank.
+            threads: how many blocks move at once.
+            block_bytes: of one request to the disk, in whole units of alignment.
+            timeout_seconds: after which one transfer that does not end counts as stuck.
+            face: what asks the operating system; the system itself by default.
+            say: is told, once, that the disk is memory or cannot do without the page cache.
+
+        Raises:
+            ConfigError: a number is not positive, or blocks are not in whole units of alignment.
+            StorageError: there is no room, or the system refuses; nothing is left behind.
+        """
+        if min(num_bytes, threads, block_bytes) < 1 or block_bytes % ALIGNMENT_BYTES or timeout_seconds <= 0:
+            raise ConfigError(
+                f"A file of {num_bytes} bytes with threads={threads}, block_bytes={block_bytes} and timeout_seconds="
+                f"{timeout_seconds} cannot be made: all are to be positive, and block_bytes a multiple of {ALIGNMENT_BYTES}."
+            )
+        self._face = face or SystemCalls()
+        self._scratch = make_scratch(folder, aligned_bytes(num_bytes), name=name, face=self._face)
+        self._block_bytes, self._timeout_seconds = block_bytes, timeout_seconds
+        self._counters, self._say = Counters(), say
+        self._closed, self._unusable = False, ""
+        self._workers = Workers(threads, f"meshbolt: {name}")
+        # No transfer is under way when a file that nobody closed is forgotten, for each holds it.
+        self._close_fd = weakref.finalize(self, os.close, self._scratch.fd)
+        _say_what_it_lies_on(self._scratch, say)
+
+    @property
+    def num_bytes(self) -> int:
+        """How much it holds, all of it reserved."""
+        return self._scratch.num_bytes
+
+    @property
+    def path(self) -> str:
+        """The name it had for an instant, for messages."""
+        return self._scratch.path
+
+    @property
+    def direct(self) -> bool:
+        """Whether transfers go past the page cache."""
+        return self._scratch.direct
+
+    @property
+    def disk(self) -> Disk:
+        """What it lies on, as that was before the space was reserved."""
+        return self._scratch.disk
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, and what it held is gone."""
+        return self._closed
+
+    @property
+    def traffic(self) -> Traffic:
+        """What it has moved so far."""
+        return self._counters.snapshot()
+
+    def read(self, into: torch.Tensor, offset: int) -> Request:
+        """Begin to fill a buffer from the file.
+
+        Args:
+            into: on the CPU, contiguous, in whole units of alignment (`aligned_empty`); untouched by others until it is done.
+            offset: of its first byte in the file, in whole units of alignment.
+
+        Returns:
+            The transfer, to wait for.
+
+        Raises:
+            ConfigError: the buffer or the offset does not fit.
+            StorageError: the file is closed, or something written to it has not arrived.
+        """
+        return self._begin("read", into, offset)
+
+    def write(self, data: torch.Tensor, offset: int) -> Request:
+        """Begin to write a buffer to the file; as `read` in all else.
+
+        A write that fails takes the file out of use: all that is asked of it later raises, whether the write was waited
+        for or not.
+        """
+        return self._begin("write", data, offset)
+
+    def condemn(self, reason: str) -> None:
+        """Take the file out of use: all that is asked of it from now on raises, until it is closed.
+
+        Args:
+            reason: a sentence, which those errors give; the first one stands.
+        """
+        self._unusable = self._unusable or reason
+
+    def close(self) -> None:
+        """Wait for what is under way, end the threads, and give the space back; again, it does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._workers.close(self._timeout_seconds):
+            self._close_fd()
+            return
+        # The descriptor stays open: its number would soon name another file, and a thread goes on with it if it wakes up.
+        self._close_fd.detach()
+        self._say(
+            f"{self.path!r} could not be closed: transfers are stuck in the system. Its space is free when the process ends."
+        )
+
+    def __enter__(self) -> StateFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _begin(self, direction: Direction, buffer: torch.Tensor, offset: int) -> Request:
+        view = bytes_of(buffer)
+        if offset < 0 or offset % ALIGNMENT_BYTES or offset + len(view) > self.num_bytes:
+            raise ConfigError(
+                f"{len(view)} bytes at offset {offset} are no part of a file of {self.num_bytes} bytes that begins at a multiple "
+                f"of {ALIGNMENT_BYTES}."
+            )
+        name = f"{_DOING[direction]} {len(view)} bytes at offset {offset} of {self.path!r}"
+        if self._closed or self._unusable:
+            raise StorageError(f"{name} was refused, for the file is out of use. {self._unusable or 'It was closed.'}")
+        starts = range(0, len(view), self._block_bytes)
+        request = Request(direction, name, buffer, blocks=len(starts), timeout_seconds=self._timeout_seconds)
+        for start in starts:
+            block = view[start : start + self._block_bytes]
+            self._workers.submit(partial(request.run, partial(self._move, direction, block, offset + start)))
+        return request
+
+    def _move(self, direction: Direction, block: memoryview, offset: int) -> None:
+        self._counters.begin(direction)
+        moved = 0
+        try:
+            while moved < len(block):
+                moved += self._move_some(direction, block[moved:], offset + moved)
+            if not self.direct:
+                self._leave_no_copy(offset, len(block))
+        except StorageError as error:
+            if direction == "write":
+                self.condemn(str(error))
+            raise
+        finally:
+            self._counters.end(direction, moved)
+
+    def _move_some(self, direction: Direction, block: memoryview, offset: int) -> int:
+        """Move the first bytes of a block, in whole units of alignment or all; return how many."""
+        fd, name = self._scratch.fd, f"{_DOING[direction]} {len(block)} bytes at offset {offset} of {self.path!r}"
+        self._require_whole(name)
+        try:
+            moved = self._face.read(fd, block, offset) if direction == "read" else self._face.write(fd, block, offset)
+        except OSError as error:
+            raise failure(f"{name} failed", error) from error
+        self._require_whole(name)
+        if moved < len(block):
+            moved -= moved % ALIGNMENT_BYTES
+        if moved <= 0:
+            raise StorageError(
+                f"{name} failed: the system moves no more of them and gives no reason. See its log (`dmesg`)."
+            )
+        return moved
+
+    def _require_whole(self, name: str) -> None:
+        # Written to behind its new end, a file that was cut short would grow again, with zeros for what was lost.
+        size = os.fstat(self._scratch.fd).st_size
+        if size != self.num_bytes:
+            raise StorageError(
+                f"{name} failed: the file was cut from {self.num_bytes} to {size} bytes by somebody else."
+            )
+
+    def _leave_no_copy(self, offset: int, num_bytes: int) -> None:
+        """Have the page cache write a range out, and drop what of it is written."""
+        with contextlib.suppress(OSError):  # advice only
+            os.posix_fadvise(self._scratch.fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _say_what_it_lies_on(scratch: Scratch, say: Callable[[str], None]) -> None:
+    disk = scratch.disk
+    if disk.in_memory:
+        say(
+            f"{disk.folder!r} lies on {disk.filesystem}, which is host memory: what is put there saves none. Give a path on "
+            "a disk, or keep the state in host memory, which is faster."
+        )
+    elif not scratch.direct:
+        say(
+            f"The {disk.filesystem} file system of {disk.folder!r} has no direct I/O (O_DIRECT): state goes through the "
+            "page cache, which is slower and takes memory from others. Give a path on a local disk (ext4, xfs)."
+        )
