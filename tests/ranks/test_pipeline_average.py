@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.ranks.test_pipeline_checkpoint_trainer import STOP_AFTER, Model, difference, tensors_in
-from tests.ranks.test_pipeline_whole_weights import LIMIT, PLANS, Values, data_of, trainer_of
+from tests.ranks.test_pipeline_whole_weights import LIMIT, PLANS, Values, data_of, trainer_of, values_of, whole
 from tests.ranks.trainer.background_support import At
 from tests.ranks.trainer.loops_support import ADVICE
 from tests.rows import full
@@ -35,9 +35,13 @@ class Reference(pl.Callback):
     def __init__(self) -> None:
         self.average: Values = {}
         self.kept: Values = {}
+        self.steps = 0
 
     @torch.no_grad()
-    def on_train_batch_end(self, _owner: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, owner: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if owner.global_step == self.steps:
+            return
+        self.steps = owner.global_step
         for name, parameter in module.named_parameters():
             before = self.average.get(name, parameter)
             self.average[name] = DECAY * before + (1 - DECAY) * parameter
@@ -102,6 +106,8 @@ def reference() -> tuple[Values, Values, list[float]]:
         full("pp2 tp2"),
         full("pp2 interleaved"),
         full("pp4"),
+        full("pp2 replicas"),
+        full("pp2 dp2 tp2"),
     ],
 )
 def test_the_average_of_all_stages_is_that_of_one_process_and_is_what_is_validated(name: str) -> None:
@@ -111,6 +117,64 @@ def test_the_average_of_all_stages_is_that_of_one_process_and_is_what_is_validat
         assert difference(of_average, average) < LIMIT
         assert difference(of_weights, weights) < LIMIT
         assert found == pytest.approx(scores, abs=LIMIT)
+
+
+HOOKS = ("on_before_optimizer_step", "on_after_backward", "on_train_batch_start", "on_validation_end")
+
+
+class Shrinks(pl.Callback):
+    """Makes weights of all stages and a moment smaller, wherever a Trainer lets it between two steps."""
+
+    @torch.no_grad()
+    def shrink(self, owner: pl.Trainer, module: Any, *_: Any) -> None:
+        if not owner.sanity_checking:
+            parts = [module.head.weight, module.blocks[3].up.weight, module.blocks[0].down.bias]
+            with whole(owner, parts) as state:
+                module.head.weight.mul_(0.99)
+                module.blocks[3].up.weight.mul_(0.99)
+                for values in (state[name] for name in ("blocks.0.down.bias",) if name in state):
+                    values["exp_avg"].mul_(0.9)
+
+
+for hook in HOOKS:
+    setattr(Shrinks, hook, Shrinks.shrink)
+
+
+def fit_in_windows(name: str | None, window: int) -> tuple[Values, list[float]]:
+    """Return weights and moments, and what the average scored after every batch."""
+    torch.manual_seed(5)
+    if name is None:
+        dist.destroy_process_group()
+    average, scores = Reference() if name is None else ExponentialMovingAverage(DECAY), Scores()
+    owner = trainer_of(
+        name,
+        callbacks=[average, scores, Shrinks()],
+        accumulate_grad_batches=window,
+        val_check_interval=1,
+        gradient_clip_val=0.5,
+    )
+    owner.fit(Model().double(), data_of(name), data_of(name))
+    return values_of(owner), scores.found
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("pp2", 3),
+        ("pp2 dp2 zero2", 3),
+        full("pp2 dp2 zero1", 3),
+        full("pp2 dp2", 3),
+        full("pp2 dp2", 1),
+        full("pp2 tp2", 3),
+        full("pp2 interleaved", 3),
+        full("pp4", 3),
+    ],
+)
+def test_windows_go_on_after_validations_and_changes_in_their_middle(name: str, window: int) -> None:
+    ((values, scores),) = run_ranks(fit_in_windows, 1, None, window)
+    for found, scored in run_ranks(fit_in_windows, PLANS[name][0], name, window, timeout=60):
+        assert difference(found, values) < LIMIT
+        assert scored == pytest.approx(scores, abs=LIMIT)
 
 
 def run_on(name: str, end: Path, save: Path | None = None, load: Path | None = None) -> tuple[int, int]:
@@ -145,7 +209,7 @@ def without_counts(values: Values) -> Values:
 @pytest.mark.parametrize(
     ("saving", "loading"),
     [
-        ("pp2", "one"),
+        full("pp2", "one"),
         ("pp2", "dp2"),
         ("dp2", "pp2 dp2"),
         full("pp2", "pp4"),

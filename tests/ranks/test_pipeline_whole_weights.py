@@ -15,14 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.ranks.test_pipeline_checkpoint_trainer import PLANS as SOME_PLANS
-from tests.ranks.test_pipeline_checkpoint_trainer import QUIET, Model, batches, pipeline
+from tests.ranks.test_pipeline_checkpoint_trainer import QUIET, TENSOR, Model, batches, pipeline
 from tests.ranks.test_pipeline_fabric import BATCH, WIDTH, Net, loss_of
 from tests.ranks.trainer.loops_support import ADVICE
 from tests.rows import full
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meshbolt import ConfigError, MeshStrategy, TensorParallel
+from meshbolt import ConfigError, MeshStrategy, TensorParallel, Zero
 from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
 from meshbolt.testing import RankFailure, run_ranks, run_ranks_expecting
@@ -34,6 +34,8 @@ PLANS = {
     **SOME_PLANS,
     "pp2 dp2 zero1": (4, 2, {"zero": 1, "pipeline_parallel": pipeline(2, 2)}),
     "pp2 dp2 zero2": (4, 2, {"zero": 2, "pipeline_parallel": pipeline(2, 2)}),
+    "pp2 replicas": (4, 2, {"zero": Zero(2, replicate=2), "pipeline_parallel": pipeline(2, 2)}),
+    "pp2 dp2 tp2": (8, 2, {"zero": 3, "pipeline_parallel": pipeline(2, 2), "tensor_parallel": TENSOR}),
 }
 GATHERED = TensorParallel(2, plan={"layers.*.0": "colwise_gather"})
 ALL_RANKS, RANK_0, ANOTHER = 1, 3, 5  # after how many steps each makes a change
@@ -138,6 +140,8 @@ def reference(window: int) -> Values:
         ("pp2 tp2", 1),
         full("pp2 interleaved", 1),
         full("pp4", 1),
+        full("pp2 replicas", 1),
+        full("pp2 dp2 tp2", 2),
         full("dp2", 2),
         full("tp2", 1),
     ],
