@@ -1,0 +1,453 @@
+"""An optimizer of a rank whose state lies outside of the model, and whose steps run there, beside what else the rank does.
+
+    offloaded = OffloadedOptimizer(optimizer, units={"layers.0": [...], "layers.1": [...]})
+    ...
+    offloaded.submit(parameters_of_the_unit)  # as soon as their gradients are final; returns at once
+    offloaded.step()                          # all others, the optimizer's own hooks, and waits
+
+A step computes what the optimizer's own step does. Adam, AdamW, SGD and Adagrad run torch's fused kernels, on the same elements
+with the same bits as `fused=True` on the parameters themselves; other elementwise optimizers run an instance of their own class.
+Parameters without a gradient are left alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from meshbolt.compat import local_tensor
+from meshbolt.errors import ConfigError, MeshboltError
+from meshbolt.offload.book import Book
+from meshbolt.offload.entries import MASTER, Entry
+from meshbolt.offload.layout import CHUNK_BYTES, Layout, Piece, StateChunk
+from meshbolt.offload.line import UpdateLine
+from meshbolt.offload.passing import Counters, Order, Pass
+from meshbolt.offload.rules import Rule, Settings, rule_of
+from meshbolt.offload.tiers import MemoryTier, Tier
+from meshbolt.offload.transfers import GpuToHost, SameDevice, Transfers, Visit
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Job:
+    """Parameters that were submitted together.
+
+    Attributes:
+        gradients: and the number of the group, by the number of the parameter.
+        settings: of the optimizer's groups at that moment.
+        scale: see `submit`.
+        found_inf: likewise.
+        ready: an event after which the gradients are there.
+    """
+
+    gradients: dict[int, tuple[torch.Tensor, int]]
+    settings: Mapping[int, Settings]
+    scale: float | None
+    found_inf: torch.Tensor | bool
+    ready: torch.cuda.Event | None
+
+    def is_skipped(self) -> bool:
+        """Return whether it is to be left out, which on a GPU waits for the gradients."""
+        if self.ready is not None and isinstance(self.found_inf, torch.Tensor):
+            self.ready.synchronize()
+        return bool(self.found_inf)
+
+
+class OffloadedOptimizer:
+    """The state and the steps of one optimizer.
+
+    Attributes:
+        optimizer: the user's; its `state` shows views of what lies here, see `book.py`.
+        layout: what lies where, in bytes.
+        counters: what was done.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        units: Mapping[str, Sequence[nn.Parameter]],
+        fraction: float = 1.0,
+        make_tier: Callable[[Layout], Tier] | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        threads: int | None = None,
+        pin_memory: bool = True,
+        full_precision: bool = True,
+    ) -> None:
+        """Make room for the state; it takes memory when it is first written to.
+
+        Args:
+            optimizer: elementwise, which the caller has made sure of, on the rank's parameters, plain or DTensors.
+            units: its parameters, by the unit they are updated with, in the order of the forward pass. Those that need no
+                gradient are left out, and included when they have one.
+            fraction: of the state's bytes leaves the parameters' device; the rest, whole parameters, stays.
+            make_tier: makes the place for what leaves, given what is laid out; None: host memory.
+            chunk_bytes: the most that is updated at once.
+            threads: that update; None: as many as torch's operations use.
+            pin_memory: lock host memory in its place if the parameters are on a GPU.
+            full_precision: 16-bit parameters are updated in float32, in a copy; False: in their own dtype.
+
+        Raises:
+            ConfigError: the fraction is outside of [0, 1], or parameters are on several devices.
+            UnsupportedError: a setting of the optimizer, or a parameter, does not go with this.
+        """
+        if not 0.0 <= fraction <= 1.0:
+            raise ConfigError(f"A fraction of {fraction} of an optimizer's state was to leave the device; give 0 to 1.")
+        self.optimizer, self.counters, self._fraction = optimizer, Counters(), fraction
+        self.layout = Layout(chunk_bytes=chunk_bytes)
+        self._rule: Rule = rule_of(optimizer)
+        self._book = Book(optimizer, rule=self._rule, layout=self.layout, full_precision=full_precision)
+        self._device = _device_of(units)
+        on_gpu = self._device.type == "cuda"
+        leaves = MemoryTier(pin=on_gpu and pin_memory) if make_tier is None else make_tier(self.layout)
+        self._tiers: dict[bool, Tier] = {True: MemoryTier(self._device), False: leaves}
+        same = SameDevice(self._device)
+        self._transfers: dict[bool, Transfers] = {True: same, False: GpuToHost(self._device) if on_gpu else same}
+        self._book.use(self._tiers, self._transfers)
+        self._line = UpdateLine(threads or torch.get_num_threads())
+        self._orders = {True: Order(), False: Order()}
+        self._jobs: deque[_Job] = deque()
+        self._futures: list[Future[None]] = []
+        # By number, how many pieces of parameters wait for their update.
+        self._left: Counter[int] = Counter()
+        self._change = threading.Condition()
+        self._error: BaseException | None = None
+        self._is_reported = False
+        self._submitted: set[nn.Parameter] = set()
+        self._include(units)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        parameters: Iterable[nn.Parameter] | None = None,
+        *,
+        scale: float | torch.Tensor | None = None,
+        found_inf: torch.Tensor | bool = False,
+        ready: torch.cuda.Event | None = None,
+    ) -> None:
+        """Begin to update parameters whose gradients are final, and return.
+
+        The optimizer's settings (learning rates, ...) are those of this moment. Gradients stay as they are, and parameters are
+        not used, until `wait`; gradients may be taken off the parameters.
+
+        Args:
+            parameters: of the optimizer, each once a step; those without a gradient are left alone. None: all of the optimizer.
+            scale: gradients are multiplied by it in their own place, for clipping or a loss scale; a number or a scalar.
+            found_inf: whether to leave everything as it is; a scalar on a GPU is not waited for here.
+            ready: an event after which the gradients are there; None: all that was put on the caller's stream so far.
+
+        Raises:
+            UnsupportedError: a gradient is sparse, or a setting does not go with this.
+            MeshboltError: an earlier update has failed; or that failure itself, if nobody has seen it yet.
+        """
+        self._raise_failure()
+        gradients = self._gradients(self._all() if parameters is None else parameters)
+        if not gradients:
+            return
+        on_gpu = self._device.type == "cuda"
+        if on_gpu and scale is not None:
+            factor = scale.to(self._device) if isinstance(scale, torch.Tensor) else scale
+            torch._foreach_mul_([gradient for gradient, _ in gradients.values()], factor)
+            scale = None
+        if on_gpu and ready is None:
+            ready = torch.cuda.Event()
+            ready.record(torch.cuda.current_stream(self._device))
+        job = _Job(
+            gradients=gradients,
+            settings=self._book.settings(),
+            scale=None if scale is None else float(scale),
+            found_inf=found_inf,
+            ready=ready,
+        )
+        with self._change:
+            for number in gradients:
+                self._left[number] += self.layout.pieces_of(number)
+        self._jobs.append(job)
+        self._futures.append(self._line.submit(self._work_off))
+
+    @property
+    def has_submitted(self) -> bool:
+        """Whether the update of some parameters has begun before the step."""
+        return bool(self._submitted)
+
+    def wait(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Wait for updates; afterwards parameters may be used on the caller's stream.
+
+        Args:
+            parameters: that are needed; None: all that were submitted.
+
+        Raises:
+            BaseException: what an update raised; the next time, a MeshboltError.
+        """
+        start = time.perf_counter()
+        if parameters is None:
+            for future in self._futures:
+                future.result()
+            self._futures.clear()
+        else:
+            numbers = {self._number(parameter) for parameter in parameters}
+            with self._change:
+                self._change.wait_for(lambda: self._error is not None or not any(self._left[n] for n in numbers))
+        self._raise_failure()
+        for transfers in dict.fromkeys(self._transfers.values()):
+            transfers.join()
+        self.counters.waited_seconds += time.perf_counter() - start
+
+    def step(self, closure: Callable[[], Any] | None = None, *, waits: bool = True) -> Any:
+        """Take the optimizer's step: call its hooks, and update what was not submitted since the last step.
+
+        Args:
+            closure: computes gradients, and returns a loss.
+            waits: until all is updated; False: the caller calls `wait` before parameters or state are used.
+
+        Returns:
+            What the closure returned; None without one.
+        """
+
+        def update_instead() -> Any:
+            loss = None if closure is None else closure()
+            self.submit([p for p in self._all() if p not in self._submitted], **self._scaling())
+            if waits:
+                self.wait()
+            hidden.update((p, p.grad) for p in self._all() if p.grad is not None)
+            for parameter in hidden:
+                parameter.grad = None
+            return loss
+
+        hidden: dict[nn.Parameter, torch.Tensor | None] = {}
+        try:
+            # Hooks and schedulers watch the optimizer's own step. It finds no gradients, and does nothing.
+            return self.optimizer.step(update_instead)
+        finally:
+            self._submitted.clear()
+            for parameter, gradient in hidden.items():
+                parameter.grad = gradient
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """Take what somebody has put into the optimizer's state now, which the next update would do; it frees their memory."""
+        self.wait()
+        self._book.take_over(self._book.entries, settings=self._book.settings())
+
+    def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """Return what the optimizer keeps for a parameter: as it shows it, or copied from where it lies; empty before a step.
+
+        Args:
+            parameter: of the optimizer.
+        """
+        self.wait()
+        entry = self._book.entry_of(parameter)
+        if entry is not None:
+            self._book.take_over([entry], settings=self._book.settings())
+        shown = dict(self._book.state.get(parameter) or {})
+        if entry is None or not entry.started or entry.views:
+            return shown
+        return {**shown, **self._book.read(entry, _state_names(entry))}
+
+    @contextmanager
+    def state_in_memory(self) -> Iterator[None]:
+        """Show all of the optimizer's state in its `state`, wherever it lies; what is changed there is written back.
+
+        Where it lies in memory this is so all the time, and nothing is copied.
+        """
+        entries = [entry for entry in self._book.entries if not entry.views]
+        shown: dict[tuple[Entry, str], tuple[torch.Tensor, int]] = {}
+        for entry in entries:
+            for name, value in self.state_of(entry.parameter).items():
+                if name in _state_names(entry) and isinstance(value, torch.Tensor):
+                    self._book.state[entry.parameter][name] = value
+                    shown[entry, name] = value, value._version
+        try:
+            yield
+        finally:
+            for (entry, name), (value, version) in shown.items():
+                state = self._book.state.get(entry.parameter, {})
+                if value._version == version and state.get(name) is value:
+                    del state[name]
+            self.take_over()
+
+    def master_of(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """Return a copy of a parameter as it is updated, with all its bits; None where that is the parameter itself.
+
+        Args:
+            parameter: of the optimizer.
+        """
+        self.wait()
+        entry = self._book.entry_of(parameter)
+        if entry is None or not entry.has_master:
+            return None
+        return self._book.read(entry, [MASTER])[MASTER]
+
+    def load_master(self, parameter: nn.Parameter, values: torch.Tensor) -> None:
+        """Set a parameter, with all the bits it is updated with.
+
+        Args:
+            parameter: of the optimizer.
+            values: of its shape, plain or a DTensor; rounded to the parameter's dtype in the model.
+        """
+        self.wait()
+        entry = self._book.entry_of(parameter)
+        if entry is not None and entry.has_master:
+            self._book.put_master(entry, values)
+        else:
+            with torch.no_grad():
+                local_tensor(parameter).copy_(local_tensor(values))
+
+    def close(self) -> None:
+        """Wait for updates, end the threads and give all memory and files back; the state is lost.
+
+        Raises:
+            BaseException: what an update raised, if nobody has seen it yet.
+        """
+        self._line.close()
+        for transfers in dict.fromkeys(self._transfers.values()):
+            transfers.close()
+        for tier in self._tiers.values():
+            tier.close()
+        if not self._is_reported and self._error is not None:
+            self._raise_failure()
+
+    # Inside -----------------------------------------------------------------------------------------------------------
+
+    def _include(self, units: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        needed = {unit: [p for p in parameters if p.requires_grad] for unit, parameters in units.items()}
+        self._book.include(needed, fraction=self._fraction)
+
+    def _all(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _number(self, parameter: nn.Parameter) -> int:
+        entry = self._book.entry_of(parameter)
+        return -1 if entry is None else entry.number
+
+    def _scaling(self) -> dict[str, Any]:
+        """Return what torch's GradScaler leaves to optimizers with a fused step."""
+        inverse, found_inf = getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
+        return {
+            "scale": None if inverse is None else 1.0 / inverse,
+            "found_inf": False if found_inf is None else found_inf,
+        }
+
+    def _gradients(self, parameters: Iterable[nn.Parameter]) -> dict[int, tuple[torch.Tensor, int]]:
+        own = [p for p in parameters if p.grad is not None and self._book.group_of(p) is not None]
+        unknown = [p for p in own if self._book.entry_of(p) is None]
+        if unknown:
+            self.wait()  # nothing is visited meanwhile
+            self._book.include({"added": unknown}, fraction=self._fraction)
+        found = {}
+        for parameter in own:
+            entry, gradient = self._book.entry_of(parameter), parameter.grad
+            if entry is not None and gradient is not None:
+                found[entry.number] = entry.flat_gradient(gradient), self._book.group_of(parameter) or 0
+        self._submitted.update(own)
+        return found
+
+    def _raise_failure(self) -> None:
+        if self._error is None:
+            return
+        if not self._is_reported:
+            self._is_reported = True
+            raise self._error
+        raise MeshboltError(
+            f"{type(self.optimizer).__name__} was to go on after an update of it had failed, which left some of its parameters "
+            f"updated and others not. Start again from the last checkpoint. The failure was: {self._error!r}"
+        ) from self._error
+
+    def _work_off(self) -> None:
+        """Work off all that was submitted, in the thread of updates."""
+        jobs: list[_Job] = []
+        while self._jobs and self._error is None:
+            jobs.append(self._jobs.popleft())
+        try:
+            skipped = [job for job in jobs if job.is_skipped()]
+            self._forget([number for job in skipped for number in job.gradients])
+            self._update([job for job in jobs if job not in skipped])
+        except BaseException as error:  # another thread is told
+            with self._change:
+                self._error = error
+                self._change.notify_all()
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        """Note that parameters are not updated after all."""
+        with self._change:
+            for number in numbers:
+                self._left[number] -= self.layout.pieces_of(number)
+            self._change.notify_all()
+
+    def _done(self, visit: Visit) -> None:
+        """Note that a chunk is updated."""
+        with self._change:
+            for piece in visit.pieces:
+                self._left[piece.slot] -= 1
+            self._change.notify_all()
+
+    @torch.no_grad()
+    def _update(self, jobs: Sequence[_Job]) -> None:
+        rounds: list[dict[int, Visit]] = [{}]
+        updated: list[Entry] = []
+        for job in jobs:
+            self._require_columns(job)
+            live = self._book.begin(job.gradients, job.settings)
+            updated += [each.entry for each in live.values()]
+            visits = [self._visit(chunk, job, live) for chunk in self.layout.chunks_of(list(live))]
+            if any(visit.chunk.number in rounds[-1] for visit in visits):
+                rounds.append({})  # a chunk that has parameters of two jobs is passed through twice
+            rounds[-1].update((visit.chunk.number, visit) for visit in visits)
+        for visits_by_chunk in rounds:
+            for stays in (True, False):
+                own = {number: visit for number, visit in visits_by_chunk.items() if visit.chunk.stays is stays}
+                if own:
+                    self._pass(own, stays=stays)
+        self._book.end(updated)
+
+    def _pass(self, visits: Mapping[int, Visit], *, stays: bool) -> None:
+        then = self._orders[stays].after([visit.chunk for visit in visits.values()])
+        way = Pass(
+            visits,
+            rule=self._rule,
+            line=self._line,
+            transfers=self._transfers[stays],
+            done=self._done,
+            then=then,
+        )
+        way.run(self._tiers[stays], self.counters)
+
+    @staticmethod
+    def _visit(chunk: StateChunk, job: _Job, live: Mapping[int, Any]) -> Visit:
+        pieces: list[Piece] = [piece for piece in chunk.pieces if piece.slot in live]
+        return Visit(chunk=chunk, live=live, pieces=pieces, settings=job.settings, scale=job.scale, ready=job.ready)
+
+    def _require_columns(self, job: _Job) -> None:
+        needed = {number: set(self._rule.columns(settings)) for number, settings in job.settings.items()}
+        for number, (_, group) in job.gradients.items():
+            missing = needed[group] - set(self.layout.slots[number].columns)
+            if missing:
+                raise ConfigError(
+                    f"A group of {type(self.optimizer).__name__} needs {sorted(missing)} for its parameters since its settings "
+                    "were changed, and no room was made for that when training began. Set momentum, amsgrad and the like before."
+                )
+
+
+def _state_names(entry: Entry) -> list[str]:
+    return [name for name in entry.slot.columns if name != MASTER]
+
+
+def _device_of(units: Mapping[str, Sequence[nn.Parameter]]) -> torch.device:
+    devices = {local_tensor(p).device for parameters in units.values() for p in parameters}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"An optimizer whose state leaves the model has parameters on {sorted(map(str, devices))}; give it those "
+            "of one device."
+        )
+    return devices.pop() if devices else torch.device("cpu")

@@ -1,0 +1,125 @@
+"""One way through the chunks that are to be updated, and what it has done."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from meshbolt.offload.layout import StateChunk
+from meshbolt.offload.line import UpdateLine
+from meshbolt.offload.rules import Rule
+from meshbolt.offload.tiers import Columns, Tier
+from meshbolt.offload.transfers import Transfers, Visit
+from meshbolt.offload.update import ChunkUpdate
+
+AHEAD = 2
+"""How many chunks have their gradients copied to the host before they are updated."""
+
+
+@dataclass
+class Counters:
+    """What updates have done so far.
+
+    Attributes:
+        updated_bytes: of columns that were passed through.
+        update_seconds: that threads of the host were busy with updates.
+        waited_seconds: that the caller had to wait for updates: what nothing hid.
+    """
+
+    updated_bytes: int = 0
+    update_seconds: float = 0.0
+    waited_seconds: float = 0.0
+
+
+class Pass:
+    """One way through chunks of one tier, with gradients of the next ones on their way."""
+
+    def __init__(
+        self,
+        visits: Mapping[int, Visit],
+        *,
+        rule: Rule,
+        line: UpdateLine,
+        transfers: Transfers,
+        done: Callable[[Visit], None],
+        then: Sequence[StateChunk],
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            visits: of the chunks, by their number, in the order they are to be updated in.
+            rule: the optimizer's.
+            line: whose threads share the work on the host.
+            transfers: between the model and the tier.
+            done: is called with each visit when its parameters are on their way back.
+            then: what the next pass over the tier probably begins with.
+        """
+        self._visits, self._rule, self._line = visits, rule, line
+        self._transfers, self._done, self._then = transfers, done, then
+        self._to_begin = deque(visits.values())
+        self._begun: set[int] = set()
+
+    def run(self, tier: Tier, counters: Counters) -> None:
+        """Update all chunks.
+
+        Args:
+            tier: where they lie.
+            counters: what is done is added to them.
+        """
+        self._tier, self._counters = tier, counters
+        tier.visit([visit.chunk for visit in self._visits.values()], self._update, then=self._then)
+
+    def _update(self, chunk: StateChunk, columns: Columns) -> None:
+        visit = self._visits[chunk.number]
+        self._begin(visit)
+        while self._to_begin and len(self._begun) < 1 + AHEAD:
+            self._begin(self._to_begin.popleft())
+        gradients = self._transfers.gradients(visit)
+        start = time.perf_counter()
+        on_host = not columns or next(iter(columns.values())).device.type == "cpu"
+        with self._transfers.computing():
+            ChunkUpdate(
+                visit=visit,
+                columns=columns,
+                gradients=gradients,
+                rule=self._rule,
+                writes_shards=self._transfers.writes_shards,
+            ).run(self._line if on_host else None)
+        self._counters.update_seconds += time.perf_counter() - start
+        self._counters.updated_bytes += chunk.column_bytes * len(chunk.columns)
+        self._transfers.end(visit, columns, resident=self._tier.resident)
+        self._begun.discard(chunk.number)
+        self._done(visit)
+
+    def _begin(self, visit: Visit) -> None:
+        if visit.chunk.number not in self._begun:
+            self._begun.add(visit.chunk.number)
+            self._transfers.begin(visit)
+
+
+class Order:
+    """Remembers which chunk followed which, to tell what comes next: steps are alike."""
+
+    def __init__(self) -> None:
+        self._next: dict[int, StateChunk] = {}
+        self._last: int | None = None
+
+    def after(self, chunks: Sequence[StateChunk], *, count: int = AHEAD) -> list[StateChunk]:
+        """Note what is updated now; return what followed it the last time.
+
+        Args:
+            chunks: of one tier, in their order.
+            count: of those that are returned, at most.
+        """
+        for chunk in chunks:
+            if self._last is not None:
+                self._next[self._last] = chunk
+            self._last = chunk.number
+        found: list[StateChunk] = []
+        while len(found) < count and (following := self._next.get((found or chunks)[-1].number)) is not None:
+            if following in found:
+                break
+            found.append(following)
+        return found

@@ -1,0 +1,222 @@
+"""Where the state of an optimizer lies: in host memory, on the device, or in a file. `Tier` is what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from meshbolt.compat import pin_host_memory, unpin_host_memory
+from meshbolt.offload.buffers import aligned_empty
+from meshbolt.offload.files import StateFile
+from meshbolt.offload.layout import Layout, Section, StateChunk
+from meshbolt.offload.stream import BUFFERS, Chunk, ChunkStream
+
+Columns = Mapping[str, torch.Tensor]
+Work = Callable[[StateChunk, Columns], None]
+
+
+class Tier(Protocol):
+    """A place for columns, which are zero at first. One thread uses it at a time.
+
+    Attributes:
+        resident: columns are in memory all the time, at the same place.
+    """
+
+    resident: bool
+
+    def add(self, sections: Sequence[Section]) -> None:
+        """Make room for sections.
+
+        Args:
+            sections: new ones.
+        """
+
+    def whole(self, section: Section) -> Columns | None:
+        """Return the columns of a whole section, which stay where they are; None where they are in memory only for a visit.
+
+        Args:
+            section: one that was added.
+        """
+
+    def visit(
+        self,
+        chunks: Sequence[StateChunk],
+        work: Work,
+        *,
+        writes: bool = True,
+        then: Sequence[StateChunk] = (),
+    ) -> None:
+        """Call a function with each chunk and its columns in memory, one after the other.
+
+        Args:
+            chunks: of sections that were added; each only once.
+            work: takes a chunk and its columns, tensors of the chunk's elements, which it may change.
+            writes: False: it changes nothing.
+            then: what the next visit probably begins with.
+        """
+
+    def close(self) -> None:
+        """Give everything back; nothing is in use any more."""
+
+
+class MemoryTier:
+    """Memory of the host or of a device."""
+
+    resident = True
+
+    def __init__(self, device: torch.device | str = "cpu", *, pin: bool = False) -> None:
+        """Choose the memory.
+
+        Args:
+            device: whose memory.
+            pin: lock host memory in place, for a GPU to read and write by itself.
+        """
+        self._device, self._pin = torch.device(device), pin
+        self._columns: dict[int, dict[str, torch.Tensor]] = {}
+        self._pinned: list[torch.Tensor] = []
+        self.pins = pin
+        """Whether the memory is locked as asked: False once the system refused to lock some."""
+
+    def add(self, sections: Sequence[Section]) -> None:
+        """Allocate the sections, each column in one run, all in one piece of memory."""
+        total = sum(section.num_bytes for section in sections)
+        if not total:
+            self._columns.update((section.number, {}) for section in sections)
+            return
+        memory = self.allocate(total)
+        start = 0
+        for section in sections:
+            self._columns[section.number] = {}
+            for name in section.columns:
+                stop = start + section.elements * section.dtype.itemsize
+                self._columns[section.number][name] = memory[start:stop].view(section.dtype)
+                start = stop
+
+    def whole(self, section: Section) -> Columns:
+        """Return the columns of a section."""
+        return self._columns[section.number]
+
+    def visit(
+        self,
+        chunks: Sequence[StateChunk],
+        work: Work,
+        *,
+        writes: bool = True,
+        then: Sequence[StateChunk] = (),
+    ) -> None:
+        """Call the function with parts of the memory."""
+        for chunk in chunks:
+            columns = self._columns[chunk.section]
+            work(chunk, {name: column.narrow(0, chunk.first, chunk.elements) for name, column in columns.items()})
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._columns.clear()
+        for memory in self._pinned:
+            unpin_host_memory(memory)
+        self._pinned.clear()
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Return memory of zeros, which is given back by `close`.
+
+        Args:
+            num_bytes: of the result (uint8, one dim), or a little more.
+        """
+        if self._device.type != "cpu":
+            return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        # Huge pages: an update reads and writes several columns at once, and walks through them a third faster than in
+        # small ones.
+        memory = aligned_empty(num_bytes)
+        if self._pin:
+            if pin_host_memory(memory):
+                self._pinned.append(memory)
+            else:
+                self.pins = False
+        return memory
+
+
+class FileTier:
+    """A file, of which a few chunks are in memory at a time."""
+
+    resident = False
+
+    def __init__(self, layout: Layout, make_file: Callable[[int], StateFile], *, buffers: int = BUFFERS) -> None:
+        """Choose the file.
+
+        Args:
+            layout: whose chunks it has: those that do not stay on the device.
+            make_file: makes a file of so many bytes, which this tier closes.
+            buffers: how many chunks are in memory at once.
+        """
+        self._layout, self._make_file, self._buffers = layout, make_file, buffers
+        # With the number of bytes before each file; parameters that are added later have a file of their own.
+        self._files: list[tuple[int, StateFile, ChunkStream]] = []
+
+    @property
+    def files(self) -> list[StateFile]:
+        """The files, for what they have moved."""
+        return [file for _, file, _ in self._files]
+
+    def add(self, sections: Sequence[Section]) -> None:
+        """Make a file for sections, which are the layout's last."""
+        chunks = [chunk for section in sections for chunk in section.chunks if chunk.num_bytes]
+        if not chunks:
+            return
+        start = chunks[0].file_offset
+        file = self._make_file(chunks[-1].file_offset + chunks[-1].num_bytes - start)
+        largest = max(chunk.num_bytes for chunk in chunks)
+        self._files.append((start, file, ChunkStream(file, chunk_bytes=largest, buffers=self._buffers)))
+
+    def whole(self, section: Section) -> None:
+        """Return None: only chunks are ever in memory."""
+        return
+
+    def visit(
+        self,
+        chunks: Sequence[StateChunk],
+        work: Work,
+        *,
+        writes: bool = True,
+        then: Sequence[StateChunk] = (),
+    ) -> None:
+        """Read each chunk, call the function, and write it, while others are read and written.
+
+        What comes then is read already, and the last chunks are written while that is updated.
+        """
+        for chunk in chunks:
+            if not chunk.num_bytes:
+                work(chunk, {})
+        for start, file, stream in self._files:
+            own, later = ([each for each in some if _is_in(each, start, file)] for some in (chunks, then))
+            if own:
+                self._run(stream, own, start, work, writes=writes, then=later)
+
+    def close(self) -> None:
+        """Close the files."""
+        for _, file, _ in self._files:
+            file.close()
+        self._files.clear()
+
+    @staticmethod
+    def _run(
+        stream: ChunkStream,
+        chunks: Sequence[StateChunk],
+        start: int,
+        work: Work,
+        *,
+        writes: bool,
+        then: Sequence[StateChunk],
+    ) -> None:
+        def update(number: int, run: torch.Tensor) -> None:
+            work(chunks[number], chunks[number].columns_in(run))
+
+        places, later = (
+            [Chunk(chunk.file_offset - start, chunk.num_bytes) for chunk in some] for some in (chunks, then)
+        )
+        stream.run(places, update, writes=writes, then=later)
+
+
+def _is_in(chunk: StateChunk, start: int, file: StateFile) -> bool:
+    return chunk.num_bytes > 0 and 0 <= chunk.file_offset - start < file.num_bytes

@@ -1,0 +1,292 @@
+"""How gradients come to where updates run, and parameters go back.
+
+On one device they are used where they are (`SameDevice`). From a GPU to the host (`GpuToHost`) the gradients of a chunk are
+gathered into one run on the GPU, copied to locked memory by one copy, and the updated parameters come back the same way: many
+small copies would cost more than the bytes. Copies run on two streams of their own, made once; gradients of the next chunks are
+on their way while one is updated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from meshbolt.offload.entries import MASTER, Entry
+from meshbolt.offload.layout import Piece, StateChunk
+from meshbolt.offload.rules import Settings
+from meshbolt.offload.tiers import Columns, MemoryTier
+
+Gradients = Callable[[Piece, slice], torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """A parameter that is updated in this step.
+
+    Attributes:
+        entry: the parameter.
+        shard: this rank's part of it, one dim, in the order of its memory.
+        gradient: likewise.
+        group: number of its settings.
+        is_first: its columns hold no values of an earlier step.
+        count: of steps, this one included, on the CPU; None where the optimizer's rule has no need of it.
+    """
+
+    entry: Entry
+    shard: torch.Tensor
+    gradient: torch.Tensor
+    group: int
+    is_first: bool
+    count: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A chunk that is to be updated.
+
+    Attributes:
+        chunk: it.
+        live: the parameters in it that are updated, by number in the layout.
+        pieces: of those parameters in the chunk.
+        settings: of the optimizer's groups, by number.
+        scale: gradients are multiplied by it in their own place; None: they are as they should be.
+        ready: gradients are there when this event has passed; None: they are there.
+    """
+
+    chunk: StateChunk
+    live: Mapping[int, Live]
+    pieces: Sequence[Piece]
+    settings: Mapping[int, Settings]
+    scale: float | None
+    ready: torch.cuda.Event | None
+
+
+class Transfers(Protocol):
+    """What an update calls around a chunk, always in one thread."""
+
+    writes_shards: bool
+    """Whether the update itself writes the model's parameters."""
+
+    def begin(self, visit: Visit) -> None:
+        """Start to bring the gradients of a chunk.
+
+        Args:
+            visit: one that `gradients` and `end` are called for later.
+        """
+
+    def gradients(self, visit: Visit) -> Gradients:
+        """Wait for the gradients of a chunk, and return a function that finds them.
+
+        Args:
+            visit: one that was begun.
+
+        Returns:
+            Takes a piece and a slice of its parameter, one dim, and returns the gradient there, until `end`.
+        """
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Return a context for the update, which puts it on the right stream."""
+
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
+        """Bring updated parameters back.
+
+        Args:
+            visit: the chunk.
+            columns: of the chunk.
+            resident: they stay as they are until the chunk is updated again.
+        """
+
+    def join(self) -> None:
+        """Let the caller's stream wait for parameters that are on their way back."""
+
+    def apart(self) -> AbstractContextManager[Any]:
+        """Return a context for work on columns outside of an update: before it all updates have ended with them."""
+
+    def close(self) -> None:
+        """Give memory back; nothing is under way."""
+
+
+class SameDevice:
+    """Gradients and parameters are used where they are; on a GPU, on a stream beside the caller's."""
+
+    writes_shards = True
+
+    def __init__(self, device: torch.device) -> None:
+        """Choose the device.
+
+        Args:
+            device: of gradients, parameters and columns.
+        """
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(self, visit: Visit) -> None:
+        """Do nothing: gradients are there."""
+
+    def gradients(self, visit: Visit) -> Gradients:
+        """Return a function that finds gradients in those that were given."""
+        if self._stream is not None and visit.ready is not None:
+            self._stream.wait_event(visit.ready)
+        return lambda piece, part: visit.live[piece.slot].gradient[part]
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Run what is inside on the stream."""
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
+        """Keep gradients until they are used."""
+        if self._stream is not None:
+            for live in visit.live.values():
+                live.gradient.record_stream(self._stream)
+
+    def join(self) -> None:
+        """Let the caller's stream wait for the updates."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Work on the stream of updates, between what the caller's stream does before and after."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with self.computing():
+            yield
+        self.join()
+
+    def close(self) -> None:
+        """Do nothing: there is no memory."""
+
+
+class _Incoming:
+    """Locked memory for the gradients of one chunk, and the event after which they are there."""
+
+    def __init__(self) -> None:
+        self.memory = MemoryRun()
+        self.arrived = torch.cuda.Event()
+        self.run = torch.empty(0)
+
+
+class MemoryRun:
+    """Locked host memory that grows to what is asked."""
+
+    def __init__(self) -> None:
+        self._tier: MemoryTier | None = None
+        self._run = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """Return so many bytes; what was taken before is lost.
+
+        Args:
+            num_bytes: uint8, one dim.
+        """
+        if self._run.numel() < num_bytes:
+            self.close()
+            self._tier = MemoryTier(pin=True)
+            self._run = self._tier.allocate(num_bytes)
+        return self._run[:num_bytes]
+
+    def close(self) -> None:
+        """Give the memory back."""
+        if self._tier is not None:
+            self._tier.close()
+        self._tier, self._run = None, torch.empty(0, dtype=torch.uint8)
+
+
+class GpuToHost:
+    """Gradients come to locked host memory, parameters go back to the GPU from the master copy."""
+
+    writes_shards = False
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the streams.
+
+        Args:
+            device: the GPU.
+        """
+        self._device = device
+        self._down, self._up = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._free: list[_Incoming] = []
+        self._coming: dict[int, _Incoming] = {}
+        # On the GPU, one run each way: the copies of a stream take turns.
+        self._stages: dict[str, torch.Tensor] = {}
+        self._sent = torch.cuda.Event()
+        self.to_host_bytes = self.to_device_bytes = 0
+
+    def begin(self, visit: Visit) -> None:
+        """Start the copy of the gradients to the host."""
+        incoming = self._coming[visit.chunk.number] = self._free.pop() if self._free else _Incoming()
+        pieces = visit.pieces
+        dtypes = {visit.live[piece.slot].gradient.dtype for piece in pieces}
+        wire = dtypes.pop() if len(dtypes) == 1 else visit.chunk.dtype
+        if visit.ready is not None:
+            self._down.wait_event(visit.ready)
+        first, last = _reach(pieces)
+        incoming.run = incoming.memory.take(visit.chunk.elements * wire.itemsize).view(wire)
+        with torch.cuda.stream(self._down):
+            stage = self._stage("down", visit.chunk.elements, wire)
+            gradients = [visit.live[piece.slot].gradient[piece.start : piece.stop] for piece in pieces]
+            torch._foreach_copy_([stage[piece.span(piece.start, piece.stop)] for piece in pieces], gradients)
+            incoming.run[first:last].copy_(stage[first:last], non_blocking=True)
+            incoming.arrived.record()
+        self.to_host_bytes += (last - first) * wire.itemsize
+
+    def gradients(self, visit: Visit) -> Gradients:
+        """Wait for the copy, and return a function that finds gradients in it."""
+        incoming = self._coming[visit.chunk.number]
+        incoming.arrived.synchronize()
+        run = incoming.run
+        return lambda piece, part: run[piece.span(part.start, part.stop)]
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Run what is inside as it is: it computes on the host."""
+        return contextlib.nullcontext()
+
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
+        """Start the copy of the parameters to the GPU, which casts them there."""
+        self._free.append(self._coming.pop(visit.chunk.number))
+        pieces = visit.pieces
+        first, last = _reach(pieces)
+        master = columns[MASTER]
+        with torch.cuda.stream(self._up):
+            stage = self._stage("up", visit.chunk.elements, visit.chunk.dtype)
+            stage[first:last].copy_(master[first:last], non_blocking=True)
+            shards = [visit.live[piece.slot].shard[piece.start : piece.stop] for piece in pieces]
+            torch._foreach_copy_(shards, [stage[piece.span(piece.start, piece.stop)] for piece in pieces])
+            self._sent.record()
+        self.to_device_bytes += (last - first) * visit.chunk.dtype.itemsize
+        if not resident:
+            self._sent.synchronize()  # the columns' memory is another chunk's next
+
+    def join(self) -> None:
+        """Let the caller's stream wait for the parameters."""
+        torch.cuda.current_stream(self._device).wait_stream(self._up)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Wait until nothing is read from the columns."""
+        self._up.synchronize()
+        yield
+
+    def close(self) -> None:
+        """Give the locked memory back."""
+        self._down.synchronize()
+        self._up.synchronize()
+        for incoming in (*self._free, *self._coming.values()):
+            incoming.memory.close()
+
+    def _stage(self, way: str, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = elements * dtype.itemsize
+        run = self._stages.get(way)
+        if run is None or run.numel() < num_bytes:
+            # Allocated on the stream that uses it, which orders its end before the next one's beginning.
+            run = self._stages[way] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return run[:num_bytes].view(dtype)
+
+
+def _reach(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Return where the first piece begins and the last one ends, in a column of their chunk."""
+    return pieces[0].offset, pieces[-1].offset + pieces[-1].stop - pieces[-1].start
