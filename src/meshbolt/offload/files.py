@@ -76,6 +76,8 @@ class StateFile:
         self._workers = Workers(threads, f"meshbolt: {name}")
         # No transfer is under way when a file that nobody closed is forgotten, for each holds it.
         self._close_fd = weakref.finalize(self, os.close, self._scratch.fd)
+        # At the end of the process one may be, and would go on with a number that is soon another file's.
+        self._close_fd.atexit = False
         _say_what_it_lies_on(self._scratch, say)
 
     @property
