@@ -12,6 +12,7 @@ from meshbolt import errors
         (errors.TopologyError, ValueError),
         (errors.UnsupportedError, NotImplementedError),
         (errors.CheckpointError, RuntimeError),
+        (errors.RankError, RuntimeError),
         (errors.StorageError, OSError),
         (errors.MissingPackageError, ImportError),
     ],

@@ -52,6 +52,14 @@ class Held(FakeTensor):
         """Refuse."""
         raise _refusal(self.origin, "tolist() asks for its values")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return another one, as of an average of weights that is kept beside them."""
+        if id(self) not in memo:
+            made = self.detach().clone()
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(made, self.requires_grad) if is_parameter else made
+        return memo[id(self)]  # type: ignore[no-any-return]
+
     def __reduce_ex__(self, _protocol: Any) -> Any:
         """Refuse to be saved or sent."""
         raise HeldElsewhereError(

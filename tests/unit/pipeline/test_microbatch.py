@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshbolt.errors import ConfigError
-from meshbolt.pipeline import split_batch
+from meshbolt.pipeline import batch_size, part_sizes, split_batch
 
 Pair = namedtuple("Pair", ["x", "y"])
 X = torch.arange(14).view(7, 2)
@@ -62,3 +62,29 @@ def test_too_few_samples_are_refused() -> None:
 def test_a_batch_without_samples_is_refused(batch: Any) -> None:
     with pytest.raises(ConfigError, match="holds no tensor with a dim for its samples"):
         split_batch(batch, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        ({"weights": torch.ones(3), "x": X, "y": torch.zeros(7)}, 7),
+        ({"temperature": torch.ones(1), "x": X}, 7),
+        ({"weights": torch.ones(3), "x": X}, 7),
+        ({"bank": torch.ones(3), "x": torch.zeros(7)}, 3),
+        ({"x": X, "bank": torch.ones(100, 2)}, 7),
+        ((torch.tensor(0.5), torch.ones(1), [X, torch.zeros(7)]), 7),
+        ((torch.zeros(7, 3, 4, 4), [{"boxes": torch.zeros(2, 4), "labels": torch.zeros(2)}] * 7), 7),
+        ({"x": X, "mask": torch.ones(3, 3), "prior": torch.ones(3), "y": torch.zeros(7)}, 7),
+    ],
+    ids=["class weights", "a number", "most dims", "first", "a bank", "nested", "targets", "as many"],
+)
+def test_samples_are_counted_by_what_most_tensors_share(batch: Any, samples: int) -> None:
+    assert batch_size(batch) == samples
+
+
+def test_what_comes_before_the_samples_is_not_divided() -> None:
+    weights = torch.ones(3)
+    parts = split_batch({"weights": weights, "x": X, "y": X[:, 0]}, 3)
+    assert all(part["weights"] is weights for part in parts)
+    # A part may have as many samples as there are weights: its size does not come from its tensors.
+    assert [len(part["x"]) for part in parts] == part_sizes(7, 3) == [3, 2, 2]
