@@ -23,8 +23,9 @@ _CLIPPED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
 OTHERWISE = frozenset({"noise", "gemma", "gemma2"})
 # A mean over tokens is that of the batch where every microbatch has as many, so that none is left out of the loss.
 OF_ALL_TOKENS = frozenset({"bert"})
-# Without repeated blocks, places to cut have to be named, and none is recomputed.
-NAMED = frozenset({"unet", "recurrent", "resnet", "resnet_inside_a_block", "sequential"})
+# Without repeated blocks, none is recomputed.
+WITHOUT_BLOCKS = frozenset({"unet", "recurrent", "sequential"})
+OF_THREE_MODULES = frozenset({"recurrent"})  # which are no four stages
 
 
 class Steady(Task):
@@ -164,5 +165,6 @@ def pipeline_rows() -> tuple[PipelineRow, ...]:
         if cut.tolerance == 1e-12 and model not in OTHERWISE
         for setting, how in SETTINGS.items()
         if how.models is None or model in how.models
-        if model not in NAMED or (how.pipeline.get("cuts") != "auto" and "recompute" not in how.arguments)
+        if model not in WITHOUT_BLOCKS or "recompute" not in how.arguments
+        if model not in OF_THREE_MODULES or how.pipeline.get("cuts") != "auto" or "schedule" not in how.pipeline
     )

@@ -118,8 +118,9 @@ def compose(
         division = Division(tensor, mesh=mesh[MeshAxis.TP.value])
         division.watch(module, compiled=units.blocks.values() if plan.settings.compile else ())
     blocks = list(units.blocks.values())
-    recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
-    compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
+    if blocks or not planned[0].blocks:  # of the model's blocks, a stage may have none
+        recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
+        compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
     composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device, stages=stages)
     return dataclasses.replace(composition, tensor=tensor, tensor_axis=division.axis if division else None)
 

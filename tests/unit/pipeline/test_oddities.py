@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshbolt.pipeline import emulate
+from meshbolt.blocks import find_blocks
+from meshbolt.pipeline import Calls, emulate
 
 Forward = Callable[["Net", Tensor], Tensor]
 
@@ -192,3 +193,12 @@ def test_a_parameter_of_several_names_that_is_not_used_has_one_stage(cuts: tuple
     assert plan.stages_of["layers.0.spare"] == plan.stages_of["layers.3.spare"] == (0,)
     assert "layers.3.spare" not in plan.tied()
     assert shared.grad is None
+
+
+def test_blocks_beside_one_that_holds_a_cut_stay_blocks() -> None:
+    net = Net(through)
+    before = list(find_blocks(net))
+    calls = Calls(net, ["layers.1.1"])
+    assert list(find_blocks(net)) == before
+    assert calls.around == {"layers.1"}
+    calls.remove()
