@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -376,9 +377,9 @@ CONTENDERS: dict[str, Callable[[Job], Timing]] = {
     "tp_sequence": tp_sequence,
     "pp_loop": pp_loop,
     "pp": pp,
-    "pp_interleaved": lambda job: pp(job, schedule="interleaved_1f1b"),
-    "pp_zbv": lambda job: pp(job, schedule="zbv"),
-    "pp_zbv_whole": lambda job: pp(job, schedule="zbv", split_backward=False),
+    "pp_interleaved": functools.partial(pp, schedule="interleaved_1f1b"),
+    "pp_zbv": functools.partial(pp, schedule="zbv"),
+    "pp_zbv_whole": functools.partial(pp, schedule="zbv", split_backward=False),
     **{f"deepspeed{stage}": (lambda job, stage=stage: deepspeed(job, stage=stage)) for stage in (1, 2, 3)},
     **{f"zero{stage}": (lambda job, stage=stage: meshbolt(job, stage=stage)) for stage in (0, 1, 2, 3)},
 }

@@ -22,6 +22,7 @@ from meshbolt.errors import (
     TopologyError,
     UnsupportedError,
 )
+from meshbolt.offload.setting import Offload
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.strategies import FabricMeshStrategy as _FabricMeshStrategy
 from meshbolt.strategies import MeshStrategy, load_from_checkpoint
@@ -37,6 +38,7 @@ __all__ = [
     "MeshStrategy",
     "MeshboltError",
     "MissingPackageError",
+    "Offload",
     "PipelineParallel",
     "Recompute",
     "TensorParallel",

@@ -205,7 +205,7 @@ def dropped_inside_a_window(replicate: int) -> None:
             module, reference = pair(dtype=stored)
             engine = engine_of(module, stage, replicate=replicate, precision=precision)
             optimizer = sgd(module)
-            engine.check_optimizer(optimizer)
+            engine.add_optimizer(optimizer)
             backward(engine, 0, window=2, dtype=dtype)
             optimizer.zero_grad()  # the first batch does not count any more
             backward(engine, 1, dtype=dtype)
@@ -387,7 +387,7 @@ def goes_on_after(where: str) -> None:
             module, reference = pair(Stopping)
             engine = engine_of(module, stage, environment=environment)
             ours = sgd(module)
-            engine.check_optimizer(ours)
+            engine.add_optimizer(ours)
             trained(engine, ours, steps=2, window=2)
             backward(engine, 4, window=2)
             module.where = where

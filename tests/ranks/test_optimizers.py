@@ -46,7 +46,7 @@ def trains_as_whole(make: Callable[[Iterable[nn.Parameter]], Optimizer], stage: 
     module, reference = pair()
     engine = engine_of(module, stage)
     ours, theirs = make(module.parameters()), make(reference.parameters())
-    engine.check_optimizer(ours)
+    engine.add_optimizer(ours)
     trained(engine, ours)
     reference_trained(reference, theirs)
     label = type(ours).__name__, {k: v for k, v in ours.param_groups[0].items() if k != "params"}, stage
@@ -145,7 +145,7 @@ def refused(kind: type[Optimizer]) -> None:
     module = made()
     engine = engine_of(module, 2)
     matrices = [parameter for parameter in module.parameters() if parameter.dim() == 2]
-    engine.check_optimizer(kind(matrices))
+    engine.add_optimizer(kind(matrices))
 
 
 def test_every_refused_class_is_one_of_torch() -> None:
@@ -155,7 +155,7 @@ def test_every_refused_class_is_one_of_torch() -> None:
 def made_before_sharding() -> None:
     module = made()
     optimizer = torch.optim.AdamW(module.parameters())
-    engine_of(module, 1).check_optimizer(optimizer)
+    engine_of(module, 1).add_optimizer(optimizer)
 
 
 def test_an_optimizer_of_parameters_from_before_sharding_is_refused() -> None:

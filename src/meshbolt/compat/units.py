@@ -193,6 +193,20 @@ def on_gradient(unit: FSDPModule, seen: Callable[[nn.Parameter], None]) -> None:
             whole.requires_grad_(wanted)
 
 
+def on_reduced_gradient(unit: FSDPModule, seen: Callable[[torch.Tensor], None]) -> None:
+    """Call a function with a sharded parameter when its gradient has been reduced, on the stream that reduces.
+
+    Args:
+        unit: sharded.
+        seen: called in backward, on every rank for itself.
+    """
+    for shard in managed_parameters(unit):
+        wanted = shard.requires_grad
+        shard.requires_grad_(True)  # only then torch takes a hook; it may be trained later
+        shard.register_post_accumulate_grad_hook(seen)
+        shard.requires_grad_(wanted)
+
+
 def _tell(seen: Callable[[nn.Parameter], None], fsdp_param: Any, _: torch.Tensor) -> None:
     seen(fsdp_param.sharded_param)
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
-from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.errors import ConfigError
+from meshbolt.offload.setting import Offload
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
@@ -18,7 +19,13 @@ from meshbolt.zero import Zero
 T = TypeVar("T")
 
 PLAIN_FIELDS: Mapping[str, str] = MappingProxyType(
-    {"zero": "stage", "tensor_parallel": "size", "pipeline_parallel": "size", "recompute": "mode"}
+    {
+        "zero": "stage",
+        "tensor_parallel": "size",
+        "pipeline_parallel": "size",
+        "offload": "optimizer",
+        "recompute": "mode",
+    }
 )
 """Settings that may be given as a plain value, and the field that it stands for."""
 
@@ -31,6 +38,7 @@ class Settings:
         zero: sharding over the data-parallel ranks.
         tensor_parallel: layers divided among ranks.
         pipeline_parallel: the model cut into stages, which are distributed among ranks.
+        offload: what lies in host memory or on a disk.
         recompute: activations computed again in backward.
         compile: compile each repeated block.
         checkpoint: how checkpoints are written and read.
@@ -39,6 +47,7 @@ class Settings:
     zero: Zero = field(default_factory=Zero)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     pipeline_parallel: PipelineParallel = field(default_factory=PipelineParallel)
+    offload: Offload = field(default_factory=Offload)
     recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -50,7 +59,7 @@ class Settings:
         zero: int | Zero,
         tensor_parallel: int | str | TensorParallel,
         pipeline_parallel: int | PipelineParallel,
-        offload: str | None,
+        offload: str | Offload | None,
         recompute: str | Recompute,
         compile: bool,
         checkpoint: Checkpoint | None,
@@ -61,13 +70,13 @@ class Settings:
             ConfigError: a value is wrong by itself.
             UnsupportedError: a value asks for what this version does not have.
         """
-        _refuse_unless(offload is None, f"offload={offload!r}", "offload=None")
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
         return cls(
             zero=_setting("zero", zero, Zero),
             tensor_parallel=_setting("tensor_parallel", tensor_parallel, TensorParallel),
             pipeline_parallel=_setting("pipeline_parallel", pipeline_parallel, PipelineParallel),
+            offload=_setting("offload", offload, Offload),
             recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
             checkpoint=Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint),
@@ -107,10 +116,3 @@ def _plain(name: str, value: Any, default: Any) -> Any:
     if any(given[key] != usual[key] for key in given if key != field):
         return value
     return getattr(value, field)
-
-
-def _refuse_unless(is_default: bool, asked: str, remedy: str) -> None:
-    if not is_default:
-        raise UnsupportedError(
-            f"{asked} is not available in this version of meshbolt. Use {remedy} with zero=0, 1, 2 or 3."
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +31,7 @@ from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
 from meshbolt.engine.load import follow_state_dicts
 from meshbolt.engine.misuse import explained, used_outside_of_its_unit
+from meshbolt.engine.offloaded import OffloadedSteps
 from meshbolt.engine.stages import Stages
 from meshbolt.engine.window import Window
 from meshbolt.mesh import data_parallel_group
@@ -103,6 +104,11 @@ class Engine:
             root=composed.root,
             whole=composed.whole,
             frees_after_forward=plan.stage.reshards_after_forward,
+        )
+        self._offloaded = OffloadedSteps(
+            plan.settings.offload,
+            {"the root": composed.root, **composed.units},
+            others=self._replicated.parameters,
         )
         follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
@@ -197,6 +203,7 @@ class Engine:
             self._gather_unused()
         self._window.before_backward(last=self._is_last_batch)
         self._derivatives.before_backward(reduces=self._is_last_batch or self.plan.stage.reduces_every_batch)
+        self._offloaded.before_backward(reduces=self._is_last_batch)
         if self._fast is not None:
             self._fast.before_backward()
         return loss
@@ -225,6 +232,7 @@ class Engine:
         try:
             yield loss
         except Exception as error:
+            self._offloaded.after_error(error)
             self._recover()
             self._explain(error)
             raise
@@ -234,6 +242,7 @@ class Engine:
 
     def settle(self) -> None:
         """Free everything that is gathered, so that parameters are shards: before a step, a clip, a save, an edit."""
+        self._offloaded.wait()
         self._edits.keep(self._all_units)
         self._free()
 
@@ -302,9 +311,34 @@ class Engine:
         self._window.refuse_inside(chosen, what="measured")
         return global_norm(chosen, norm_type=norm_type)
 
-    def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Refuse an optimizer that cannot train this module; see `optimizers.check_optimizer`."""
+    def take_optimizers(self, chosen: Iterable[Optimizer]) -> None:
+        """Take the optimizers of a run in place of earlier ones, and refuse those that cannot train this module.
+
+        Args:
+            chosen: made on the sharded parameters.
+
+        Raises:
+            UnsupportedError: see `optimizers.check_optimizer`, and `OffloadedSteps.add` where state is offloaded.
+            StorageError: likewise.
+        """
+        self._offloaded.close()
+        for optimizer in chosen:
+            self.add_optimizer(optimizer)
+
+    def add_optimizer(self, optimizer: Optimizer) -> None:
+        """Take one more optimizer; see `take_optimizers`."""
         optimizers.check_optimizer(optimizer, sharded=self.parameters_by_name.values())
+        if self.plan.settings.offload.is_used:
+            self._offloaded.add(optimizer)
+        optimizer.register_step_pre_hook(lambda *_: self.settle())
+
+    def shown_state(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Show in `optimizer.state` all that is kept for the parameters here, wherever it lies; changes are kept."""
+        return self._offloaded.shown(optimizer)
+
+    def overlap_updates(self, *, early: bool, late: bool) -> None:
+        """Let updates of an offloaded optimizer run beside other work; see `OffloadedSteps.overlap`."""
+        self._offloaded.overlap(early=early, late=late)
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Take an optimizer step on the shards.
@@ -319,7 +353,8 @@ class Engine:
         self._refuse_strays()
         with self.settled():
             stepped = {p for p in parameters if p.grad is not None}
-            result = optimizers.step(optimizer, **kwargs)
+            taken = self._offloaded if optimizer in self._offloaded else optimizers
+            result = taken.step(optimizer, **kwargs)
             # A closure may have made gradients, and a step may have dropped them.
             self._derivatives.release_changed(stepped | {p for p in parameters if p.grad is not None})
         return result
@@ -356,6 +391,7 @@ class Engine:
         """Allocate gathered parameters as ordinary tensors once, before inference mode would make them inference tensors."""
         if self._primed or not torch.is_inference_mode_enabled():
             return
+        self._offloaded.wait()
         with torch.inference_mode(False), torch.no_grad():
             for unit in self._all_units:
                 unit.unshard()

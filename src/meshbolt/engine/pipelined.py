@@ -169,6 +169,7 @@ class PipelinedEngine(Engine):
 
     def _begin(self) -> None:
         self._derivatives.release_used()
+        self._offloaded.wait()
         self._prime()
         self.sync_requires_grad()
         self._edits.refuse_other_data()
@@ -296,6 +297,6 @@ class PipelinedEngine(Engine):
         if torch.is_grad_enabled() and not self._inside:
             raise UnsupportedError(
                 "The module was called outside of a step, and under pipeline parallelism no rank has all of it. Call it in "
-                "training_step, validation_step, test_step or predict_step."
+                f"{self.stages.called_in}."
             )
         return super().call(function, *args, **kwargs)

@@ -199,9 +199,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Refuse an optimizer that cannot run on shards."""
-        engine = self._engine_of(optimizer)
-        engine.check_optimizer(optimizer)
-        optimizer.register_step_pre_hook(lambda *_: engine.settle())
+        self._engine_of(optimizer).add_optimizer(optimizer)
         return optimizer
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -392,7 +390,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         for key, target in found.items():
             if isinstance(target, Optimizer):
                 own_dtypes = dtypes.get(self._engine_of(target).module)
-                load_optimizer_state(target, loaded.tree[key], self._names(target), dtypes=own_dtypes)
+                with self._engine_of(target).shown_state(target):
+                    load_optimizer_state(target, loaded.tree[key], self._names(target), dtypes=own_dtypes)
         self._take_random_state(loaded)
 
     def _load_module(self, module: nn.Module, saved: Mapping[str, Any]) -> None:
@@ -410,7 +409,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             sharded = behind_entry(value) in self._engines
             return self.get_module_state_dict(value) if sharded else value.state_dict()
         if isinstance(value, Optimizer):
-            state = optimizer_state(value, self._names(value))
+            with self._engine_of(value).shown_state(value):
+                state = optimizer_state(value, self._names(value))
             return state if self._staged is None else self._staged.optimizer_state(state)
         return value.state_dict() if hasattr(value, "state_dict") else value
 

@@ -15,6 +15,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "zero1": {"zero": 1},
         "zero2": {"zero": 2},
         "zero3": {"zero": 3},
+        "zero2_offload": {"zero": 2, "offload": "cpu"},
+        "zero3_offload": {"zero": 3, "offload": "cpu"},
         "tensor_parallel": {"zero": 0, "tensor_parallel": "node"},
         "pipeline_parallel": {"zero": 1, "pipeline_parallel": 2},
         "mesh_3d": {"zero": 1, "tensor_parallel": 2, "pipeline_parallel": 2},

@@ -52,6 +52,7 @@ from meshbolt.strategies.hooks import (
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
+from meshbolt.strategies.overlapping import overlap_updates
 from meshbolt.strategies.pipelined import PipelinedSteps
 from meshbolt.strategies.position import Position
 from meshbolt.strategies.predicting import Predicting, check_samples
@@ -181,9 +182,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Make the optimizers and refuse those that cannot run on shards."""
         self.optimizers, self.lr_scheduler_configs = [], []
         super().setup_optimizers(trainer)
-        for optimizer in self.optimizers:
-            self.engine.check_optimizer(optimizer)
-            optimizer.register_step_pre_hook(lambda *_: self.engine.settle())
+        self.engine.take_optimizers(self.optimizers)
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -209,6 +208,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._fits += 1
         look_at_files_as_when_saved(self._module().trainer, self._saving)
         self._signals = Signals(self._module().trainer, number=self._fits)
+        overlap_updates(self._module().trainer, self.engine)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -341,8 +341,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Return an optimizer's state by parameter name, sharded as the parameters are; nothing where it cannot be saved."""
         if self._reachable() is None:
             return {}
-        with self._settled() as names:
-            state = optimizer_state(plain_optimizer(optimizer), names)
+        with self._settled() as names, self.engine.shown_state(plain := plain_optimizer(optimizer)):
+            state = optimizer_state(plain, names)
         return state if self._steps is None else self._steps.optimizer_state(state)
 
     @override
@@ -462,7 +462,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         let_finetuning_catch_up(self._module().trainer)
         with self._settled() as names:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-                load_optimizer_state(optimizer, state, names, dtypes=self._saved_dtypes)
+                with self.engine.shown_state(optimizer):
+                    load_optimizer_state(optimizer, state, names, dtypes=self._saved_dtypes)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:

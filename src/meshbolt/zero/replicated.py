@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,11 @@ class ReplicatedParameters:
     def __init__(self, parameters: Iterable[nn.Parameter], *, group: dist.ProcessGroup) -> None:
         self._parameters = list(parameters)
         self._group = group
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """They, in the order of the module."""
+        return self._parameters
 
     def average_gradients(self) -> None:
         """Replace every gradient by its mean over the group; a collective wherever there is such a parameter."""

@@ -171,7 +171,7 @@ def test_switches_are_traced_to_their_environment_variables(plan: Any, monkeypat
         ({"strategy": "meshbolt.MeshStrategy"}, ConfigError, "class_path: meshbolt.MeshStrategy"),
         ({"strategy": MESH % "zero: 7"}, ConfigError, "zero=7 is not a ZeRO stage"),
         ({"strategy": MESH % "zeroo: 2"}, ConfigError, "zeroo"),
-        ({"strategy": MESH % "offload: cpu"}, UnsupportedError, "offload='cpu'"),
+        ({"strategy": MESH % "offload: disk"}, ConfigError, "optimizer='disk'"),
         ({"strategy": MESH % "zero: {stage: 3, replicate: 3}"}, TopologyError, "replicate=3"),
         ({"devices": "many"}, ConfigError, "trainer.devices='many'"),
         ({"devices": "0"}, ConfigError, "trainer.devices=0"),

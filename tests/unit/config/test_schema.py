@@ -2,9 +2,9 @@
 
 import pytest
 
-from meshbolt import Recompute, TensorParallel, Zero
+from meshbolt import Offload, Recompute, TensorParallel, Zero
 from meshbolt.config import Settings
-from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.errors import ConfigError
 
 DEFAULTS = {
     "zero": 3,
@@ -30,10 +30,10 @@ def test_what_is_written_is_what_was_given():
         assert settings.written() == {"zero": "3", "tensor_parallel": repr(given)}
 
 
-@pytest.mark.parametrize("asked", [{"offload": "cpu"}])
-def test_what_this_version_does_not_have_is_refused_by_name(asked):
-    with pytest.raises(UnsupportedError, match=f"{next(iter(asked))}.*not available"):
-        Settings.from_arguments(**{**DEFAULTS, **asked})
+def test_an_offload_may_be_written_as_where_the_state_lies():
+    assert Settings.from_arguments(**{**DEFAULTS, "offload": "cpu"}).offload == Offload("cpu")
+    half = Settings.from_arguments(**{**DEFAULTS, "offload": Offload("cpu", fraction=0.5)})
+    assert half.written() == {"zero": "3", "offload": repr(Offload("cpu", fraction=0.5))}
 
 
 def test_compile_is_a_switch():

@@ -9,6 +9,8 @@ from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
 from meshbolt.strategies import PRESETS, register_presets
 
 CALLS = {
+    "zero2_offload": "MeshStrategy(zero=2, offload='cpu')",
+    "zero3_offload": "MeshStrategy(zero=3, offload='cpu')",
     "tensor_parallel": "MeshStrategy(zero=0, tensor_parallel='node')",
     "pipeline_parallel": "MeshStrategy(zero=1, pipeline_parallel=2)",
     "mesh_3d": "MeshStrategy(zero=1, tensor_parallel=2, pipeline_parallel=2)",

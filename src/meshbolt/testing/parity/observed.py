@@ -71,7 +71,8 @@ def note_end(record: Record, engine: Engine, optimizer: Optimizer) -> None:
     """Note all that is left after the last step."""
     engine.settle()
     names = {parameter: name for name, parameter in engine.parameters_by_name.items()}
-    saved = optimizer_state(optimizer, names)
+    with engine.shown_state(optimizer):
+        saved = optimizer_state(optimizer, names)
     record.parameters = {name: whole(parameter) for name, parameter in _held(engine).items()}
     record.add_optimizer(saved["state"], saved["param_groups"])
     record.add_buffers(engine.module.named_buffers(), rank=engine.plan.mesh.data_parallel_rank(dist.get_rank()))

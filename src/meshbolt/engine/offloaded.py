@@ -1,0 +1,199 @@
+"""Optimizers whose state lies in host memory or in a file, and whose steps are taken there.
+
+A step may begin early and end late: a unit is updated as soon as its gradients are reduced, under the rest of the backward pass,
+and waited for only when it is gathered again. Whoever asks for that makes sure that nobody looks at gradients, parameters or
+optimizers in between; `settle` and everything that stands on it (checkpoints, whole weights, averages) waits by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from meshbolt import compat
+from meshbolt.collectives import agree_on_error
+from meshbolt.engine.optimizer import ELEMENTWISE
+from meshbolt.errors import MeshboltError, UnsupportedError
+from meshbolt.offload.files import StateFile
+from meshbolt.offload.host import OffloadedOptimizer
+from meshbolt.offload.layout import Layout
+from meshbolt.offload.setting import NVME, Offload
+from meshbolt.offload.tiers import FileTier, Tier
+
+
+class OffloadedSteps:
+    """The optimizers of one engine.
+
+    Args:
+        setting: what lies where.
+        units: what gathers parameters, by name, in the order of the forward pass.
+        others: parameters that no unit gathers.
+    """
+
+    def __init__(self, setting: Offload, units: Mapping[str, FSDPModule], *, others: Sequence[nn.Parameter]) -> None:
+        self._setting, self._units, self._others = setting, units, others
+        self._by_optimizer: dict[int, OffloadedOptimizer] = {}
+        self._early = self._late = self._is_watched = False
+        # From a backward pass that updates on, until the step is taken.
+        self._is_stepping = False
+        self._due: dict[str, set[nn.Parameter]] = {}
+        self._torn: Exception | None = None
+
+    # Optimizers -------------------------------------------------------------------------------------------------------
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Make room for an optimizer's state; all ranks of the world together.
+
+        Args:
+            optimizer: made on the shards.
+
+        Raises:
+            UnsupportedError: its class is not known to be elementwise, or a setting of it does not go with this.
+            StorageError: a file cannot be made, or has no room.
+        """
+        agree_on_error(functools.partial(self._add, optimizer))
+
+    def _add(self, optimizer: Optimizer) -> None:
+        if type(optimizer) not in ELEMENTWISE:
+            raise UnsupportedError(
+                f"offload={self._setting.optimizer!r} updates an optimizer's state piece by piece, and {type(optimizer).__name__} is "
+                "not known to update each number by itself. Use one of "
+                f"{', '.join(sorted(known.__name__ for known in ELEMENTWISE))}, or offload=None."
+            )
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        held = {"others": self._others, **{name: self._parameters(name) for name in self._units}}
+        chosen = {name: [p for p in parameters if p in own] for name, parameters in held.items()}
+        self._by_optimizer[id(optimizer)] = OffloadedOptimizer(
+            optimizer,
+            units={name: parameters for name, parameters in chosen.items() if parameters},
+            fraction=float(self._setting.fraction),
+            make_tier=self._file if self._setting.optimizer == NVME else None,
+            pin_memory=self._setting.pin_memory,
+        )
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        return list(compat.managed_parameters(self._units[name]))
+
+    def _file(self, layout: Layout) -> Tier:
+        path = self._setting.path or "."
+        return FileTier(layout, lambda num_bytes: StateFile(path, num_bytes, name=f"meshbolt-rank{dist.get_rank()}"))
+
+    def __contains__(self, optimizer: Optimizer) -> bool:
+        return id(optimizer) in self._by_optimizer
+
+    def of(self, optimizer: Optimizer) -> OffloadedOptimizer:
+        """Return what holds an optimizer's state."""
+        return self._by_optimizer[id(optimizer)]
+
+    @contextmanager
+    def shown(self, optimizer: Optimizer) -> Iterator[None]:
+        """Show in an optimizer's `state` all that is kept, wherever it lies; what is changed or put there inside is kept.
+
+        Args:
+            optimizer: any; nothing is done for one that was not added.
+        """
+        if optimizer not in self:
+            yield
+            return
+        with self.of(optimizer).state_in_memory():
+            yield
+        self.of(optimizer).take_over()
+
+    def close(self) -> None:
+        """Let go of all optimizers, and give memory and files back."""
+        while self._by_optimizer:
+            _, offloaded = self._by_optimizer.popitem()
+            offloaded.close()
+        self.overlap(early=False, late=False)
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def overlap(self, *, early: bool, late: bool) -> None:
+        """Choose when updates run beside other work; only with one optimizer.
+
+        Args:
+            early: a unit's begins when its gradients are reduced.
+            late: a step returns before all are done.
+        """
+        is_alone = len(self._by_optimizer) == 1
+        self._early, self._late = early and is_alone, late and is_alone
+        if (self._early or self._late) and not self._is_watched:
+            self._is_watched = True
+            for name, unit in self._units.items():
+                cast("nn.Module", unit).register_forward_pre_hook(self._waiting_for(name), prepend=True)
+                compat.on_reduced_gradient(unit, functools.partial(self._arrived, name))
+
+    def _waiting_for(self, name: str) -> Callable[..., None]:
+        # Whoever calls the module comes by its outermost unit, the first of all.
+        others = self._others if name == next(iter(self._units)) else ()
+        return lambda *_: self.wait([*self._parameters(name), *others])
+
+    def before_backward(self, *, reduces: bool) -> None:
+        """Prepare a backward pass.
+
+        Args:
+            reduces: afterwards gradients are final, and a step follows.
+        """
+        if self._torn is not None:
+            raise MeshboltError(
+                "An exception has ended a backward pass in which some parameters had been updated and others not. Start again from "
+                "the last checkpoint; with Offload(overlap=False) no update begins before a step."
+            ) from self._torn
+        self._is_stepping = self._early and reduces
+        if self._is_stepping:
+            optimizer = next(iter(self._by_optimizer.values())).optimizer
+            own = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+            self._due = {name: own.intersection(self._parameters(name)) for name in self._units}
+
+    def after_error(self, error: Exception) -> None:
+        """Note that a pass was cut short.
+
+        Args:
+            error: by which.
+        """
+        if self._is_stepping and any(offloaded.has_submitted for offloaded in self._by_optimizer.values()):
+            self._torn = error
+        self._is_stepping = False
+
+    def _arrived(self, name: str, parameter: torch.Tensor) -> None:
+        """Update a unit when the last of its gradients is there; those that are never used wait for the step."""
+        if not self._is_stepping:
+            return
+        due = self._due[name]
+        due.discard(cast("nn.Parameter", parameter))
+        # What user code has changed in gathered parameters is not in the shards yet.
+        if not due and not compat.is_gathered(self._units[name]):
+            offloaded = next(iter(self._by_optimizer.values()))
+            offloaded.submit(parameter for parameter in self._parameters(name) if parameter.requires_grad)
+
+    def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Take an optimizer step where the state lies.
+
+        Args:
+            optimizer: that was added.
+            kwargs: further arguments of its `step`.
+        """
+        try:
+            with torch.enable_grad():
+                return self.of(optimizer).step(waits=not self._late, **kwargs)
+        finally:
+            self._is_stepping = False
+
+    def wait(self, parameters: Sequence[nn.Parameter] | None = None) -> None:
+        """Wait for updates.
+
+        Args:
+            parameters: that are to be used; None: all, unless a step is being taken.
+        """
+        if parameters is None and self._is_stepping:
+            return
+        for offloaded in self._by_optimizer.values():
+            offloaded.wait(parameters)
