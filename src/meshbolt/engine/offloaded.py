@@ -64,8 +64,8 @@ class OffloadedSteps:
     def _add(self, optimizer: Optimizer) -> None:
         if type(optimizer) not in ELEMENTWISE:
             raise UnsupportedError(
-                f"offload={self._setting.optimizer!r} updates an optimizer's state piece by piece, and {type(optimizer).__name__} is "
-                "not known to update each number by itself. Use one of "
+                f"offload={self._setting.optimizer!r} updates an optimizer's state piece by piece, and "
+                f"{type(optimizer).__name__} is not known to update each number by itself. Use one of "
                 f"{', '.join(sorted(known.__name__ for known in ELEMENTWISE))}, or offload=None."
             )
         own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -144,8 +144,8 @@ class OffloadedSteps:
         """
         if self._torn is not None:
             raise MeshboltError(
-                "An exception has ended a backward pass in which some parameters had been updated and others not. Start again from "
-                "the last checkpoint; with Offload(overlap=False) no update begins before a step."
+                "An exception has ended a backward pass in which some parameters had been updated and others not. Start again "
+                "from the last checkpoint; with Offload(overlap=False) no update begins before a step."
             ) from self._torn
         self._is_stepping = self._early and reduces
         if self._is_stepping:

@@ -18,10 +18,10 @@ class Offload:
     Attributes:
         optimizer: where the state of optimizers lies and is updated: None for the device, "cpu" for host memory, "nvme" for a
             file of each rank under `path`, read and written piece by piece in every step.
-        parameters: where sharded parameters lie while nobody computes with them; likewise.
+        parameters: where sharded parameters lie while nobody computes with them; only None in this version.
         path: a directory on a fast local disk; each rank makes a file in it that is gone when the run ends, however it ends.
         fraction: of the bytes of the optimizers' state leaves the device, 0.0 to 1.0; the rest is updated there at the same time.
-            "auto": as much stays as fits into the device's free memory after the first steps' peak.
+            "auto" is not in this version.
         pin_memory: lock host memory, so that a GPU copies while it computes. It cannot be swapped out.
         overlap: updates begin in the backward pass, where nothing is to be done with gradients before a step, and go on under the
             next forward pass; "auto": on GPUs. False: a step begins and ends where the loop takes it.
@@ -64,8 +64,8 @@ class Offload:
         value = self.fraction
         if value == AUTO:
             raise UnsupportedError(
-                "Offload(fraction='auto') is not available in this version of meshbolt. Give the fraction of the state that leaves "
-                "the device, such as 0.5."
+                "Offload(fraction='auto') is not available in this version of meshbolt. Give the fraction of the state that "
+                "leaves the device, such as 0.5."
             )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
             raise ConfigError(
@@ -73,8 +73,8 @@ class Offload:
             )
         if value != 1.0 and self.optimizer is None:
             raise ConfigError(
-                f"Offload(fraction={value!r}) divides the optimizer's state, and that stays on the device. Add optimizer='cpu', or "
-                "leave fraction out."
+                f"Offload(fraction={value!r}) divides the optimizer's state, and that stays on the device. Add optimizer='cpu', "
+                "or leave fraction out."
             )
 
     def _check_path(self) -> None:
@@ -90,6 +90,6 @@ class Offload:
             )
         if self.path is not None and not on_disk:
             raise ConfigError(
-                f"Offload(path={str(self.path)!r}) is for what lies in files, and nothing does. Add optimizer='nvme', or leave path "
-                "out."
+                f"Offload(path={str(self.path)!r}) is for what lies in files, and nothing does. Add optimizer='nvme', or leave "
+                "path out."
             )
