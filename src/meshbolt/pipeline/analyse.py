@@ -258,7 +258,7 @@ class _Run(TorchFunctionMode):
             )
         leaves = tree_leaves((args, kwargs))
         for index, leaf in enumerate(leaves):
-            if is_foreign(leaf):
+            if is_foreign(leaf) and id(leaf) not in self._parameters:  # which each stage has that reads it
                 self._note(leaf, f"an argument of {call}").arguments.setdefault(self._region, index)
         self._leaves.append(len(leaves))
         self._begun.append(call)

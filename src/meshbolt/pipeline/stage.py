@@ -162,8 +162,11 @@ class _Stage:
 
     def _enter(self, args: Any, kwargs: Any) -> None:
         leaves = tree_leaves((args, kwargs))
-        places = [crossing.argument for crossing, _ in self._received if crossing.argument is not None]
-        if len(leaves) != self._plan.leaves[self._stage - 1] or not all(is_foreign(leaves[place]) for place in places):
+        # What it can compute by itself, from parameters that several stages hold, is no tensor without values.
+        shapes = [each.shape for each, _ in self._received if each.argument is not None]
+        places = [each.argument for each, _ in self._received if each.argument is not None]
+        same = len(leaves) == self._plan.leaves[self._stage - 1]
+        if not same or [tuple(getattr(leaves[place], "shape", ())) for place in places] != shapes:
             raise UnsupportedError(
                 f"On stage {self._stage}, {self._entry} is called with other arguments than when the step was looked at: an "
                 "earlier layer has put something into a list or dictionary that it was called with, and this rank does not run "

@@ -41,6 +41,17 @@ class Choosing(nn.Module):
         return x.index_add(0, chosen, self.linear(x[chosen]))
 
 
+class Scaling(nn.Module):
+    """Is given a parameter, as layers are that share embeddings of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.linear(x) @ scale
+
+
 class Noise(nn.Module):
     """Has no parameters, and draws."""
 
@@ -54,6 +65,7 @@ class Net(nn.Module):
         self.embed = nn.Linear(4, 4)
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4))
         self.in_place = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4))
+        self.scaling, self.scaling_too = Scaling(), Scaling()
         self.masking, self.choosing, self.noise, self.relu = Masking(), Choosing(), Noise(), nn.ReLU()
         self.square = nn.Parameter(torch.randn(4, 4))
         self.how = forward
@@ -93,6 +105,18 @@ def teacher_without_gradient(net: Net, x: Tensor) -> Tensor:
     with torch.no_grad():
         teacher = through(net, x)
     return student - teacher
+
+
+def of_shared_parameter(net: Net, x: Tensor) -> Tensor:
+    return F.linear(through(net, F.linear(x, net.square)), net.square)
+
+
+def given_a_parameter(net: Net, x: Tensor) -> Tensor:
+    x = net.layers[0](x)
+    x = net.scaling(x, net.square)
+    for layer in net.layers[1:]:
+        x = layer(x)
+    return net.scaling_too(x, scale=net.square)
 
 
 def masked(net: Net, x: Tensor) -> Tensor:
@@ -202,3 +226,23 @@ def test_blocks_beside_one_that_holds_a_cut_stay_blocks() -> None:
     assert list(find_blocks(net)) == before
     assert calls.around == {"layers.1"}
     calls.remove()
+
+
+@pytest.mark.parametrize(
+    ("forward", "cuts", "passing"),
+    [
+        (of_shared_parameter, ("layers.0",), [1]),
+        (of_shared_parameter, ("layers.0", "layers.2"), [1, 1]),
+        (given_a_parameter, ("scaling",), [1]),
+        (given_a_parameter, ("scaling", "scaling_too"), [1, 1]),
+    ],
+)
+def test_a_parameter_that_several_stages_read_crosses_no_cut(
+    forward: Forward, cuts: tuple[str, ...], passing: list[int]
+) -> None:
+    expected = gradients(forward, whole)
+    torch.testing.assert_close(gradients(forward, cut(*cuts)), expected, rtol=0.0, atol=1e-12)
+    net = Net(forward)
+    _, plan = emulate(net, [lambda: net(torch.ones(2, 4))], cuts)
+    assert [len(crossings) for crossings in plan.crossings] == passing
+    assert plan.stages_of["square"][-1] == len(cuts)
