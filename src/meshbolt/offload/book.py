@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshbolt.compat import local_tensor
-from meshbolt.errors import UnsupportedError
 from meshbolt.offload.entries import MASTER, Entry
-from meshbolt.offload.layout import Layout, Slot, StateChunk, which_stay
+from meshbolt.offload.layout import Layout, Slot, StateChunk
 from meshbolt.offload.pages import use_huge_pages
+from meshbolt.offload.planning import slots_of
 from meshbolt.offload.rules import Rule, Settings, settings_of
 from meshbolt.offload.tiers import Columns, Tier
 from meshbolt.offload.transfers import Live, Transfers
@@ -88,7 +88,7 @@ class Book:
             for p in parameters
             if p not in self._numbers and (group := self.group_of(p)) is not None
         ]
-        slots = self._slots(new, fraction=fraction)
+        slots = slots_of(new, rule=self._rule, fraction=fraction, full_precision=self._full_precision)
         made = self._layout.add(slots)
         for (unit, parameter, _), slot in zip(new, slots, strict=True):
             self._enter(parameter, slot, name=f"parameter {len(self._entries)} (of {unit!r})")
@@ -97,33 +97,6 @@ class Book:
         added = self._entries[len(self._entries) - len(new) :]
         self._find_views(added)
         self._copy_masters([entry for entry in added if entry.has_master], afresh=True)
-
-    def _slots(self, new: Sequence[tuple[str, nn.Parameter, Settings]], *, fraction: float) -> list[Slot]:
-        leaving = [self._slot(*each, stays=False) for each in new]
-        budget = round((1.0 - fraction) * sum(slot.num_bytes for slot in leaving))
-        stay = which_stay([slot.num_bytes for slot in leaving], budget=budget)
-        return [
-            self._slot(*each, stays=True) if stays else slot
-            for each, slot, stays in zip(new, leaving, stay, strict=True)
-        ]
-
-    def _slot(self, unit: str, parameter: nn.Parameter, settings: Settings, *, stays: bool) -> Slot:
-        local = local_tensor(parameter)
-        if not local.dtype.is_floating_point:
-            raise UnsupportedError(
-                f"A parameter of shape {tuple(parameter.shape)} of unit {unit!r} is {local.dtype}, and its optimizer state was "
-                "to lie outside of the model, which it can for floating-point parameters only. Train without offload."
-            )
-        dtype = torch.float32 if self._full_precision and local.dtype.itemsize < 4 else local.dtype
-        columns = tuple(self._rule.columns(settings))
-        in_place = dtype == local.dtype and (stays or local.device.type == "cpu")
-        return Slot(
-            unit=unit,
-            numel=local.numel(),
-            dtype=dtype,
-            columns=columns if in_place else (MASTER, *columns),
-            stays=stays,
-        )
 
     def _enter(self, parameter: nn.Parameter, slot: Slot, *, name: str) -> None:
         local = local_tensor(parameter)
