@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from torch import nn
 
 from meshbolt.pipeline.plan import PipelinePlan
 
-_DEPTH, _MOST_ITEMS = 3, 1000  # what is longer is data, not what layers leave each other
+_DEPTH, _MOST_ITEMS, _MOST_KEPT = 3, 1000, 100_000  # what is longer is data, not what layers leave each other
+# Not their subclasses, which may refuse to be changed.
+_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 _ABSENT = object()
 # What no layer keeps anything in, and whose objects hold the whole run.
 _NOT_LOOKED_INTO = sys.stdlib_module_names | {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "numpy"}
@@ -73,9 +76,9 @@ class Kept:
     def _take(self, value: Any, depth: int) -> None:
         if depth == 0 or id(value) in self._contents or isinstance(value, _NO_STATE):
             return
-        if isinstance(value, (list, dict, set)):
-            self._contents[id(value)] = value, value.copy()
-        if isinstance(value, (list, dict, set, tuple)):
+        if type(value) in _CONTAINERS or isinstance(value, tuple):
+            if not isinstance(value, tuple) and len(value) <= _MOST_KEPT:
+                self._contents[id(value)] = value, value.copy()
             items = value.values() if isinstance(value, dict) else value
             for each in items if len(value) <= _MOST_ITEMS else ():
                 self._take(each, depth - 1)
@@ -156,8 +159,9 @@ def _as_before(before: torch.Tensor | None, now: torch.Tensor) -> torch.Tensor:
 
 
 def _fill(held: Any, content: Any) -> None:
-    if isinstance(held, list):
-        held[:] = content
+    if isinstance(held, (list, collections.deque)):
+        held.clear()
+        held.extend(content)
     elif isinstance(held, set):
         held.clear()
         held.update(content)

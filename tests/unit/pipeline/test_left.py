@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -196,6 +197,27 @@ def test_cuts_are_chosen_where_one_stage_has_writer_and_reader() -> None:
     net = Net(between)
     (cut,) = choose_cuts(net, lambda: net(torch.ones(3, 4)), 2, device=CPU)
     assert cut != "layers.2"
+
+
+def in_deque(layer: Layer, y: Tensor, given: dict[str, Tensor]) -> Tensor:
+    layer.shared.last.append(1.0)
+    return y * len(layer.shared.last)
+
+
+class Fixed(dict[str, int]):
+    """A dictionary that refuses to be changed, as some that models return do."""
+
+    def update(self, *_: Any, **__: Any) -> None:
+        raise AssertionError
+
+
+def test_containers_of_other_kinds_are_kept_apart_or_left_alone() -> None:
+    net = Net(in_deque)
+    net.shared.last, net.fixed = collections.deque([0.0], maxlen=50), Fixed(a=1)
+    assert not compared(net).is_equal
+    assert list(net.shared.last) == [0.0]
+    assert net.shared.last.maxlen == 50
+    assert net.fixed == {"a": 1}
 
 
 def test_comparing_leaves_attributes_as_they_were() -> None:
