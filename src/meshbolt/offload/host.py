@@ -173,6 +173,7 @@ class OffloadedOptimizer:
             for number in gradients:
                 self._left[number] += self.layout.pieces_of(number)
         self._jobs.append(job)
+        self._futures = [future for future in self._futures if not future.done()]
         self._futures.append(self._line.submit(self._work_off))
 
     @property
@@ -181,10 +182,11 @@ class OffloadedOptimizer:
         return bool(self._submitted)
 
     def wait(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Wait for updates; afterwards parameters may be used on the caller's stream.
+        """Wait for updates; afterwards parameters may be used.
 
         Args:
-            parameters: that are needed; None: all that were submitted.
+            parameters: that are needed, on any stream. None: all that were submitted, which may be used on the caller's stream
+                and on those that wait for it.
 
         Raises:
             BaseException: what an update raised; the next time, a MeshboltError.
@@ -200,7 +202,8 @@ class OffloadedOptimizer:
                 self._change.wait_for(lambda: self._error is not None or not any(self._left[n] for n in numbers))
         self._raise_failure()
         for transfers in dict.fromkeys(self._transfers.values()):
-            transfers.join()
+            # Units are gathered on streams of their own, which have waited for the caller's before the first of them.
+            transfers.join() if parameters is None else transfers.settle()
         self.counters.waited_seconds += time.perf_counter() - start
 
     def step(self, closure: Callable[[], Any] | None = None, *, waits: bool = True) -> Any:
@@ -416,7 +419,7 @@ class OffloadedOptimizer:
         way = Pass(
             visits,
             rule=self._rule,
-            line=self._line,
+            threads=self._line.threads,
             transfers=self._transfers[stays],
             done=self._done,
             then=then,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from meshbolt.offload.layout import StateChunk
-from meshbolt.offload.line import UpdateLine
 from meshbolt.offload.rules import Rule
 from meshbolt.offload.tiers import Columns, Tier
 from meshbolt.offload.transfers import Transfers, Visit
@@ -41,7 +40,7 @@ class Pass:
         visits: Mapping[int, Visit],
         *,
         rule: Rule,
-        line: UpdateLine,
+        threads: int,
         transfers: Transfers,
         done: Callable[[Visit], None],
         then: Sequence[StateChunk],
@@ -51,12 +50,12 @@ class Pass:
         Args:
             visits: of the chunks, by their number, in the order they are to be updated in.
             rule: the optimizer's.
-            line: whose threads share the work on the host.
+            threads: that torch's operations use on the host.
             transfers: between the model and the tier.
             done: is called with each visit when its parameters are on their way back.
             then: what the next pass over the tier probably begins with.
         """
-        self._visits, self._rule, self._line = visits, rule, line
+        self._visits, self._rule, self._threads = visits, rule, threads
         self._transfers, self._done, self._then = transfers, done, then
         self._to_begin = deque(visits.values())
         self._begun: set[int] = set()
@@ -86,7 +85,7 @@ class Pass:
                 gradients=gradients,
                 rule=self._rule,
                 writes_shards=self._transfers.writes_shards,
-            ).run(self._line if on_host else None)
+            ).run(threads=self._threads if on_host else 1)
         self._counters.update_seconds += time.perf_counter() - start
         self._counters.updated_bytes += chunk.column_bytes * len(chunk.columns)
         self._transfers.end(visit, columns, resident=self._tier.resident)

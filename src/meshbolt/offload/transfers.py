@@ -104,6 +104,9 @@ class Transfers(Protocol):
     def join(self) -> None:
         """Let the caller's stream wait for parameters that are on their way back."""
 
+    def settle(self) -> None:
+        """Wait for parameters that are on their way back, so that any stream may use them."""
+
     def apart(self) -> AbstractContextManager[Any]:
         """Return a context for work on columns outside of an update: before it all updates have ended with them."""
 
@@ -147,6 +150,11 @@ class SameDevice:
         """Let the caller's stream wait for the updates."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+    def settle(self) -> None:
+        """Wait for the updates."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
@@ -264,6 +272,10 @@ class GpuToHost:
     def join(self) -> None:
         """Let the caller's stream wait for the parameters."""
         torch.cuda.current_stream(self._device).wait_stream(self._up)
+
+    def settle(self) -> None:
+        """Wait for the copies."""
+        self._up.synchronize()
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:

@@ -1,8 +1,7 @@
-"""Updating one chunk: its pieces are shared among threads, and each thread calls the rule on batches of them."""
+"""Updating one chunk: the rule is called on batches of its pieces."""
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from meshbolt.offload.entries import MASTER
-from meshbolt.offload.layout import VECTOR_BYTES, Piece
-from meshbolt.offload.line import UpdateLine
+from meshbolt.offload.layout import Piece
 from meshbolt.offload.rules import Batch, Rule
 from meshbolt.offload.tiers import Columns
 from meshbolt.offload.transfers import Gradients, Live, Visit
 
 BATCH_ELEMENTS = 64 * 2**10
-"""What is cast or scaled is worked on in runs of this length, which stay in a core's cache from one pass to the next."""
-
-SHARE_ELEMENTS = 16 * 2**10
-"""What is shorter is not worth another thread."""
+"""What is cast or scaled is worked on in runs of this length a thread, which stay in a core's cache from one pass to the next."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,28 +65,22 @@ class ChunkUpdate:
     rule: Rule
     writes_shards: bool
 
-    def run(self, line: UpdateLine | None) -> None:
+    def run(self, *, threads: int) -> None:
         """Update all of it.
 
         Args:
-            line: whose threads share the work; None: this thread does it.
+            threads: that torch's operations use here.
         """
         parts = [
             Part(live=self.visit.live[piece.slot], piece=piece, start=piece.start, stop=piece.stop)
             for piece in self.visit.pieces
         ]
-        if line is None or line.threads == 1:
-            self._run(parts)
-            return
-        vector = VECTOR_BYTES // self.visit.chunk.dtype.itemsize
-        count = min(line.threads, 1 + sum(part.elements for part in parts) // SHARE_ELEMENTS)
-        shares = _shares(parts, count, cut_at=vector if self.rule.cuts else None)
-        line.share([functools.partial(self._run, share) for share in shares])
+        self._run(parts, threads)
 
     @torch.no_grad()
-    def _run(self, parts: Sequence[Part]) -> None:
+    def _run(self, parts: Sequence[Part], threads: int) -> None:
         for alike in self._alike(parts):
-            bound = BATCH_ELEMENTS if self.rule.cuts and self._has_passes(alike) else None
+            bound = BATCH_ELEMENTS * threads if self.rule.cuts and self._has_passes(alike) else None
             for batch in _batches(alike, bound):
                 self._update(batch)
 
@@ -150,43 +139,16 @@ _scratch = threading.local()
 
 
 def _cast(gradients: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return gradients in another dtype; where they are short, in memory that this thread uses again the next time."""
-    total = sum(gradient.numel() for gradient in gradients)
-    if total > BATCH_ELEMENTS or gradients[0].device.type != "cpu":
+    """Return gradients in another dtype; on the host in memory that this thread uses again the next time."""
+    if gradients[0].device.type != "cpu":
         return [gradient.to(dtype) for gradient in gradients]
+    total = sum(gradient.numel() for gradient in gradients)
     runs: dict[torch.dtype, torch.Tensor] = _scratch.__dict__.setdefault("runs", {})
-    if dtype not in runs:
-        runs[dtype] = torch.empty(BATCH_ELEMENTS, dtype=dtype)
+    if dtype not in runs or runs[dtype].numel() < total:
+        runs[dtype] = torch.empty(total, dtype=dtype)
     cast = list(runs[dtype][:total].split([gradient.numel() for gradient in gradients]))
     torch._foreach_copy_(cast, list(gradients))
     return cast
-
-
-def _shares(parts: Sequence[Part], count: int, *, cut_at: int | None) -> list[list[Part]]:
-    """Return parts in lists of about as many elements.
-
-    Args:
-        parts: what is shared.
-        count: of lists, at most.
-        cut_at: parts may be cut at multiples of this; None: they are not cut.
-    """
-    each = max(1, -(-sum(part.elements for part in parts) // count))
-    shares: list[list[Part]] = [[]]
-    room = each
-    rest = list(reversed(parts))
-    while rest:
-        part = rest.pop()
-        if cut_at is not None and part.elements > room:
-            at = part.start + max(cut_at, room // cut_at * cut_at)
-            if at < part.stop:
-                part, after = part.cut(at)
-                rest.append(after)
-        shares[-1].append(part)
-        room -= part.elements
-        if room <= 0 and rest and len(shares) < count:
-            shares.append([])
-            room = each
-    return shares
 
 
 def _batches(parts: Sequence[Part], bound: int | None) -> Iterator[list[Part]]:

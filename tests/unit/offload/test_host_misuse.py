@@ -113,25 +113,14 @@ def test_threads_of_updates_leave_torchs_own_number_alone() -> None:
     before = torch.get_num_threads()
     line = UpdateLine(3)
     seen: list[int] = []
-    line.submit(lambda: line.share([lambda: seen.append(torch.get_num_threads()) for _ in range(3)])).result()
+    line.submit(lambda: seen.append(torch.get_num_threads())).result()
     new: list[int] = []
     thread = threading.Thread(target=lambda: new.append(torch.get_num_threads()))
     thread.start()
     thread.join()
     line.close()
-    assert seen == [1, 1, 1]
+    assert seen == [3]
     assert new == [before] == [torch.get_num_threads()]
-
-
-def test_the_error_of_a_helper_reaches_the_job() -> None:
-    def fail() -> None:
-        raise ValueError("of a helper")
-
-    line = UpdateLine(2)
-    future = line.submit(lambda: line.share([lambda: None, fail]))
-    with pytest.raises(ValueError, match="of a helper"):
-        future.result()
-    line.close()
 
 
 @pytest.mark.full
