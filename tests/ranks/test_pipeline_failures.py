@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
+from datetime import timedelta
 from typing import Any
 
 import lightning.fabric as lf
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from meshbolt import MeshStrategy, PipelineParallel
 from meshbolt.errors import ConfigError, RankError
 from meshbolt.fabric import MeshStrategy as FabricStrategy
+from meshbolt.strategies.compat import default_store
 from meshbolt.testing import RankFailure, run_ranks
 
 pytestmark = pytest.mark.filterwarnings(
@@ -154,8 +157,18 @@ def fit(kind: type[Plain], ranks: int) -> tuple[float, float, str, str]:
     try:
         trainer(ranks).fit(kind(), data(1, 0), validation)
     except Exception as error:  # every kind is looked at by the test
-        return time.monotonic(), time.monotonic() - began, type(error).__name__, str(error)
+        ended = time.monotonic()
+        stay_for_the_others(ranks)
+        return ended, ended - began, type(error).__name__, str(error)
     return 0.0, 0.0, "nothing", ""
+
+
+def stay_for_the_others(ranks: int) -> None:
+    """Keep this process, and so its connections, as a notebook does, until all ranks have ended, or would have."""
+    store = default_store()
+    store.set(f"ended/{torch.distributed.get_rank()}", "")
+    with contextlib.suppress(RuntimeError):
+        store.wait([f"ended/{rank}" for rank in range(ranks)], timedelta(seconds=SOON_SECONDS))
 
 
 @pytest.mark.parametrize(
@@ -259,7 +272,9 @@ def step_in_fabric(fails: bool) -> tuple[str, float]:
         fabric.strategy.pipeline_step({key: torch.zeros(8, FABRIC_WIDTH) for key in ("x", "y")}, loss)
         model(torch.zeros(4, FABRIC_WIDTH))
     except Exception as error:  # every kind is looked at by the test
-        return f"{type(error).__name__}: {error}", time.monotonic() - began
+        ended = time.monotonic()
+        stay_for_the_others(2)
+        return f"{type(error).__name__}: {error}", ended - began
     return "", 0.0
 
 
