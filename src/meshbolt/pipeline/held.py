@@ -86,12 +86,14 @@ class Elsewhere(Foreign):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute; what comes out remembers where it is from."""
-        origin = _origin((args, kwargs))
+        origin = _origin((*args, *kwargs.values()) if kwargs else args)
         draw_as_well(func, args, kwargs or {})
         try:
             result = super().__torch_dispatch__(func, types, args, kwargs)
         except NeedsValues:
             raise _refusal(origin, f"{func} asks for its values") from None
+        if isinstance(result, torch.Tensor):
+            return _marked(result, origin)
         return tree_map_only(FakeTensor, lambda tensor: _marked(tensor, origin), result)
 
     def refuse_write(self, func: Any, written: torch.Tensor, given: Sequence[Any]) -> UnsupportedError:
@@ -102,7 +104,9 @@ class Elsewhere(Foreign):
             written: to which tensor.
             given: the arguments of what writes.
         """
-        return _refusal(_origin(given), f"{func} writes it into a tensor of {list(written.shape)} of this rank")
+        return _refusal(
+            _origin(tree_leaves(given)), f"{func} writes it into a tensor of {list(written.shape)} of this rank"
+        )
 
 
 def _marked(tensor: torch.Tensor, origin: str) -> torch.Tensor:
@@ -113,8 +117,13 @@ def _marked(tensor: torch.Tensor, origin: str) -> torch.Tensor:
     return tensor
 
 
-def _origin(given: Any) -> str:
-    return next((leaf.origin for leaf in tree_leaves(given) if isinstance(leaf, Held)), Held.origin)
+def _origin(given: Sequence[Any]) -> str:
+    for each in given:
+        if type(each) is Held:
+            return each.origin
+        if isinstance(each, (tuple, list)) and (origin := _origin(each)) is not Held.origin:
+            return origin
+    return Held.origin
 
 
 def _refusal(origin: str, what: str) -> HeldElsewhereError:

@@ -93,7 +93,7 @@ def _key(mode: FakeTensorMode, value: Any, inputs: list[torch.Tensor]) -> Any:
         _CannotBeRememberedError: that is not known.
     """
     if isinstance(value, torch.Tensor):
-        if type(value) is not FakeTensor or value.fake_mode is not mode or value.constant is not None:
+        if not isinstance(value, FakeTensor) or value.fake_mode is not mode or value.constant is not None:
             raise _CannotBeRememberedError
         if value.layout is not torch.strided or value.dtype.is_complex:
             raise _CannotBeRememberedError
