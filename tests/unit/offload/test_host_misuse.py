@@ -110,7 +110,8 @@ def test_a_failure_that_nobody_has_waited_for_is_raised_by_close(tmp_path: Path)
 
 
 def test_threads_of_updates_leave_torchs_own_number_alone() -> None:
-    before = torch.get_num_threads()
+    own = torch.get_num_threads()
+    torch.set_num_threads(before := 2)
     line = UpdateLine(3)
     seen: list[int] = []
     line.submit(lambda: seen.append(torch.get_num_threads())).result()
@@ -121,6 +122,7 @@ def test_threads_of_updates_leave_torchs_own_number_alone() -> None:
     line.close()
     assert seen == [3]
     assert new == [before] == [torch.get_num_threads()]
+    torch.set_num_threads(own)
 
 
 @pytest.mark.full

@@ -61,14 +61,23 @@ def test_it_shows_views_of_the_memory_that_is_updated() -> None:
 @pytest.mark.parametrize("name", MADE)
 def test_a_file_updates_as_memory_does(name: str, tmp_path: Path) -> None:
     mine, theirs = MADE[name](parameters()), MADE[name](parameters())
-    with offloaded(mine, make_tier=lambda layout: file_tier(layout, tmp_path)) as host:
+    tiers: list[FileTier] = []
+
+    def make_tier(layout: Layout) -> FileTier:
+        tiers.append(file_tier(layout, tmp_path))
+        return tiers[-1]
+
+    with offloaded(mine, make_tier=make_tier) as host:
+        tier = tiers[0]
         steps(host, theirs, range(3))
         params = mine.param_groups[0]["params"]
         columns = {"exp_avg", "exp_avg_sq", "momentum_buffer", "sum"}
         assert not columns & set(mine.state[params[1]])
         with host.state_in_memory():
+            written = tier.files[0].traffic.written_bytes
             assert_same(mine, theirs)
         assert not columns & set(mine.state[params[1]])
+        assert tier.files[0].traffic.written_bytes == written  # nothing was changed
         other = theirs.param_groups[0]["params"][1]
         for key, value in host.state_of(params[1]).items():
             torch.testing.assert_close(value, theirs.state[other][key], rtol=0, atol=0)

@@ -18,6 +18,25 @@ def test_the_fused_kernels_give_the_same_bits_on_chunks(name: str, threads: int)
     assert_same(*train(FUSED[name], threads=threads, late="sgd" not in name))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_threads_share_a_chunk_and_its_parameters(threads: int, dtype: torch.dtype) -> None:
+    shapes = [(50_001,), (77,), (33_333, 3), *[(n,) for n in range(1, 40)], (70_007,)]
+    mine = FUSED["adamw"](parameters(dtype, shapes))
+    params = mine.param_groups[0]["params"]
+    theirs = FUSED["adamw"]([nn.Parameter(param.detach().float()) for param in params])
+    with offloaded(mine, threads=threads, chunk_bytes=2**21) as host:
+        for step in range(2):
+            give_gradients(params, step)
+            for param, whole in zip(params, theirs.param_groups[0]["params"], strict=True):
+                whole.grad = param.grad.float()
+            host.step()
+            theirs.step()
+        for param, whole in zip(params, theirs.param_groups[0]["params"], strict=True):
+            master = param if dtype == torch.float32 else host.master_of(param)
+            torch.testing.assert_close(master.detach(), whole.detach(), rtol=0, atol=0)
+
+
 def test_a_momentum_that_starts_late_begins_with_its_first_gradient() -> None:
     assert_same(*train(lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, dampening=0.3)), exactly=False)
 
