@@ -125,6 +125,10 @@ class Book:
 
     def group_of(self, parameter: nn.Parameter) -> int | None:
         """Return the number of the group that has a parameter; None: none has."""
+        return self.groups().get(parameter)
+
+    def groups(self) -> Mapping[nn.Parameter, int]:
+        """Return the number of each parameter's group."""
         seen = [(id(group), len(group["params"])) for group in self._optimizer.param_groups]
         if seen != self._seen:
             # A load makes new groups, and a callback may add some.
@@ -132,7 +136,7 @@ class Book:
             self._groups = {
                 p: number for number, group in enumerate(self._optimizer.param_groups) for p in group["params"]
             }
-        return self._groups.get(parameter)
+        return self._groups
 
     def settings(self) -> dict[int, Settings]:
         """Return the groups' settings as they are now."""
@@ -154,7 +158,10 @@ class Book:
         entries = [self._entries[number] for number in gradients]
         self.take_over(entries, settings=settings)
         self._copy_masters([entry for entry in entries if entry.is_edited()])
-        return {entry.number: self._begin(entry, *gradients[entry.number]) for entry in entries}
+        live = {entry.number: self._begin(entry, *gradients[entry.number]) for entry in entries}
+        if self._rule.counts:
+            torch._foreach_add_([each.count for each in live.values() if each.count is not None], 1)
+        return live
 
     def end(self, entries: Iterable[Entry]) -> None:
         """Show what an update has left.
@@ -210,22 +217,20 @@ class Book:
             entry.scalars = [_copies(scalars) for _ in entry.scalars]
             scalars = entry.scalars[0]
         state.update(scalars)
-        for name in puts:
-            if entry.views:
-                state[name] = entry.views[name]
-            else:
-                del state[name]
+        state.update(entry.views)
+        for name in puts if not entry.views else ():
+            del state[name]
         entry.shown = dict(state)
         return puts
 
     def _begin(self, entry: Entry, gradient: torch.Tensor, group: int) -> Live:
         state = self.state[entry.parameter]
         is_first, entry.started = not entry.started, True
-        count = None
-        if self._rule.counts:
-            count = state.setdefault("step", torch.zeros((), dtype=torch.float32))
-            count += 1
-        state.update(entry.views)
+        if is_first:
+            if self._rule.counts:
+                state.setdefault("step", torch.zeros((), dtype=torch.float32))
+            state.update(entry.views)
+        count = state["step"] if self._rule.counts else None
         return Live(entry=entry, shard=entry.shard, gradient=gradient, group=group, is_first=is_first, count=count)
 
     # Columns ----------------------------------------------------------------------------------------------------------

@@ -64,6 +64,10 @@ class Entry:
         """Remember that the master is equal to the parameter now."""
         self.mark = mark_of(local_tensor(self.parameter))
 
+    def note_edited(self) -> None:
+        """Remember that the parameter may have been changed in a way that its version does not tell."""
+        self.mark = None
+
     def flat_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return a gradient in one dim, in the order of the parameter's memory; a copy where its own order is another.
 
@@ -86,10 +90,10 @@ class Entry:
         Args:
             values: of the parameter's shape, plain or a DTensor.
         """
-        values = local_tensor(values).detach()
+        values = local_tensor(values)
         if values.stride() != self.stride:
             ordered = torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device)
-            values = ordered.copy_(values)
+            values = ordered.copy_(values.detach())
         return in_memory_order(values, name=self.name)
 
     def shaped(self, column: torch.Tensor) -> torch.Tensor:

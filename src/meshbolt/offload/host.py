@@ -47,6 +47,7 @@ class _Job:
         scale: see `submit`.
         found_inf: likewise.
         ready: an event after which the gradients are there.
+        edited: see `submit`.
     """
 
     gradients: dict[int, tuple[torch.Tensor, int]]
@@ -54,6 +55,7 @@ class _Job:
     scale: float | None
     found_inf: torch.Tensor | bool
     ready: torch.cuda.Event | None
+    edited: Callable[[], bool]
 
     def is_skipped(self) -> bool:
         """Return whether it is to be left out, which on a GPU waits for the gradients."""
@@ -134,6 +136,7 @@ class OffloadedOptimizer:
         scale: float | torch.Tensor | None = None,
         found_inf: torch.Tensor | bool = False,
         ready: torch.cuda.Event | None = None,
+        edited: Callable[[], bool] = lambda: False,
     ) -> None:
         """Begin to update parameters whose gradients are final, and return.
 
@@ -145,6 +148,8 @@ class OffloadedOptimizer:
             scale: gradients are multiplied by it in their own place, for clipping or a loss scale; a number or a scalar.
             found_inf: whether to leave everything as it is; a scalar on a GPU is not waited for here.
             ready: an event after which the gradients are there; None: all that was put on the caller's stream so far.
+            edited: asked in the thread of updates whether any parameter of the optimizer may have been changed by somebody else
+                in a way that its version does not tell.
 
         Raises:
             UnsupportedError: a gradient is sparse, or a setting does not go with this.
@@ -168,11 +173,12 @@ class OffloadedOptimizer:
             scale=None if scale is None else float(scale),
             found_inf=found_inf,
             ready=ready,
+            edited=edited,
         )
         with self._change:
             for number in gradients:
                 self._left[number] += self.layout.pieces_of(number)
-        self._jobs.append(job)
+            self._jobs.append(job)
         self._futures = [future for future in self._futures if not future.done()]
         self._futures.append(self._line.submit(self._work_off))
 
@@ -206,12 +212,19 @@ class OffloadedOptimizer:
             transfers.join() if parameters is None else transfers.settle()
         self.counters.waited_seconds += time.perf_counter() - start
 
-    def step(self, closure: Callable[[], Any] | None = None, *, waits: bool = True) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        waits: bool = True,
+        edited: Callable[[], bool] = lambda: False,
+    ) -> Any:
         """Take the optimizer's step: call its hooks, and update what was not submitted since the last step.
 
         Args:
             closure: computes gradients, and returns a loss.
             waits: until all is updated; False: the caller calls `wait` before parameters or state are used.
+            edited: see `submit`.
 
         Returns:
             What the closure returned; None without one.
@@ -219,7 +232,8 @@ class OffloadedOptimizer:
 
         def update_instead() -> Any:
             loss = None if closure is None else closure()
-            self.submit([p for p in self._all() if p not in self._submitted], **self._scaling())
+            rest = [p for p in self._all() if p not in self._submitted]
+            self.submit(rest, edited=edited, **self._scaling())
             if waits:
                 self.wait()
             hidden.update((p, p.grad) for p in self._all() if p.grad is not None)
@@ -343,7 +357,8 @@ class OffloadedOptimizer:
         }
 
     def _gradients(self, parameters: Iterable[nn.Parameter]) -> dict[int, tuple[torch.Tensor, int]]:
-        own = [p for p in parameters if p.grad is not None and self._book.group_of(p) is not None]
+        groups = self._book.groups()
+        own = [p for p in parameters if p.grad is not None and p in groups]
         unknown = [p for p in own if self._book.entry_of(p) is None]
         if unknown:
             self.wait()  # nothing is visited meanwhile
@@ -352,7 +367,7 @@ class OffloadedOptimizer:
         for parameter in own:
             entry, gradient = self._book.entry_of(parameter), parameter.grad
             if entry is not None and gradient is not None:
-                found[entry.number] = entry.flat_gradient(gradient), self._book.group_of(parameter) or 0
+                found[entry.number] = entry.flat_gradient(gradient), groups[parameter]
         self._submitted.update(own)
         return found
 
@@ -368,18 +383,28 @@ class OffloadedOptimizer:
         ) from self._error
 
     def _work_off(self) -> None:
-        """Work off all that was submitted, in the thread of updates."""
-        jobs: list[_Job] = []
-        while self._jobs and self._error is None:
-            jobs.append(self._jobs.popleft())
+        """Work off one job in the thread of updates: the last one, whose parameters the next forward pass needs first."""
+        if self._error is not None:
+            return
+        job = self._next_job()
         try:
-            skipped = [job for job in jobs if job.is_skipped()]
-            self._forget([number for job in skipped for number in job.gradients])
-            self._update([job for job in jobs if job not in skipped])
+            if job.edited():
+                for entry in self._book.entries:
+                    entry.note_edited()
+            if job.is_skipped():
+                self._forget(job.gradients)
+            else:
+                self._update(job)
         except BaseException as error:  # another thread is told
             with self._change:
                 self._error = error
                 self._change.notify_all()
+
+    def _next_job(self) -> _Job:
+        with self._change:
+            waiting = Counter(number for job in self._jobs for number in job.gradients)
+            is_repeated = any(count > 1 for count in waiting.values())
+            return self._jobs.popleft() if is_repeated else self._jobs.pop()
 
     def _forget(self, numbers: Iterable[int]) -> None:
         """Note that parameters are not updated after all."""
@@ -396,23 +421,15 @@ class OffloadedOptimizer:
             self._change.notify_all()
 
     @torch.no_grad()
-    def _update(self, jobs: Sequence[_Job]) -> None:
-        rounds: list[dict[int, Visit]] = [{}]
-        updated: list[Entry] = []
-        for job in jobs:
-            self._require_columns(job)
-            live = self._book.begin(job.gradients, job.settings)
-            updated += [each.entry for each in live.values()]
-            visits = [self._visit(chunk, job, live) for chunk in self.layout.chunks_of(list(live))]
-            if any(visit.chunk.number in rounds[-1] for visit in visits):
-                rounds.append({})  # a chunk that has parameters of two jobs is passed through twice
-            rounds[-1].update((visit.chunk.number, visit) for visit in visits)
-        for visits_by_chunk in rounds:
-            for stays in (True, False):
-                own = {number: visit for number, visit in visits_by_chunk.items() if visit.chunk.stays is stays}
-                if own:
-                    self._pass(own, stays=stays)
-        self._book.end(updated)
+    def _update(self, job: _Job) -> None:
+        self._require_columns(job)
+        live = self._book.begin(job.gradients, job.settings)
+        visits = [self._visit(chunk, job, live) for chunk in self.layout.chunks_of(list(live))]
+        for stays in (True, False):
+            own = {visit.chunk.number: visit for visit in visits if visit.chunk.stays is stays}
+            if own:
+                self._pass(own, stays=stays)
+        self._book.end([each.entry for each in live.values()])
 
     def _pass(self, visits: Mapping[int, Visit], *, stays: bool) -> None:
         then = self._orders[stays].after([visit.chunk for visit in visits.values()])

@@ -133,13 +133,19 @@ class OwnClassRule:
         """
         self._pattern = copy.copy(optimizer)
         self._pattern.param_groups, self._pattern.state = [], defaultdict(dict)
+        self._known: dict[str, dict[str, float]] = {}
 
     def columns(self, settings: Settings) -> dict[str, float]:
         """Find out by a step on a parameter of three elements, which are at zero."""
-        batch = Batch(settings=settings, params=[torch.zeros(3)], gradients=[torch.zeros(3)], scalars=[{}])
-        kept = self._step(batch)[0]
-        # The first step sets what the columns begin with: here they have none.
-        return {name: 0.0 for name, value in kept.items() if _has_shape(value, torch.Size([3]))}
+        key = repr({name: value for name, value in settings.items() if name != "lr"})
+        if key not in self._known:
+            batch = Batch(
+                settings=settings, params=[torch.zeros(3)], gradients=[torch.zeros(3)], scalars=[{}], is_first=True
+            )
+            kept = self._step(batch)[0]
+            # The first step sets what the columns begin with: here they have none.
+            self._known[key] = {name: 0.0 for name, value in kept.items() if _has_shape(value, torch.Size([3]))}
+        return self._known[key]
 
     def update(self, batch: Batch) -> None:
         """Update by a step of an instance, and take what it keeps."""

@@ -24,7 +24,7 @@ from meshbolt.offload.tiers import Columns, MemoryTier
 Gradients = Callable[[Piece, slice], torch.Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Live:
     """A parameter that is updated in this step.
 

@@ -18,7 +18,7 @@ BATCH_ELEMENTS = 64 * 2**10
 """What is cast or scaled is worked on in runs of this length a thread, which stay in a core's cache from one pass to the next."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Part:
     """A run of one parameter's elements.
 
