@@ -161,7 +161,7 @@ class Engine:
             self._inside = False
             if not training:
                 # What stays gathered after a forward that no backward follows would miss the next update.
-                self._edits.keep(self._all_units)
+                self._keep_edits()
                 self._free()
                 self._derivatives.release_others(kept)
 
@@ -194,7 +194,7 @@ class Engine:
             self._watch.announce("backward")
         if self._is_last_batch or self.plan.stage.reshards_after_forward:
             # Backward frees what it has used, and user code has run with anything gathered since the forward.
-            self._edits.keep(self._all_units)
+            self._keep_edits()
         if self._inside:
             # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
             loss = self._root(lambda: loss)  # type: ignore[operator]
@@ -243,7 +243,7 @@ class Engine:
     def settle(self) -> None:
         """Free everything that is gathered, so that parameters are shards: before a step, a clip, a save, an edit."""
         self._offloaded.wait()
-        self._edits.keep(self._all_units)
+        self._keep_edits()
         self._free()
 
     @contextmanager
@@ -275,6 +275,10 @@ class Engine:
         self._state_dicts -= 1
         if not self._settled and self._state_dicts == 0:
             self._reenter()
+
+    def _keep_edits(self) -> None:
+        self._edits.keep(self._all_units)
+        self._offloaded.note_edits(self._edits.take_mark())
 
     def _free(self) -> None:
         if self._fast is not None:
@@ -330,6 +334,7 @@ class Engine:
         optimizers.check_optimizer(optimizer, sharded=self.parameters_by_name.values())
         if self.plan.settings.offload.is_used:
             self._offloaded.add(optimizer)
+            self._edits.mark_changes(self.device)
         optimizer.register_step_pre_hook(lambda *_: self.settle())
 
     def shown_state(self, optimizer: Optimizer) -> AbstractContextManager[None]:
@@ -338,7 +343,8 @@ class Engine:
 
     def overlap_updates(self, *, early: bool, late: bool) -> None:
         """Let updates of an offloaded optimizer run beside other work; see `OffloadedSteps.overlap`."""
-        self._offloaded.overlap(early=early, late=late)
+        # The fast path gathers units before somebody comes to them.
+        self._offloaded.overlap(early=early, late=late and self._fast is None)
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Take an optimizer step on the shards.

@@ -46,6 +46,7 @@ class OffloadedSteps:
         self._is_stepping = False
         self._due: dict[str, set[nn.Parameter]] = {}
         self._torn: Exception | None = None
+        self._marks: list[Callable[[], bool]] = []
 
     # Optimizers -------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,21 @@ class OffloadedSteps:
         # What user code has changed in gathered parameters is not in the shards yet.
         if not due and not compat.is_gathered(self._units[name]):
             offloaded = next(iter(self._by_optimizer.values()))
-            offloaded.submit(parameter for parameter in self._parameters(name) if parameter.requires_grad)
+            wanted = [parameter for parameter in self._parameters(name) if parameter.requires_grad]
+            offloaded.submit(wanted, edited=self._edited())
+
+    def note_edits(self, mark: Callable[[], bool] | None) -> None:
+        """Note what tells whether user code has changed parameters; see `Edits.take_mark`.
+
+        Args:
+            mark: None: nothing has to be noted.
+        """
+        if mark is not None:
+            self._marks.append(mark)
+
+    def _edited(self) -> Callable[[], bool]:
+        marks = tuple(self._marks)
+        return lambda: any([mark() for mark in marks])  # each is waited for
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Take an optimizer step where the state lies.
@@ -183,9 +198,11 @@ class OffloadedSteps:
         """
         try:
             with torch.enable_grad():
-                return self.of(optimizer).step(waits=not self._late, **kwargs)
+                return self.of(optimizer).step(waits=not self._late, edited=self._edited(), **kwargs)
         finally:
             self._is_stepping = False
+            if len(self._by_optimizer) == 1:
+                self._marks.clear()
 
     def wait(self, parameters: Sequence[nn.Parameter] | None = None) -> None:
         """Wait for updates.

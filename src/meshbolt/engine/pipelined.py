@@ -191,7 +191,7 @@ class PipelinedEngine(Engine):
         if self._unreduced:
             self._let_reduce(unit for unit in self._all_units if unit in self._unreduced)
             compat.end_backward(self._root)
-        self._edits.keep(self._all_units)
+        self._keep_edits()
         if self._frees:
             self._free()
         self._window.after_backward(last=self._is_last_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from meshbolt import MeshStrategy, Offload
 from meshbolt.compat import local_tensor
 from meshbolt.engine.placeholders import held_elsewhere
+from meshbolt.offload.update import ChunkUpdate
 from meshbolt.plugins import MixedPrecision
 from meshbolt.testing import run_ranks
 
@@ -59,6 +61,10 @@ class Net(pl.LightningModule):
         wide = torch.stack([layer(x[:, :1]) for layer in self.tiny])
         return (x * self.scale).square().mean() + wide.square().mean()
 
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        # Of parameters as they are after the step before.
+        self.log("val", self.training_step(batch, index))
+
     def configure_optimizers(self) -> Any:
         bias = [p for name, p in self.named_parameters() if name.endswith("bias")]
         others = [p for name, p in self.named_parameters() if not name.endswith("bias")]
@@ -88,9 +94,9 @@ def fit(module: Net, offload: Offload | None, *, steps: int = 4, **settings: Any
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **settings,
+        **{"limit_val_batches": 0, **settings},
     )
-    trainer.fit(module, loader)
+    trainer.fit(module, loader, loader)
     engine = trainer.strategy.engine  # type: ignore[attr-defined]
     engine.settle()
     own = [p for p in engine.parameters_by_name.values() if not held_elsewhere(p)]
@@ -101,14 +107,34 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
-def both(place: str, path: str, overlap: bool, kind: str, options: dict[str, Any], settings: dict[str, Any]) -> str:
+def both(
+    place: str,
+    path: str,
+    overlap: bool,
+    kind: str,
+    options: dict[str, Any],
+    settings: dict[str, Any],
+    slowly: bool = False,
+) -> str:
     """Return what differs between a run that offloads and one that does not; nothing if all bits are equal."""
     # Lightning does not clip for fused kernels in mixed precision, and others round differently.
     same = torch.equal if options.get("fused") or kind not in ("AdamW", "SGD") else close
     more = {"path": path} if place == "nvme" else {}
     offload = Offload(**PLACES[place], **more, overlap=overlap)  # type: ignore[arg-type]
     plain, expected = fit(Net(kind, **options), None, **settings)
-    moved, found = fit(Net(kind, **options), offload, **settings)
+    with pytest.MonkeyPatch.context() as patched:
+        if overlap:
+            # What gathers ahead on CPUs leaves no time for updates under the next forward pass.
+            patched.setenv("MESHBOLT_FAST_PATH", "0")
+        if slowly:
+            run = ChunkUpdate.run
+
+            def run_late(self: ChunkUpdate, **options: Any) -> None:
+                time.sleep(0.03)
+                run(self, **options)
+
+            patched.setattr(ChunkUpdate, "run", run_late)
+        moved, found = fit(Net(kind, **options), offload, **settings)
     wrong = [number for number, pair in enumerate(zip(found, expected, strict=True)) if not same(*pair)]
     if wrong:
         return f"parameters {wrong[:5]} differ by {max(float((found[n] - expected[n]).abs().max()) for n in wrong)}"
@@ -194,3 +220,10 @@ def test_and_every_mesh(mesh: dict[str, Any], place: str, tmp_path: Path) -> Non
     assert (
         run_ranks(both, ranks, place, str(tmp_path), True, "AdamW", {"fused": True}, mesh, timeout=60) == [""] * ranks
     )
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"num_sanity_val_steps": 0, "limit_val_batches": 2, "val_check_interval": 2}])
+def test_updates_that_take_long_are_waited_for(zero: int, more: dict[str, Any], tmp_path: Path) -> None:
+    settings = {"zero": zero, **more}
+    assert run_ranks(both, 2, "cpu", "", True, "AdamW", {"fused": True}, settings, True, timeout=60) == ["", ""]
