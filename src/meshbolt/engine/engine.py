@@ -33,6 +33,7 @@ from meshbolt.engine.load import follow_state_dicts
 from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.offloaded import OffloadedSteps
 from meshbolt.engine.stages import Stages
+from meshbolt.engine.state import load_optimizer_state
 from meshbolt.engine.window import Window
 from meshbolt.mesh import data_parallel_group
 from meshbolt.tensor import gathered as whole_of_splits
@@ -340,6 +341,12 @@ class Engine:
     def shown_state(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Show in `optimizer.state` all that is kept for the parameters here, wherever it lies; changes are kept."""
         return self._offloaded.shown(optimizer)
+
+    def load_state(self, optimizer: Optimizer, *saved: Any, **options: Any) -> None:
+        """Give an optimizer the state of a checkpoint, wherever it is to lie; see `load_optimizer_state`."""
+        is_moved = self.plan.settings.offload.optimizer is not None
+        with self.shown_state(optimizer):
+            load_optimizer_state(optimizer, *saved, **options, device=torch.device("cpu") if is_moved else None)
 
     def overlap_updates(self, *, early: bool, late: bool) -> None:
         """Let updates of an offloaded optimizer run beside other work; see `OffloadedSteps.overlap`."""

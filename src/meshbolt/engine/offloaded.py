@@ -78,6 +78,8 @@ class OffloadedSteps:
             fraction=float(self._setting.fraction),
             make_tier=self._file if self._setting.optimizer == NVME else None,
             pin_memory=self._setting.pin_memory,
+            # What is trained in 16 bits without offloading is so with it.
+            full_precision=False,
         )
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
@@ -187,7 +189,7 @@ class OffloadedSteps:
 
     def _edited(self) -> Callable[[], bool]:
         marks = tuple(self._marks)
-        return lambda: any([mark() for mark in marks])  # each is waited for
+        return lambda: any(mark() for mark in marks)
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Take an optimizer step where the state lies.

@@ -135,6 +135,7 @@ def load_optimizer_state(
     names: Mapping[nn.Parameter, str],
     *,
     dtypes: Mapping[str, torch.dtype] | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Give an optimizer the state that `optimizer_state` returned, here or on another layout.
 
@@ -145,6 +146,7 @@ def load_optimizer_state(
         names: of all parameters of the module.
         dtypes: of the saved parameters, by name. State in the dtype of its parameter then follows the parameter into
             this run's dtype; other state keeps its own.
+        device: where state goes; None: to its parameter.
 
     Raises:
         CheckpointError: the class or the groups of parameters differ; the optimizer is as it was.
@@ -160,6 +162,7 @@ def load_optimizer_state(
                     saved_dtype=(dtypes or {}).get(names[parameter]),
                     counts_on_device=counts_on_device,
                     as_plain=type(optimizer) in ELEMENTWISE,
+                    device=device or local_tensor(parameter).device,
                 )
                 state[parameter] = {name: place.take(name, value) for name, value in saved["state"][key].items()}
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -170,7 +173,9 @@ def load_optimizer_state(
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
-def empty_like_saved(key_shape: torch.Size, dtype: torch.dtype, parameter: torch.Tensor | None) -> torch.Tensor:
+def empty_like_saved(
+    key_shape: torch.Size, dtype: torch.dtype, parameter: torch.Tensor | None, *, on: torch.device | None = None
+) -> torch.Tensor:
     """Return a tensor for a saved one to be read into: sharded like its parameter where it has the parameter's shape.
 
     Args:
@@ -178,14 +183,15 @@ def empty_like_saved(key_shape: torch.Size, dtype: torch.dtype, parameter: torch
         dtype: of the saved tensor.
         parameter: the parameter that is saved, or that the state belongs to, if any; for one that another stage holds, a
             placeholder is returned, into which nothing can be read.
+        on: which device it is read to; None: that of the parameter.
     """
     if parameter is not None and held_elsewhere(parameter):
         return torch.empty(key_shape, dtype=dtype, device="meta")
     if isinstance(parameter, DTensor) and parameter.shape == key_shape and key_shape != torch.Size([]):
-        local = torch.empty_like(local_tensor(parameter), dtype=dtype)
+        local = torch.empty_like(local_tensor(parameter), dtype=dtype, device=on)
         return as_sharded(local, like=parameter)
     device = parameter.device if parameter is not None and key_shape == parameter.shape and parameter.dim() else "cpu"
-    return torch.empty(key_shape, dtype=dtype, device=device)
+    return torch.empty(key_shape, dtype=dtype, device=on or device)
 
 
 def _saved(value: Any, parameter: nn.Parameter) -> Any:
@@ -203,21 +209,23 @@ class _Place:
         saved_dtype: of the parameter when it was saved, if known.
         counts_on_device: step counts lie where the parameter does, as fused kernels need it.
         as_plain: the optimizer runs on plain shards, not on DTensors.
+        device: where the state goes.
     """
 
     parameter: nn.Parameter
     saved_dtype: torch.dtype | None
     counts_on_device: bool
     as_plain: bool
+    device: torch.device
 
     def take(self, key: str, value: Any) -> Any:
         """Return a saved value as the optimizer keeps it."""
         parameter = self.parameter
         if not isinstance(value, torch.Tensor):
             return value
-        device = local_tensor(parameter).device
+        device = self.device
         if key == "step":
-            return local_tensor(value).to(device if self.counts_on_device else "cpu", copy=True)
+            return local_tensor(value).to(local_tensor(parameter).device if self.counts_on_device else "cpu", copy=True)
         dtype = parameter.dtype if (value.shape, value.dtype) == (parameter.shape, self.saved_dtype) else value.dtype
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
             return local_tensor(value).to(device, dtype, copy=True)

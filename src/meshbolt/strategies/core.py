@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -484,6 +485,8 @@ class MeshCore(DataParallelRanks):
         return {}
 
     def _load(self, path: str, into: LoadInto, *, weights_only: bool | None) -> Loaded:
+        if self.settings.offload.optimizer is not None:
+            into = dataclasses.replace(into, state_device=torch.device("cpu"))
         return self._saving.load(path, into, weights_only=weights_only, group=self._control_group)
 
     def _take_random_state(self, loaded: Loaded) -> None:

@@ -50,6 +50,7 @@ class LoadInto:
             but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
         resumes: it is read for a run that goes on where the saved one goes back to, such as the beginning of a window.
+        state_device: where the state of optimizers is read to; None: to its parameters.
     """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class LoadInto:
     check: Callable[[Loaded], object] = _nothing_to_check
     leave_out: frozenset[str] = field(default=frozenset())
     resumes: bool = False
+    state_device: torch.device | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +308,8 @@ def _room(
             owner = _trained_elsewhere(key, owners.get(key), into.parameters)
         if owner is None and key in sharded:
             owner = _owner(key, shape, into.parameters)
-        room[key] = empty_like_saved(shape, saved[place].dtype, owner)
+        on = into.state_device if key in owners else None
+        room[key] = empty_like_saved(shape, saved[place].dtype, owner, on=on)
     return room
 
 

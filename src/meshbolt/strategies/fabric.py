@@ -21,7 +21,7 @@ from meshbolt.collectives import agree_on_error
 from meshbolt.engine import Engine
 from meshbolt.engine.load import check_weights, load_model
 from meshbolt.engine.rewire import names_by_parameter, rewire_optimizer
-from meshbolt.engine.state import check_optimizer_state, load_optimizer_state, optimizer_state, trained_state
+from meshbolt.engine.state import check_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
@@ -390,8 +390,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         for key, target in found.items():
             if isinstance(target, Optimizer):
                 own_dtypes = dtypes.get(self._engine_of(target).module)
-                with self._engine_of(target).shown_state(target):
-                    load_optimizer_state(target, loaded.tree[key], self._names(target), dtypes=own_dtypes)
+                engine = self._engine_of(target)
+                engine.load_state(target, loaded.tree[key], self._names(target), dtypes=own_dtypes)
         self._take_random_state(loaded)
 
     def _load_module(self, module: nn.Module, saved: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from typing_extensions import override
 from meshbolt.collectives import agree_on_error
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import check_weights, load_model
-from meshbolt.engine.state import keys_of_average, load_optimizer_state, optimizer_state, trained_state
+from meshbolt.engine.state import keys_of_average, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.agreement import trainer_rows
@@ -462,8 +462,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         let_finetuning_catch_up(self._module().trainer)
         with self._settled() as names:
             for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-                with self.engine.shown_state(optimizer):
-                    load_optimizer_state(optimizer, state, names, dtypes=self._saved_dtypes)
+                self.engine.load_state(optimizer, state, names, dtypes=self._saved_dtypes)
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
