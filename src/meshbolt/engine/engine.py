@@ -36,6 +36,7 @@ from meshbolt.engine.stages import Stages
 from meshbolt.engine.state import load_optimizer_state
 from meshbolt.engine.window import Window
 from meshbolt.mesh import data_parallel_group
+from meshbolt.offload.planning import Needs
 from meshbolt.tensor import gathered as whole_of_splits
 from meshbolt.zero import ReplicatedParameters
 
@@ -110,6 +111,7 @@ class Engine:
             plan.settings.offload,
             {"the root": composed.root, **composed.units},
             others=self._replicated.parameters,
+            device=device,
         )
         follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
@@ -341,6 +343,10 @@ class Engine:
     def shown_state(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Show in `optimizer.state` all that is kept for the parameters here, wherever it lies; changes are kept."""
         return self._offloaded.shown(optimizer)
+
+    def offloaded_needs(self) -> Needs:
+        """Return what this rank's optimizers need in host memory and on a disk."""
+        return self._offloaded.needs()
 
     def load_state(self, optimizer: Optimizer, *saved: Any, **options: Any) -> None:
         """Give an optimizer the state of a checkpoint, wherever it is to lie; see `load_optimizer_state`."""

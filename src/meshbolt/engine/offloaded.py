@@ -8,6 +8,7 @@ optimizers in between; `settle` and everything that stands on it (checkpoints, w
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -19,14 +20,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from meshbolt import compat
-from meshbolt.collectives import agree_on_error
+from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.errors import MeshboltError, UnsupportedError
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.host import OffloadedOptimizer
 from meshbolt.offload.layout import Layout
+from meshbolt.offload.planning import Needs, layout_of, needs_of
+from meshbolt.offload.room import Room, check_room, room_of
 from meshbolt.offload.setting import NVME, Offload
 from meshbolt.offload.tiers import FileTier, Tier
+
+# What is trained in 16 bits without offloading is so with it.
+_FULL_PRECISION = False
 
 
 class OffloadedSteps:
@@ -36,10 +42,19 @@ class OffloadedSteps:
         setting: what lies where.
         units: what gathers parameters, by name, in the order of the forward pass.
         others: parameters that no unit gathers.
+        device: this rank's.
     """
 
-    def __init__(self, setting: Offload, units: Mapping[str, FSDPModule], *, others: Sequence[nn.Parameter]) -> None:
-        self._setting, self._units, self._others = setting, units, others
+    def __init__(
+        self,
+        setting: Offload,
+        units: Mapping[str, FSDPModule],
+        *,
+        others: Sequence[nn.Parameter],
+        device: torch.device,
+    ) -> None:
+        self._setting, self._units, self._others, self._device = setting, units, others, device
+        self._needs: dict[int, Needs] = {}
         self._by_optimizer: dict[int, OffloadedOptimizer] = {}
         self._early = self._late = self._is_watched = False
         # From a backward pass that updates on, until the step is taken.
@@ -58,36 +73,60 @@ class OffloadedSteps:
 
         Raises:
             UnsupportedError: its class is not known to be elementwise, or a setting of it does not go with this.
-            StorageError: a file cannot be made, or has no room.
+            StorageError: it does not fit, or a file cannot be made.
         """
+        rooms: list[Room] = []
+        agree_on_error(lambda: rooms.append(self._room(optimizer)))
+        check_room(same_on_all_ranks(rooms[0])[1])
         agree_on_error(functools.partial(self._add, optimizer))
+        self._needs[id(optimizer)] = rooms[0].needs
 
-    def _add(self, optimizer: Optimizer) -> None:
+    def _room(self, optimizer: Optimizer) -> Room:
         if type(optimizer) not in ELEMENTWISE:
             raise UnsupportedError(
                 f"offload={self._setting.optimizer!r} updates an optimizer's state piece by piece, and "
                 f"{type(optimizer).__name__} is not known to update each number by itself. Use one of "
                 f"{', '.join(sorted(known.__name__ for known in ELEMENTWISE))}, or offload=None."
             )
-        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        held = {"others": self._others, **{name: self._parameters(name) for name in self._units}}
-        chosen = {name: [p for p in parameters if p in own] for name, parameters in held.items()}
+        in_file = self._setting.optimizer == NVME
+        fraction, units = float(self._setting.fraction), self._chosen(optimizer)
+        layout = layout_of(optimizer, units=units, fraction=fraction, full_precision=_FULL_PRECISION)
+        needs = needs_of(layout, device=self._device, in_file=in_file)
+        return room_of(needs, path=self._setting.path if in_file else None)
+
+    def _add(self, optimizer: Optimizer) -> None:
         self._by_optimizer[id(optimizer)] = OffloadedOptimizer(
             optimizer,
-            units={name: parameters for name, parameters in chosen.items() if parameters},
+            units=self._chosen(optimizer),
             fraction=float(self._setting.fraction),
             make_tier=self._file if self._setting.optimizer == NVME else None,
             pin_memory=self._setting.pin_memory,
-            # What is trained in 16 bits without offloading is so with it.
-            full_precision=False,
+            full_precision=_FULL_PRECISION,
+        )
+
+    def _chosen(self, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
+        """Return the optimizer's parameters by what gathers them."""
+        own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        held = {"others": self._others, **{name: self._parameters(name) for name in self._units}}
+        chosen = {name: [p for p in parameters if p in own] for name, parameters in held.items()}
+        return {name: parameters for name, parameters in chosen.items() if parameters}
+
+    def needs(self) -> Needs:
+        """Return what this rank's optimizers need, all together."""
+        each = self._needs.values()
+        return Needs(
+            host_bytes=sum(needs.host_bytes for needs in each),
+            device_bytes=sum(needs.device_bytes for needs in each),
+            file_bytes=sum(needs.file_bytes for needs in each),
         )
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return list(compat.managed_parameters(self._units[name]))
 
     def _file(self, layout: Layout) -> Tier:
-        path = self._setting.path or "."
-        return FileTier(layout, lambda num_bytes: StateFile(path, num_bytes, name=f"meshbolt-rank{dist.get_rank()}"))
+        path, rank = self._setting.path or ".", dist.get_rank()
+        say = warnings.warn if rank == 0 else _say_nothing
+        return FileTier(layout, lambda num_bytes: StateFile(path, num_bytes, name=f"meshbolt-rank{rank}", say=say))
 
     def __contains__(self, optimizer: Optimizer) -> bool:
         return id(optimizer) in self._by_optimizer
@@ -115,6 +154,7 @@ class OffloadedSteps:
         while self._by_optimizer:
             _, offloaded = self._by_optimizer.popitem()
             offloaded.close()
+        self._needs.clear()
         self.overlap(early=False, late=False)
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -216,3 +256,7 @@ class OffloadedSteps:
             return
         for offloaded in self._by_optimizer.values():
             offloaded.wait(parameters)
+
+
+def _say_nothing(_text: str) -> None:
+    """Leave it to the first rank."""

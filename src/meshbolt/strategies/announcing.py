@@ -62,3 +62,21 @@ def say_what_is_let_go(module: nn.Module, stages: Stages) -> None:
             "(for Fabric under fabric.init_module()), or train it by `meshbolt fit --meta true`, and no rank ever holds more "
             "than its stages."
         )
+
+
+def say_what_is_offloaded(engine: Engine) -> None:
+    """Print on rank 0 where the state of optimizers lies, and how much it takes there; nothing where it is on the device.
+
+    Args:
+        engine: that has its optimizers.
+    """
+    setting, needs = engine.plan.settings.offload, engine.offloaded_needs()
+    if setting.optimizer is None:
+        return
+    places = {
+        f"in a file under {setting.path}": needs.file_bytes,
+        "in host memory": needs.host_bytes,
+        "on the device": needs.device_bytes,
+    }
+    taken = ", ".join(f"{format_bytes(size)} {place}" for place, size in places.items() if size)
+    rank_zero_info(f"offload: the state of optimizers takes {taken}, on each rank like this one")

@@ -24,6 +24,7 @@ from meshbolt.engine.rewire import names_by_parameter, rewire_optimizer
 from meshbolt.engine.state import check_optimizer_state, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.announcing import say_what_is_offloaded
 from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
@@ -199,7 +200,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Refuse an optimizer that cannot run on shards."""
-        self._engine_of(optimizer).add_optimizer(optimizer)
+        engine = self._engine_of(optimizer)
+        engine.add_optimizer(optimizer)
+        say_what_is_offloaded(engine)
         return optimizer
 
     # Steps ------------------------------------------------------------------------------------------------------------

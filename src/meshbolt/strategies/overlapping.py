@@ -9,6 +9,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from meshbolt.engine import Engine
+from meshbolt.strategies.announcing import say_what_is_offloaded
 
 # Hooks between a backward pass and its step, where gradients are final and parameters those of the step before.
 _BEFORE_STEP = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
@@ -40,10 +41,13 @@ _HARMLESS: tuple[type[pl.Callback], ...] = (
 def overlap_updates(trainer: pl.Trainer, engine: Engine) -> None:
     """Let updates of an offloaded optimizer begin before a step, and end after it, as far as nobody could notice.
 
+    What lies where is said.
+
     Args:
         trainer: about to train.
         engine: of its module.
     """
+    say_what_is_offloaded(engine)
     setting, module = engine.plan.settings.offload, trainer.lightning_module
     by_itself = engine.device.type == "cuda" and setting.overlap is not False
     if setting.optimizer is None or not module.automatic_optimization or not (by_itself or setting.overlap is True):

@@ -27,9 +27,8 @@ PLACES = {
     "half": {"optimizer": "cpu", "fraction": 0.5},
     "nvme": {"optimizer": "nvme"},
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:It is recommended to use:lightning.fabric.utilities.warnings.PossibleUserWarning"
-)
+WARNING = "ignore:It is recommended to use:lightning.fabric.utilities.warnings.PossibleUserWarning"
+pytestmark = pytest.mark.filterwarnings(WARNING)
 
 
 class Block(nn.Module):
@@ -82,6 +81,7 @@ def fit(module: Net, offload: Offload | None, *, steps: int = 4, **settings: Any
     settings["plugins"] = [] if precision == "32-true" else [MixedPrecision(precision, "cpu")]
     data = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(1))
     loader = torch.utils.data.DataLoader(data[copy::copies].contiguous(), batch_size=4)  # type: ignore[arg-type]
+    load = settings.pop("ckpt_path", None)
     mesh = {key: settings.pop(key) for key in ("zero", "tensor_parallel", "pipeline_parallel") if key in settings}
     trainer = pl.Trainer(
         strategy=MeshStrategy(offload=offload, **mesh),
@@ -89,14 +89,12 @@ def fit(module: Net, offload: Offload | None, *, steps: int = 4, **settings: Any
         devices=ranks,
         max_steps=steps,
         max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **{"limit_val_batches": 0, **settings},
+        **{"limit_val_batches": 0, "logger": False, "enable_checkpointing": False, **settings},
     )
-    trainer.fit(module, loader, loader)
+    trainer.fit(module, loader, loader, ckpt_path=load)
     engine = trainer.strategy.engine  # type: ignore[attr-defined]
     engine.settle()
     own = [p for p in engine.parameters_by_name.values() if not held_elsewhere(p)]
