@@ -154,7 +154,7 @@ def test_updates_overlap_where_nobody_could_notice(
     tmp_path: Path,
 ) -> None:
     made: list[pl.Callback] = [
-        each(dirpath=tmp_path) if each is ModelCheckpoint else each()
+        each(dirpath=tmp_path / "kept") if each is ModelCheckpoint else each()
         for each in callbacks  # type: ignore[call-arg]
     ]
     if LearningRateMonitor in callbacks:
