@@ -158,5 +158,5 @@ def test_updates_overlap_where_nobody_could_notice(
         for each in callbacks  # type: ignore[call-arg]
     ]
     if LearningRateMonitor in callbacks:
-        settings = {**settings, "logger": pl.loggers.CSVLogger(str(tmp_path))}
+        settings = {**settings, "logger": pl.loggers.CSVLogger(str(tmp_path)), "log_every_n_steps": 1}
     assert run_ranks(overlap, 2, kind(fused=True), made, {"zero": 1, **settings}, timeout=60) == [expected] * 2
