@@ -8,7 +8,7 @@ import pytest
 from meshbolt.cli.planned import Row, explain_plan
 from meshbolt.config.load import load
 from meshbolt.environment import DEBUG, FAST_PATH
-from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
+from meshbolt.errors import ConfigError, TopologyError
 
 MESH = "{class_path: meshbolt.MeshStrategy, init_args: {%s}}"
 FP16 = "{class_path: meshbolt.plugins.MixedPrecision, init_args: {precision: 16-mixed, device: cpu}}"

@@ -20,7 +20,8 @@ def test_the_closest_name_is_suggested(name: str, suggested: str) -> None:
 
 def test_a_name_that_resembles_none_lists_the_presets() -> None:
     with pytest.raises(
-        ConfigError, match="known: mesh_3d, pipeline_parallel, tensor_parallel, zero0, zero1, zero2, zero2_offload, zero3"
+        ConfigError,
+        match="known: mesh_3d, pipeline_parallel, tensor_parallel, zero0, zero1, zero2, zero2_offload, zero3",
     ):
         check_strategy_name("xyzzy")
 
