@@ -29,6 +29,7 @@ from meshbolt.engine import Engine, PipelinedEngine
 from meshbolt.engine.random_state import branch_random_state, collect_random_state, restore_random_state
 from meshbolt.errors import ConfigError
 from meshbolt.mesh import build_mesh
+from meshbolt.offload.setting import Offload
 from meshbolt.pipeline import PipelineParallel
 from meshbolt.plugins import MeshPrecision, convert_precision
 from meshbolt.strategies.agreement import agree_on_settings, precision_rows
@@ -67,7 +68,7 @@ class MeshCore(DataParallelRanks):
         zero: int | Zero = 3,
         tensor_parallel: int | str | TensorParallel = 1,
         pipeline_parallel: int | PipelineParallel = 1,
-        offload: str | None = None,
+        offload: str | Offload | None = None,
         recompute: str | Recompute = "none",
         compile: bool = False,
         checkpoint: Checkpoint | None = None,
@@ -88,7 +89,7 @@ class MeshCore(DataParallelRanks):
                 loss_parallel.
             pipeline_parallel: ranks among which the stages of the model are distributed, or `PipelineParallel` with more: size,
                 microbatches, schedule, cuts.
-            offload: not in this version; None.
+            offload: "cpu" or "nvme" for where the state of optimizers lies, or `Offload` with more: optimizer, path, fraction.
             recompute: "none", "full" or "selective", or `Recompute`.
             compile: compile each repeated block with torch's default mode.
             checkpoint: how checkpoints are written and read.
