@@ -89,7 +89,7 @@ class PipelinedEngine(Engine):
     def forward_pass(self, function: Callable[[], T], *, is_last: bool) -> T:
         """Run a microbatch forwards through a stage, with the root's parameters gathered."""
         self._inside = True
-        # Every schedule runs microbatches backwards in their order, so that the last one's pass reduces gradients.
+        # The pass backwards of the last one reduces gradients.
         self._quiet = self._can_be_quiet and not is_last
         try:
             return self._root(functools.partial(self._run, function))  # type: ignore[no-any-return, operator]
@@ -120,7 +120,8 @@ class PipelinedEngine(Engine):
     def second_half(self, stage: int) -> Iterator[None]:
         """Surround what makes the gradients of a stage's parameters: of it FSDP knows nothing."""
         yield
-        for unit in self._units_of(stage):
+        for unit in (*self._units_of(-1), *self._units_of(stage), self._root):
+            self._window.saw(shard for shard, copy in compat.copies_by_shard(unit) if copy.grad is not None)
             compat.keep_gradients(unit)
 
     def _units_of(self, stage: int) -> list[FSDPModule]:

@@ -91,6 +91,14 @@ class Window:
             return
         self._show_all()
 
+    def saw(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note parameters that a batch uses, whose gradients autograd has made without telling.
+
+        Args:
+            parameters: shards.
+        """
+        self._used.update(parameters)
+
     def after_error(self) -> None:
         """Show again what a backward that was cut short had taken back, so that it can be dropped or gone on with."""
         if self._shown:

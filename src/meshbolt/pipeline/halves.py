@@ -58,10 +58,16 @@ def backward_to_inputs(
     def backward_to_parameters(*, retain_graph: bool = False) -> None:
         while later:
             node, below = later.popitem()
-            edges = [(GradientEdge(node, i), each) for i, each in enumerate(arrived.pop(node, ())) if each is not None]
+            came = arrived.pop(node, ())
+            edges = [(GradientEdge(node, i), each) for i, each in enumerate(came) if each is not None]
             if edges:
                 ends, values = zip(*edges, strict=True)
-                made = torch.autograd.grad(ends, below, values, retain_graph=retain_graph, allow_unused=True)
+                # What hooks of activations have made of the gradients is in them: here they run again, for nothing.
+                handle = node.register_prehook(_put_back(came))
+                try:
+                    made = torch.autograd.grad(ends, below, values, retain_graph=retain_graph, allow_unused=True)
+                finally:
+                    handle.remove()
                 _add(below, made)
 
     return backward_to_parameters
@@ -72,6 +78,10 @@ def _keep(arrived: dict[Node, tuple[Tensor | None, ...]], node: Node) -> Callabl
         arrived[node] = gradients
 
     return keep
+
+
+def _put_back(gradients: tuple[Tensor | None, ...]) -> Callable[[Any], tuple[Tensor | None, ...]]:
+    return lambda _gradients: gradients
 
 
 def _add(tensors: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:

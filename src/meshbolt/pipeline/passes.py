@@ -19,7 +19,7 @@ class Passes(Protocol):
 
         Args:
             function: does it.
-            is_last: it is the step's last microbatch.
+            is_last: it is the microbatch that is run backwards last.
         """
 
     def leaving(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshbolt.compat import PipelineStageBase
 from meshbolt.pipeline.passes import Passes, PlainPasses
 from meshbolt.pipeline.plan import Crossing, PipelinePlan
-from meshbolt.pipeline.split_backward import Leaving, why_not_halves
+from meshbolt.pipeline.split_backward import Leaving, try_halves
 from meshbolt.pipeline.stage import left_stage
 
 Forward = Callable[[int, list[Tensor]], tuple[list[Tensor], Tensor | None]]
@@ -61,6 +61,7 @@ class RankStage(PipelineStageBase):
         self._edges: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self._leaving_gradients: dict[int, list[Tensor]] = {}
         self.observer: Observer = unobserved
+        self._ends_with = 0
         self._splits = False
         self._module = module
         self._places: tuple[PipelinePlan | None, list[tuple[nn.Module, str]]] = None, []
@@ -74,6 +75,8 @@ class RankStage(PipelineStageBase):
         forward: Forward,
         passes: Passes,
         surround: Surround = _nothing_around,
+        *,
+        ends_with: int = 0,
     ) -> None:
         """Prepare for a step.
 
@@ -83,8 +86,10 @@ class RankStage(PipelineStageBase):
             passes: surrounds its passes.
             surround: given a stage and whether a pass makes gradients of parameters only, returns what surrounds the pass that
                 ends a microbatch there.
+            ends_with: the microbatch that is run backwards last.
         """
         self._plans, self._forward, self._passes, self._surround = plans, forward, passes, surround
+        self._ends_with = ends_with
         self._later.clear()  # of a step that an exception has ended
 
     def as_planned(self, sent: Sequence[Tensor], number: int) -> list[Tensor]:
@@ -189,7 +194,7 @@ class RankStage(PipelineStageBase):
         ]
         with self.observer("F", self.stage_index, fwd_chunk_id):
             sent, loss = self._passes.forward_pass(
-                lambda: self._forward(fwd_chunk_id, received), is_last=fwd_chunk_id == len(self._plans) - 1
+                lambda: self._forward(fwd_chunk_id, received), is_last=fwd_chunk_id == self._ends_with
             )
         left = self.as_planned(sent, fwd_chunk_id)
         self._edges[fwd_chunk_id] = received, left if loss is None else [loss]
@@ -257,11 +262,12 @@ class RankStage(PipelineStageBase):
                 self._later[number] = leaving.run_to_inputs(self._parameters(number)), True
             return
         with self.observer("B", self.stage_index, number), self._surround(self.stage_index, halves=False):
-            reason = why_not_halves(leaving, self._parameters(number))
-        self._tried.add(form)
-        if reason:
+            trial = try_halves(leaving, self._parameters(number))
+        if trial.is_sound:
+            self._tried.add(form)
+        if trial.reason:
             self._splits = False
-            self._refused(self.stage_index, reason)
+            self._refused(self.stage_index, trial.reason)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """Make the gradients of parameters that `backward_one_chunk` has left."""

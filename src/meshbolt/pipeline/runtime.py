@@ -197,7 +197,8 @@ class Pipeline:
 
         surround = self._surrounding(count)
         for stage in self._stages:
-            stage.begin(plans, functools.partial(forward, stage=stage.stage_index), self._passes, surround)
+            run = functools.partial(forward, stage=stage.stage_index)
+            stage.begin(plans, run, self._passes, surround, ends_with=self._ends_with(count))
         nothing = [None] * count
         with self._tied_summed(plans[0]), self._calls.backward():
             self._schedule(count)._step_microbatches([()] * count, [{} for _ in nothing], nothing, None, False)
@@ -287,6 +288,11 @@ class Pipeline:
             order = schedule_for(self._name, stages=self._num_stages, ranks=self._group.size(), microbatches=count)
             self._schedules[count] = build_schedule(order, self._stages, count)
         return self._schedules[count]
+
+    def _ends_with(self, count: int) -> int:
+        """Return which microbatch of so many is run backwards last."""
+        order = schedule_for(self._name, stages=self._num_stages, ranks=self._group.size(), microbatches=count)
+        return 0 if order.reverses else count - 1
 
     def _surrounding(self, count: int) -> Surround:
         """Return what surrounds the pass that ends a stage's next microbatch, of as many as there are."""

@@ -24,6 +24,7 @@ class Schedule:
         folded: with two stages a rank, the first rank has the first and the last one.
         splits_backward: it computes the gradients of parameters apart from those of inputs.
         needs_stages: there have to be as many microbatches as stages.
+        reverses: it runs microbatches backwards from the last to the first.
         in_rounds: a rank computes its stages in turns, of about as many microbatches as there are ranks, all of them equal.
     """
 
@@ -33,6 +34,7 @@ class Schedule:
     splits_backward: bool = False
     needs_stages: bool = False
     in_rounds: bool = False
+    reverses: bool = False
 
     def stages_of(self, rank: int, *, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
         """Return the stages of a rank, in the order in which data passes them.
@@ -72,7 +74,7 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "gpipe": Schedule(kind="GPipe", single=True),
         "1f1b": Schedule(kind="1F1B", single=True, needs_stages=True),
         "interleaved_1f1b": Schedule(kind="Interleaved1F1B", in_rounds=True),
-        "looped_bfs": Schedule(kind="LoopedBFS"),
+        "looped_bfs": Schedule(kind="LoopedBFS", reverses=True),
         "interleaved_zero_bubble": Schedule(kind="InterleavedZeroBubble", splits_backward=True, in_rounds=True),
         "zbv": Schedule(kind="ZBVZeroBubble", folded=True, splits_backward=True),
         "dualpipev": Schedule(kind="DualPipeV", folded=True, splits_backward=True, needs_stages=True),

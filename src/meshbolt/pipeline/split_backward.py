@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshbolt.compat import local_tensor
 from meshbolt.pipeline.halves import backward_to_inputs
@@ -49,38 +49,64 @@ class Leaving:
         return backward_to_inputs(self.sent, self.gradients, inputs, wanted)
 
 
-def why_not_halves(leaving: Leaving, parameters: Sequence[nn.Parameter]) -> str:
-    """Run a backward pass in halves and then in one; return why the halves are not to be used, or nothing.
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What has come of a backward pass that was run in one, and then in halves.
+
+    Attributes:
+        reason: why halves are not to be used; empty if they may.
+        is_sound: gradients were such that wrong ones would have been seen.
+    """
+
+    reason: str
+    is_sound: bool
+
+
+def try_halves(leaving: Leaving, parameters: Sequence[nn.Parameter]) -> Trial:
+    """Run a backward pass in one, whose gradients stay, and then in halves, whose gradients are compared with them.
 
     For the length of the call a second copy of the parameters' gradients is in memory. It is meant for the first microbatch of
     a run, when optimizers have no state yet.
 
     Args:
-        leaving: the microbatch's; its graph is gone afterwards, and the gradients are those of the pass in one.
+        leaving: the microbatch's; its graph is gone afterwards.
         parameters: of the stage.
     """
     ends, gradients = [get_gradient_edge(tensor) for tensor in leaving.sent], list(leaving.gradients)
+    tensors = [*leaving.received, *parameters]
     earlier = _take_gradients(parameters)
-    reason = _try_halves(leaving, parameters)
-    halves = [*_take_gradients(leaving.received), *_take_gradients(parameters)]
-    torch.autograd.backward(ends, gradients)
-    whole = [*(tensor.grad for tensor in leaving.received), *(parameter.grad for parameter in parameters)]
-    for parameter, before in zip(parameters, earlier, strict=True):
-        if before is not None:
-            parameter.grad = before if parameter.grad is None else before + parameter.grad
-    differ = sum(not _are_close(*pair) for pair in zip(halves, whole, strict=True))
-    if not reason and differ:
-        return f"{differ} of {len(whole)} gradients would not be those of a backward pass in one"
-    return reason
-
-
-def _try_halves(leaving: Leaving, parameters: Sequence[nn.Parameter]) -> str:
+    torch.autograd.backward(leaving.sent, gradients, retain_graph=True)
+    whole = _take_gradients(tensors)
     try:
         with _calls_of_modules() as called:
+            # A sharding engine may have taken some to where it adds them up.
+            again = _once_more(ends, gradients, tensors) if any(each is None for each in whole) else whole
             leaving.run_to_inputs(parameters)(retain_graph=True)
-    except Exception as error:  # the pass in one does without them
-        return str(error).strip().splitlines()[-1] or type(error).__name__
-    return f"{called[0]} is computed again in the backward pass, and would be in each half" if called else ""
+        reason = f"{called[0]} is computed again in the backward pass, and would be in each half" if called else ""
+    except Exception as error:  # what was made in one is whole
+        reason, again = str(error).strip().splitlines()[-1] or type(error).__name__, whole
+    halves = _take_gradients(tensors)
+    for tensor, made, before in zip(tensors, whole, [*(None for _ in leaving.received), *earlier], strict=True):
+        tensor.grad = before if made is None else made if before is None else before + made
+    expected = [each if made is None else made for made, each in zip(whole, again, strict=True)]
+    differ = sum(not _are_close(*pair) for pair in zip(halves, expected, strict=True))
+    if not reason and differ:
+        reason = f"{differ} of {len(expected)} gradients would not be those of a backward pass in one"
+    return Trial(reason=reason, is_sound=any(each is not None and _says_something(each) for each in expected))
+
+
+def _once_more(
+    ends: Sequence[GradientEdge], gradients: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> list[Tensor | None]:
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    made = torch.autograd.grad(ends, wanted, gradients, retain_graph=True, allow_unused=True)
+    found = dict(zip(wanted, made, strict=True))
+    return [found.get(tensor) for tensor in tensors]
+
+
+def _says_something(gradient: Tensor) -> bool:
+    values = local_tensor(gradient)
+    return bool((values.isfinite() & (values != 0.0)).any())
 
 
 def _take_gradients(tensors: Sequence[Tensor]) -> list[Tensor | None]:

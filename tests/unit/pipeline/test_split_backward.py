@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from meshbolt.pipeline.split_backward import Leaving, why_not_halves
+from meshbolt.pipeline.split_backward import Leaving, try_halves
 from meshbolt.pipeline.stage import left_stage
 
 WIDTH = 6
@@ -146,7 +146,7 @@ def test_a_trial_adds_the_gradients_of_one_pass(make: Callable[[], nn.Module]) -
     module, leaving = stage(make)
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
-    why_not_halves(leaving, list(module.parameters()))
+    try_halves(leaving, list(module.parameters()))
     for found, expected in zip(gradients(module, leaving)[1:], gradients(*whole)[1:], strict=True):
         wanted = torch.ones_like(found) if expected is None else 1.0 + expected  # type: ignore[arg-type]
         torch.testing.assert_close(found, wanted, rtol=0.0, atol=1e-14)
@@ -155,7 +155,7 @@ def test_a_trial_adds_the_gradients_of_one_pass(make: Callable[[], nn.Module]) -
 @pytest.mark.parametrize("make", [Chain, Tied, Beside, Twice, Unused])
 def test_a_trial_finds_halves_right(make: Callable[[], nn.Module]) -> None:
     module, leaving = stage(make)
-    assert why_not_halves(leaving, list(module.parameters())) == ""
+    assert try_halves(leaving, list(module.parameters())).reason == ""
 
 
 @pytest.mark.parametrize(
@@ -164,14 +164,14 @@ def test_a_trial_finds_halves_right(make: Callable[[], nn.Module]) -> None:
 )
 def test_a_trial_says_why_not(make: Callable[[], nn.Module], reason: str) -> None:
     module, leaving = stage(make)
-    assert reason in why_not_halves(leaving, list(module.parameters()))
+    assert reason in try_halves(leaving, list(module.parameters())).reason
 
 
 def test_a_trial_sees_a_lost_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     module, leaving = stage(Beside)
     reached = list(module.parameters())[:-2]  # as torch's halves alone would do
     monkeypatch.setattr(Leaving, "run_to_inputs", _only(reached, Leaving.run_to_inputs))
-    assert "2 of" in why_not_halves(leaving, list(module.parameters()))
+    assert "2 of" in try_halves(leaving, list(module.parameters())).reason
 
 
 def _only(reached: list[nn.Parameter], plain: Any) -> Any:
@@ -181,4 +181,65 @@ def _only(reached: list[nn.Parameter], plain: Any) -> Any:
 def test_overflow_is_no_reason() -> None:
     module, leaving = stage(Chain)
     leaving.gradients[0].fill_(torch.inf)
-    assert why_not_halves(leaving, list(module.parameters())) == ""
+    assert try_halves(leaving, list(module.parameters())).reason == ""
+
+
+class _Consuming(torch.autograd.Function):
+    """Scales what it has saved in place, as fused losses do: only its first gradient is right."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward((x * weight).cos(), weight)
+        return (x * weight).sin()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        kept, weight = ctx.saved_tensors
+        kept.mul_(gradients[0])
+        return kept * weight, kept.sum(0)
+
+
+class Consuming(Changing):
+    """Has a function that can be derived once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Consuming.apply(self.layers(x), self.scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_the_gradients_of_a_trial_are_those_of_the_first_pass() -> None:
+    whole = stage(Consuming)
+    whole[1].run()
+    module, leaving = stage(Consuming)
+    assert try_halves(leaving, list(module.parameters())).reason, "it cannot be derived again"
+    for found, expected in zip(gradients(module, leaving), gradients(*whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+class Hooked(Chain):
+    """Scales gradients of activations in hooks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            x.register_hook(lambda gradient: 0.5 * gradient)
+        return x
+
+
+def test_hooks_of_activations_count_once() -> None:
+    whole = stage(Hooked)
+    whole[1].run()
+    module, leaving = stage(Hooked)
+    leaving.run_to_inputs(list(module.parameters()))()
+    for found, expected in zip(gradients(module, leaving), gradients(*whole), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-14)
+
+
+def test_a_trial_without_gradients_says_nothing() -> None:
+    module, leaving = stage(Chain)
+    assert try_halves(leaving, list(module.parameters())).is_sound
+    module, leaving = stage(Chain)
+    leaving.gradients[0].zero_()
+    assert not try_halves(leaving, list(module.parameters())).is_sound
+    module, leaving = stage(Chain)
+    leaving.gradients[0].fill_(torch.nan)
+    assert not try_halves(leaving, list(module.parameters())).is_sound
