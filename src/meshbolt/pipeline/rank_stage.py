@@ -27,11 +27,17 @@ I and W are the two halves of B: gradients of inputs, gradients of parameters.
 class Surround(Protocol):
     """Returns what surrounds the pass that ends a microbatch in a stage."""
 
-    def __call__(self, stage: int, *, halves: bool) -> AbstractContextManager[Any]:
-        """Return it; `halves`: the pass makes gradients of parameters only."""
+    def __call__(self, stage: int, *, halves: bool, is_trial: bool = False) -> AbstractContextManager[Any]:
+        """Return it.
+
+        Args:
+            stage: which.
+            halves: the pass makes gradients of parameters only.
+            is_trial: what the pass leaves is looked at, so that nothing may be reduced in it.
+        """
 
 
-def _nothing_around(stage: int, *, halves: bool) -> AbstractContextManager[Any]:
+def _nothing_around(stage: int, *, halves: bool, is_trial: bool = False) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
@@ -261,7 +267,8 @@ class RankStage(PipelineStageBase):
             with self.observer("I", self.stage_index, number):
                 self._later[number] = leaving.run_to_inputs(self._parameters(number)), True
             return
-        with self.observer("B", self.stage_index, number), self._surround(self.stage_index, halves=False):
+        around = self._surround(self.stage_index, halves=False, is_trial=True)
+        with self.observer("B", self.stage_index, number), around:
             trial = try_halves(leaving, self._parameters(number))
         if trial.is_sound:
             self._tried.add(form)

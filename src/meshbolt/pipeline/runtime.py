@@ -298,12 +298,12 @@ class Pipeline:
         """Return what surrounds the pass that ends a stage's next microbatch, of as many as there are."""
         left = {stage.stage_index: count for stage in self._stages}
 
-        def next_pass(stage: int, *, halves: bool) -> Any:
+        def next_pass(stage: int, *, halves: bool, is_trial: bool = False) -> Any:
             left[stage] -= 1
             if halves:
                 return self._passes.second_half(stage)
-            ends_stage = left[stage] == 0
-            return self._passes.backward_pass(stage, ends_stage=ends_stage, ends_step=not any(left.values()))
+            ends_stage, ends_step = (left[stage] == 0, not any(left.values())) if not is_trial else (False, False)
+            return self._passes.backward_pass(stage, ends_stage=ends_stage, ends_step=ends_step)
 
         return next_pass
 
