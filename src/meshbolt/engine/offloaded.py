@@ -124,7 +124,7 @@ class OffloadedSteps:
         return list(compat.managed_parameters(self._units[name]))
 
     def _file(self, layout: Layout) -> Tier:
-        path, rank = self._setting.path or ".", dist.get_rank()
+        path, rank = str(self._setting.path), dist.get_rank()
         say = warnings.warn if rank == 0 else _say_nothing
         return FileTier(layout, lambda num_bytes: StateFile(path, num_bytes, name=f"meshbolt-rank{rank}", say=say))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from meshbolt.offload.buffers import aligned_empty
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.layout import Layout, Section, StateChunk
 from meshbolt.offload.stream import BUFFERS, Chunk, ChunkStream
+from meshbolt.units import format_bytes
 
 Columns = Mapping[str, torch.Tensor]
 Work = Callable[[StateChunk, Columns], None]
@@ -134,6 +136,11 @@ class MemoryTier:
                 self._pinned.append(memory)
             else:
                 self.pins = False
+                warnings.warn(
+                    f"{format_bytes(num_bytes)} of host memory could not be locked, so that the GPU waits for copies from and to "
+                    "it. Raise the limit of locked memory (`ulimit -l`), or say so with Offload(pin_memory=False).",
+                    stacklevel=2,
+                )
         return memory
 
 

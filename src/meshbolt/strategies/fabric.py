@@ -57,6 +57,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
                 "Checkpoint(load_weights_only=True) is for a Trainer's fit. In Fabric, load what you name: "
                 'fabric.load(path, {"model": model}).'
             )
+        if self.settings.offload.overlap is True:
+            raise ConfigError(
+                "Offload(overlap=True) is for a Trainer's fit, of which it is known who looks at gradients and parameters. In "
+                "Fabric steps begin and end where your loop takes them: leave overlap out."
+            )
 
     @property
     @override

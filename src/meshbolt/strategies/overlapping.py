@@ -9,6 +9,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from meshbolt.engine import Engine
+from meshbolt.errors import ConfigError
 from meshbolt.strategies.announcing import say_what_is_offloaded
 
 # Hooks between a backward pass and its step, where gradients are final and parameters those of the step before.
@@ -46,9 +47,17 @@ def overlap_updates(trainer: pl.Trainer, engine: Engine) -> None:
     Args:
         trainer: about to train.
         engine: of its module.
+
+    Raises:
+        ConfigError: they are asked to where the loop is the user's.
     """
     say_what_is_offloaded(engine)
     setting, module = engine.plan.settings.offload, trainer.lightning_module
+    if setting.overlap is True and not module.automatic_optimization:
+        raise ConfigError(
+            "Offload(overlap=True) cannot be with manual optimisation, where steps begin and end where training_step takes them. "
+            "Leave overlap out."
+        )
     by_itself = engine.device.type == "cuda" and setting.overlap is not False
     if setting.optimizer is None or not module.automatic_optimization or not (by_itself or setting.overlap is True):
         engine.overlap_updates(early=False, late=False)

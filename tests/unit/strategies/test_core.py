@@ -10,7 +10,7 @@ import pytest
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from meshbolt import Checkpoint, ConfigError, MeshStrategy, Recompute, UnsupportedError, Zero
+from meshbolt import Checkpoint, ConfigError, MeshStrategy, Offload, Recompute, UnsupportedError, Zero
 from meshbolt.fabric import MeshStrategy as FabricMeshStrategy
 from meshbolt.plugins import convert_precision
 from meshbolt.strategies.arguments import ARGUMENTS
@@ -139,3 +139,9 @@ def test_fabric_which_is_told_what_to_load_refuses_to_be_told_so_by_a_setting() 
     assert MeshStrategy(checkpoint=asked).settings.checkpoint == asked
     with pytest.raises(ConfigError, match=r'fabric\.load\(path, \{"model": model\}\)'):
         FabricMeshStrategy(checkpoint=asked)
+
+
+def test_fabric_does_not_take_overlapping_updates_that_it_cannot_do() -> None:
+    with pytest.raises(ConfigError, match=r"overlap=True.*leave overlap out"):
+        FabricMeshStrategy(offload=Offload("cpu", overlap=True))
+    assert FabricMeshStrategy(offload=Offload("cpu", overlap=False)).settings.offload.overlap is False
