@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TypeAlias
 
 import torch
@@ -50,7 +50,10 @@ def whole_weights(
     optimizers = [] if optimizer is None else [plain_optimizer(optimizer)]
     # Inside of a step the user's parameters may be whole copies, which stand in the places of the shards.
     places = places_of(wanted, modules=engines)
-    with settled() as names:
+    with settled() as names, ExitStack() as shown:
+        for engine in engines.values():
+            for each in optimizers:
+                shown.enter_context(engine.shown_state(each))
         _refuse_others(wanted, places, engines=engines, names=names)
         group = None if pipeline is None else pipeline.group
         with gathered(places, names=names, optimizers=optimizers, pipeline=group) as state:

@@ -59,6 +59,36 @@ def test_another_number_of_ranks_reads_it(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(alone, again, strict=True))
 
 
+class Forgets(pl.Callback):
+    """Notes what the optimizer keeps after some steps, whole, and sets half of it to zero."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2 and not self.seen:
+            with trainer.strategy.gathered(module, optimizer=trainer.optimizers[0]) as state:  # type: ignore[attr-defined]
+                for name, values in state.items():
+                    self.seen[name] = values["exp_avg_sq"].clone()
+                    values["exp_avg"].zero_()
+
+
+def forgetting(place: str | None, path: str) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    forgets = Forgets()
+    _, found = fit(Net(fused=True), offload_of(place, path), zero=2, callbacks=[forgets])
+    return found, forgets.seen
+
+
+@pytest.mark.parametrize("place", ["cpu", "nvme"])
+def test_state_can_be_read_and_changed_whole_wherever_it_lies(place: str, tmp_path: Path) -> None:
+    expected, found = (run_ranks(forgetting, 2, each, str(tmp_path), timeout=60) for each in (None, place))
+    for (parameters, seen), (own, other) in zip(expected, found, strict=True):
+        assert seen.keys() == other.keys()
+        assert len(seen) > 10
+        assert all(torch.equal(value, other[name]) for name, value in seen.items())
+        assert all(torch.equal(*pair) for pair in zip(parameters, own, strict=True))
+
+
 class Signs(torch.optim.Optimizer):
     """Not torch's."""
 
