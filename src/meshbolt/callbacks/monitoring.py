@@ -1,0 +1,156 @@
+"""What all monitors share: where their records are, which loggers hear of them, and how often."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from typing_extensions import override
+
+from meshbolt.collectives import agree_on_error
+from meshbolt.errors import ConfigError
+from meshbolt.monitoring import Records, Value, find_metric
+
+DIRECTORY = "meshbolt_records"
+
+# All monitors of a trainer write to one file a rank: by trainer, and by the directory that was asked for.
+_shared: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Records]] = weakref.WeakKeyDictionary()
+
+
+class Monitor(pl.Callback):
+    """Base of callbacks that measure: subclasses take numbers from hooks of Lightning, and hand them to `report`.
+
+    Every number goes to the records, one file a rank in a directory of the run; those of rank 0 also go to the Trainer's
+    loggers, if it has any. Names must be in `meshbolt.monitoring.CATALOGUE`.
+
+    Attributes:
+        kind: what records are called.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, *, every: int = 10, directory: str | Path | None = None) -> None:
+        """Take the settings.
+
+        Args:
+            every: steps of the optimizer between two logs.
+            directory: of the records; None: "meshbolt_records" in the logger's directory of this run, or in the Trainer's
+                `default_root_dir`. A relative one is the same on all ranks.
+
+        Raises:
+            ConfigError: there is no such number of steps.
+        """
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ConfigError(f"{type(self).__name__}(every={every!r}) is not a number of steps. Use 1 or more.")
+        self.every, self.directory = every, directory
+        self.records: Records | None = None
+        self._taken: set[str] = set()
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open the records, on all ranks or on none.
+
+        Raises:
+            ConfigError: there are two callbacks of this class, or records cannot be written.
+        """
+        twins = [each for each in trainer.callbacks if type(each) is type(self)]  # type: ignore[attr-defined]
+        if len(twins) > 1:
+            name = type(self).__name__
+            raise ConfigError(
+                f"The Trainer has {len(twins)} callbacks of {name}, which would log under one name. Keep one."
+            )
+        self.records = shared_records(trainer, self.directory)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the records; the last monitor closes them."""
+        self.records = None
+        monitors = (each for each in trainer.callbacks if isinstance(each, Monitor))  # type: ignore[attr-defined]
+        if all(each.records is None for each in monitors):
+            close_records(trainer)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to log after this step of the optimizer.
+
+        Args:
+            step: how many are taken, as `trainer.global_step` is after one.
+        """
+        return step > 0 and step % self.every == 0
+
+    def report(
+        self, trainer: pl.Trainer, values: Mapping[str, Value], *, kind: str | None = None, **further: Any
+    ) -> None:
+        """Write values to this rank's records and, on rank 0, to the loggers; nothing is communicated.
+
+        Args:
+            trainer: whose step it is.
+            values: by their names in the catalogue. Texts and None go to the records only, as no logger draws them.
+            kind: of the record; None: this monitor's.
+            further: what else belongs to the record; see `Records.write`.
+
+        Raises:
+            ConfigError: a name is not in the catalogue.
+        """
+        for name in values:
+            find_metric(name)
+        if self.records is not None:
+            self.records.write(kind or self.kind, step=trainer.global_step, values=values, **further)
+        if trainer.is_global_zero and trainer.loggers:
+            self._tell_loggers(trainer, values)
+
+    def _tell_loggers(self, trainer: pl.Trainer, values: Mapping[str, Value]) -> None:
+        taken = (values.keys() & trainer.callback_metrics.keys()) - self._taken
+        if taken:
+            self._taken |= taken
+            rank_zero_warn(
+                f"The module logs {', '.join(sorted(taken))}, and so does {type(self).__name__}. Loggers get the module's; the "
+                "monitor's are in its records only. Log under another name to have both."
+            )
+        numbers = {
+            name: value for name, value in values.items() if isinstance(value, (int, float)) and name not in self._taken
+        }
+        for logger in trainer.loggers if numbers else ():
+            logger.log_metrics(numbers, step=_step_of_loggers(trainer))
+
+
+def shared_records(trainer: pl.Trainer, directory: str | Path | None) -> Records:
+    """Return this rank's records, the same for every monitor of a trainer; all ranks call it together.
+
+    Args:
+        trainer: with its ranks connected.
+        directory: what the monitor was told; None for the usual one.
+
+    Raises:
+        ConfigError: they cannot be written, on this rank or on another.
+    """
+    opened = _shared.setdefault(trainer, {})
+    usual = str(Path(str(trainer.log_dir or trainer.default_root_dir)) / DIRECTORY) if directory is None else None
+    asked = usual if usual is not None else str(directory)
+    asked, run = trainer.strategy.broadcast((asked, f"{time.time():.6f}"))
+    if asked not in opened:
+        own: list[Records] = []
+        run = next(iter(opened.values())).run if opened else run
+
+        def try_to_open() -> None:
+            own.append(Records(asked, trainer.global_rank, run=run))
+
+        agree_on_error(try_to_open) if dist.is_initialized() else try_to_open()
+        opened[asked] = own[0]
+    return opened[asked]
+
+
+def close_records(trainer: pl.Trainer) -> None:
+    """Close the records of a trainer."""
+    for records in _shared.pop(trainer, {}).values():
+        records.close()
+
+
+def _step_of_loggers(trainer: pl.Trainer) -> int:
+    """Return the step under which Lightning logs what a module logs; with several optimizers it is not `global_step`."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
