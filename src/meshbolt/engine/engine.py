@@ -37,6 +37,7 @@ from meshbolt.engine.state import load_optimizer_state
 from meshbolt.engine.window import Window
 from meshbolt.mesh import data_parallel_group
 from meshbolt.offload.planning import Needs
+from meshbolt.offload.traffic import Observer, OffloadTraffic
 from meshbolt.tensor import gathered as whole_of_splits
 from meshbolt.zero import ReplicatedParameters
 
@@ -347,6 +348,18 @@ class Engine:
     def offloaded_needs(self) -> Needs:
         """Return what this rank's optimizers need in host memory and on a disk."""
         return self._offloaded.needs()
+
+    def offload_traffic(self) -> OffloadTraffic:
+        """Return what offloading has moved on this rank since its optimizers were taken; nothing is waited for."""
+        return self._offloaded.traffic()
+
+    def observe_offload(self, observer: Observer | None) -> None:
+        """Tell somebody what offloading does, and when, in whichever thread does it.
+
+        Args:
+            observer: who; None: nobody any more.
+        """
+        self._offloaded.observe(observer)
 
     def load_state(self, optimizer: Optimizer, *saved: Any, **options: Any) -> None:
         """Give an optimizer the state of a checkpoint, wherever it is to lie; see `load_optimizer_state`."""

@@ -30,6 +30,7 @@ from meshbolt.offload.planning import Needs, layout_of, needs_of
 from meshbolt.offload.room import Room, check_room, room_of
 from meshbolt.offload.setting import NVME, Offload
 from meshbolt.offload.tiers import FileTier, Tier
+from meshbolt.offload.traffic import Observer, OffloadTraffic
 
 # What is trained in 16 bits without offloading is so with it.
 _FULL_PRECISION = False
@@ -119,6 +120,15 @@ class OffloadedSteps:
             device_bytes=sum(needs.device_bytes for needs in each),
             file_bytes=sum(needs.file_bytes for needs in each),
         )
+
+    def traffic(self) -> OffloadTraffic:
+        """Return what this rank has moved so far, and waited for; nothing is waited for."""
+        return sum((each.traffic() for each in self._by_optimizer.values()), OffloadTraffic())
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody what is done, and when; see `OffloadedOptimizer.observe`."""
+        for each in self._by_optimizer.values():
+            each.observe(observer)
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return list(compat.managed_parameters(self._units[name]))

@@ -26,6 +26,15 @@ class Traffic:
     written_bytes: int = 0
     write_seconds: float = 0.0
 
+    def __add__(self, other: Traffic) -> Traffic:
+        """Return what two files have done."""
+        return Traffic(
+            self.read_bytes + other.read_bytes,
+            self.read_seconds + other.read_seconds,
+            self.written_bytes + other.written_bytes,
+            self.write_seconds + other.write_seconds,
+        )
+
     def __sub__(self, earlier: Traffic) -> Traffic:
         """Return what was done since an earlier moment."""
         return Traffic(

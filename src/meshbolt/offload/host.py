@@ -13,7 +13,6 @@ Parameters without a gradient are left alone.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -31,9 +30,10 @@ from meshbolt.offload.book import Book
 from meshbolt.offload.entries import MASTER, Entry
 from meshbolt.offload.layout import CHUNK_BYTES, Layout, Piece, StateChunk
 from meshbolt.offload.line import UpdateLine
-from meshbolt.offload.passing import Counters, Order, Pass
+from meshbolt.offload.passing import Counters, Order, Pass, traffic_of
 from meshbolt.offload.rules import Rule, Settings, rule_of
 from meshbolt.offload.tiers import MemoryTier, Tier
+from meshbolt.offload.traffic import Observer, OffloadTraffic
 from meshbolt.offload.transfers import GpuToHost, SameDevice, Transfers, Visit
 
 
@@ -197,20 +197,8 @@ class OffloadedOptimizer:
         Raises:
             BaseException: what an update raised; the next time, a MeshboltError.
         """
-        start = time.perf_counter()
-        if parameters is None:
-            for future in self._futures:
-                future.result()
-            self._futures.clear()
-        else:
-            numbers = {self._number(parameter) for parameter in parameters}
-            with self._change:
-                self._change.wait_for(lambda: self._error is not None or not any(self._left[n] for n in numbers))
-        self._raise_failure()
-        for transfers in dict.fromkeys(self._transfers.values()):
-            # Units are gathered on streams of their own, which have waited for the caller's before the first of them.
-            transfers.join() if parameters is None else transfers.settle()
-        self.counters.waited_seconds += time.perf_counter() - start
+        with self.counters.waiting("other" if parameters is None else "forward"):
+            self._wait(parameters)
 
     def step(
         self,
@@ -235,7 +223,8 @@ class OffloadedOptimizer:
             rest = [p for p in self._all() if p not in self._submitted]
             self.submit(rest, edited=edited, **self._scaling())
             if waits:
-                self.wait()
+                with self.counters.waiting("step"):
+                    self._wait(None)
             hidden.update((p, p.grad) for p in self._all() if p.grad is not None)
             for parameter in hidden:
                 parameter.grad = None
@@ -249,6 +238,21 @@ class OffloadedOptimizer:
             self._submitted.clear()
             for parameter, gradient in hidden.items():
                 parameter.grad = gradient
+
+    def traffic(self) -> OffloadTraffic:
+        """Return what was moved so far, and how long the caller waited."""
+        return traffic_of(self.counters, tiers=self._tiers.values(), transfers=self._transfers.values())
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody what is done, and when, in this thread and in others.
+
+        Args:
+            observer: who; None: nobody any more.
+        """
+        self.counters.observer = observer
+        self._tiers[False].observe(observer)
+        for transfers in dict.fromkeys(self._transfers.values()):
+            transfers.observe(observer)
 
     # State ------------------------------------------------------------------------------------------------------------
 
@@ -344,6 +348,20 @@ class OffloadedOptimizer:
     def _all(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def _wait(self, parameters: Iterable[nn.Parameter] | None) -> None:
+        if parameters is None:
+            for future in self._futures:
+                future.result()
+            self._futures.clear()
+        else:
+            numbers = {self._number(parameter) for parameter in parameters}
+            with self._change:
+                self._change.wait_for(lambda: self._error is not None or not any(self._left[n] for n in numbers))
+        self._raise_failure()
+        for transfers in dict.fromkeys(self._transfers.values()):
+            # Units are gathered on streams of their own, which have waited for the caller's before the first of them.
+            transfers.join() if parameters is None else transfers.settle()
+
     def _number(self, parameter: nn.Parameter) -> int:
         entry = self._book.entry_of(parameter)
         return -1 if entry is None else entry.number
@@ -394,7 +412,8 @@ class OffloadedOptimizer:
             if job.is_skipped():
                 self._forget(job.gradients)
             else:
-                self._update(job)
+                with self.counters.working():
+                    self._update(job)
         except BaseException as error:  # another thread is told
             with self._change:
                 self._error = error

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 from meshbolt.offload.layout import StateChunk
 from meshbolt.offload.rules import Rule
-from meshbolt.offload.tiers import Columns, Tier
+from meshbolt.offload.tiers import Columns, FileTier, Tier
+from meshbolt.offload.traffic import Moved, Observer, OffloadTraffic, Ways
 from meshbolt.offload.transfers import Transfers, Visit
 from meshbolt.offload.update import ChunkUpdate
 
 AHEAD = 2
 """How many chunks have their gradients copied to the host before they are updated."""
+
+
+Waiting = Literal["step", "forward", "other"]
 
 
 @dataclass
@@ -24,12 +30,89 @@ class Counters:
     Attributes:
         updated_bytes: of columns that were passed through.
         update_seconds: that threads of the host were busy with updates.
-        waited_seconds: that the caller had to wait for updates: what nothing hid.
+        busy_seconds: that the thread of updates worked, and waited for gradients and files.
+        waits: seconds that the caller had to wait for updates, which nothing hid: in a step, before a forward, elsewhere.
+        observer: is told of waits, updates and transfers; None: nobody is.
     """
 
     updated_bytes: int = 0
     update_seconds: float = 0.0
-    waited_seconds: float = 0.0
+    busy_seconds: float = 0.0
+    waits: dict[Waiting, float] = field(default_factory=lambda: {"step": 0.0, "forward": 0.0, "other": 0.0})
+    observer: Observer | None = None
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the caller waited, wherever."""
+        return sum(self.waits.values())
+
+    @contextmanager
+    def waiting(self, where: Waiting) -> Iterator[None]:
+        """Count what is inside as waiting.
+
+        Args:
+            where: the caller is.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            self.waits[where] += end - start
+            if self.observer is not None and end - start > _WORTH_A_SPAN:
+                self.observer("step: waits", _NAMES[where], start, end)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Count what is inside as work of the thread of updates."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.busy_seconds += time.perf_counter() - start
+
+    def note_update(self, chunk: StateChunk, start: float) -> None:
+        """Note that a chunk is updated.
+
+        Args:
+            chunk: it.
+            start: when its update began.
+        """
+        end = time.perf_counter()
+        self.update_seconds += end - start
+        self.updated_bytes += chunk.column_bytes * len(chunk.columns)
+        if self.observer is not None:
+            self.observer("updates", f"update chunk {chunk.number}", start, end)
+
+
+def traffic_of(counters: Counters, *, tiers: Iterable[Tier], transfers: Iterable[Transfers]) -> OffloadTraffic:
+    """Return the running totals of one optimizer.
+
+    Args:
+        counters: what its updates have done.
+        tiers: the places of its state.
+        transfers: between the model and these places; the same ones may be there twice.
+    """
+    files = [tier for tier in tiers if isinstance(tier, FileTier)]
+    between = [each.moved() for each in dict.fromkeys(transfers)]
+    return OffloadTraffic(
+        state=sum([*between, *(file.moved() for file in files)], Ways()),
+        updated=Moved(counters.updated_bytes, counters.updated_bytes, counters.update_seconds),
+        busy_seconds=counters.busy_seconds,
+        step_wait_seconds=counters.waits["step"],
+        forward_wait_seconds=counters.waits["forward"],
+        other_wait_seconds=counters.waits["other"],
+        read_wait_seconds=sum(file.read_wait_seconds for file in files),
+        room_wait_seconds=sum(file.room_wait_seconds for file in files),
+    )
+
+
+_NAMES: Mapping[Waiting, str] = {
+    "step": "wait for updates in the step",
+    "forward": "wait for updates before a forward",
+    "other": "wait for updates",
+}
+_WORTH_A_SPAN = 2e-5  # seconds; before each forward somebody asks, and hardly ever has to wait
 
 
 class Pass:
@@ -86,8 +169,7 @@ class Pass:
                 rule=self._rule,
                 writes_shards=self._transfers.writes_shards,
             ).run(threads=self._threads if on_host else 1)
-        self._counters.update_seconds += time.perf_counter() - start
-        self._counters.updated_bytes += chunk.column_bytes * len(chunk.columns)
+        self._counters.note_update(chunk, start)
         self._transfers.end(visit, columns, resident=self._tier.resident)
         self._begun.discard(chunk.number)
         self._done(visit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -10,9 +11,12 @@ import torch
 
 from meshbolt.compat import pin_host_memory, unpin_host_memory
 from meshbolt.offload.buffers import aligned_empty
+from meshbolt.offload.counters import Traffic
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.layout import Layout, Section, StateChunk
+from meshbolt.offload.reports import StreamReport
 from meshbolt.offload.stream import BUFFERS, Chunk, ChunkStream
+from meshbolt.offload.traffic import Moved, Observer, Ways
 from meshbolt.units import format_bytes
 
 Columns = Mapping[str, torch.Tensor]
@@ -57,6 +61,13 @@ class Tier(Protocol):
             work: takes a chunk and its columns, tensors of the chunk's elements, which it may change.
             writes: False: it changes nothing.
             then: what the next visit probably begins with.
+        """
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody of each transfer.
+
+        Args:
+            observer: who; None: nobody any more.
         """
 
     def close(self) -> None:
@@ -120,6 +131,9 @@ class MemoryTier:
             unpin_host_memory(memory)
         self._pinned.clear()
 
+    def observe(self, observer: Observer | None) -> None:
+        """Do nothing: there are no transfers."""
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Return memory of zeros, which is given back by `close`.
 
@@ -160,6 +174,17 @@ class FileTier:
         self._layout, self._make_file, self._buffers = layout, make_file, buffers
         # With the number of bytes before each file; parameters that are added later have a file of their own.
         self._files: list[tuple[int, StateFile, ChunkStream]] = []
+        self._taken_bytes = self._put_bytes = 0
+        self.read_wait_seconds = self.room_wait_seconds = 0.0
+        self._observer: Observer | None = None
+
+    def moved(self) -> Ways:
+        """Return what visits have taken from the files and put there, and what has arrived."""
+        traffic = sum((file.traffic for file in self.files), Traffic())
+        return Ways(
+            read=Moved(self._taken_bytes, traffic.read_bytes, traffic.read_seconds),
+            written=Moved(self._put_bytes, traffic.written_bytes, traffic.write_seconds),
+        )
 
     @property
     def files(self) -> list[StateFile]:
@@ -200,14 +225,18 @@ class FileTier:
             if own:
                 self._run(stream, own, start, work, writes=writes, then=later)
 
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody of transfers, and of waiting for them, when a visit ends."""
+        self._observer = observer
+
     def close(self) -> None:
         """Close the files."""
         for _, file, _ in self._files:
             file.close()
         self._files.clear()
 
-    @staticmethod
     def _run(
+        self,
         stream: ChunkStream,
         chunks: Sequence[StateChunk],
         start: int,
@@ -217,12 +246,32 @@ class FileTier:
         then: Sequence[StateChunk],
     ) -> None:
         def update(number: int, run: torch.Tensor) -> None:
+            self._taken_bytes += chunks[number].num_bytes
             work(chunks[number], chunks[number].columns_in(run))
+            self._put_bytes += chunks[number].num_bytes if writes else 0
 
         places, later = (
             [Chunk(chunk.file_offset - start, chunk.num_bytes) for chunk in some] for some in (chunks, then)
         )
-        stream.run(places, update, writes=writes, then=later)
+        begun = time.perf_counter()
+        self._note(stream.run(places, update, writes=writes, then=later), begun)
+
+    def _note(self, report: StreamReport, begun: float) -> None:
+        self.read_wait_seconds += report.read_wait_seconds
+        self.room_wait_seconds += report.write_wait_seconds
+        if self._observer is None:
+            return
+        for span in report.spans:
+            if span.what in _LANES:
+                self._observer(*_LANES[span.what], begun + span.start_seconds, begun + span.end_seconds)
+
+
+_LANES: Mapping[str, tuple[str, str]] = {
+    "read": ("file: read", "read"),
+    "write": ("file: write", "write"),
+    "wait_read": ("updates: waits", "wait for the file to be read"),
+    "wait_write": ("updates: waits", "wait for room: a buffer is being written"),
+}
 
 
 def _is_in(chunk: StateChunk, start: int, file: StateFile) -> bool:

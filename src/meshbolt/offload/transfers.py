@@ -9,6 +9,9 @@ on their way while one is updated.
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from meshbolt.offload.entries import MASTER, Entry
 from meshbolt.offload.layout import Piece, StateChunk
 from meshbolt.offload.rules import Settings
 from meshbolt.offload.tiers import Columns, MemoryTier
+from meshbolt.offload.traffic import Moved, Observer, Ways
 
 Gradients = Callable[[Piece, slice], torch.Tensor]
 
@@ -110,6 +114,16 @@ class Transfers(Protocol):
     def apart(self) -> AbstractContextManager[Any]:
         """Return a context for work on columns outside of an update: before it all updates have ended with them."""
 
+    def moved(self) -> Ways:
+        """Return what has gone between the memories so far; nothing is waited for."""
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody of each copy, when it has ended; on a GPU this waits for it once.
+
+        Args:
+            observer: who; None: nobody any more.
+        """
+
     def close(self) -> None:
         """Give memory back; nothing is under way."""
 
@@ -165,8 +179,69 @@ class SameDevice:
             yield
         self.join()
 
+    def moved(self) -> Ways:
+        """Return that nothing has moved."""
+        return Ways()
+
+    def observe(self, observer: Observer | None) -> None:
+        """Do nothing: there are no copies."""
+
     def close(self) -> None:
         """Do nothing: there is no memory."""
+
+
+class _Copies:
+    """Counts the copies of one stream, with their times as the GPU took them, once it says that they have ended."""
+
+    def __init__(self, lane: str, device: torch.device) -> None:
+        self._lane, self._device = lane, device
+        self._under_way: deque[tuple[torch.cuda.Event, torch.cuda.Event, int]] = deque()
+        self._lock = threading.Lock()
+        self._num_bytes, self._done_bytes, self._seconds = 0, 0, 0.0
+        self._observer: Observer | None = None
+        # A moment on both clocks.
+        self._anchor: tuple[torch.cuda.Event, float] | None = None
+
+    @contextlib.contextmanager
+    def one(self, num_bytes: int) -> Iterator[None]:
+        """Count what is put on the current stream inside as one copy.
+
+        Args:
+            num_bytes: of it.
+        """
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        yield
+        ended.record()
+        with self._lock:
+            self._num_bytes += num_bytes
+            self._under_way.append((begun, ended, num_bytes))
+        self.moved()
+
+    def moved(self) -> Moved:
+        """Return what has moved so far."""
+        with self._lock:
+            while self._under_way and self._under_way[0][1].query():
+                self._note(*self._under_way.popleft())
+            return Moved(self._num_bytes, self._done_bytes, self._seconds)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody of each copy; waits for the current stream once, to set the GPU's clock."""
+        self.moved()
+        if observer is not None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            event.synchronize()
+            self._anchor = event, time.perf_counter()
+        self._observer = observer
+
+    def _note(self, begun: torch.cuda.Event, ended: torch.cuda.Event, num_bytes: int) -> None:
+        seconds = begun.elapsed_time(ended) / 1e3
+        self._done_bytes += num_bytes
+        self._seconds += seconds
+        if self._observer is not None and self._anchor is not None:
+            start = self._anchor[1] + self._anchor[0].elapsed_time(begun) / 1e3
+            self._observer(self._lane, "copy", start, start + seconds)
 
 
 class _Incoming:
@@ -222,7 +297,7 @@ class GpuToHost:
         # On the GPU, one run each way: the copies of a stream take turns.
         self._stages: dict[str, torch.Tensor] = {}
         self._sent = torch.cuda.Event()
-        self.to_host_bytes = self.to_device_bytes = 0
+        self._to_host, self._to_device = _Copies("to the host", device), _Copies("to the device", device)
 
     def begin(self, visit: Visit) -> None:
         """Start the copy of the gradients to the host."""
@@ -234,13 +309,12 @@ class GpuToHost:
             self._down.wait_event(visit.ready)
         first, last = _reach(pieces)
         incoming.run = incoming.memory.take(visit.chunk.elements * wire.itemsize).view(wire)
-        with torch.cuda.stream(self._down):
+        with torch.cuda.stream(self._down), self._to_host.one((last - first) * wire.itemsize):
             stage = self._stage("down", visit.chunk.elements, wire)
             gradients = [visit.live[piece.slot].gradient[piece.start : piece.stop] for piece in pieces]
             torch._foreach_copy_([stage[piece.span(piece.start, piece.stop)] for piece in pieces], gradients)
             incoming.run[first:last].copy_(stage[first:last], non_blocking=True)
             incoming.arrived.record()
-        self.to_host_bytes += (last - first) * wire.itemsize
 
     def gradients(self, visit: Visit) -> Gradients:
         """Wait for the copy, and return a function that finds gradients in it."""
@@ -259,13 +333,13 @@ class GpuToHost:
         pieces = visit.pieces
         first, last = _reach(pieces)
         master = columns[MASTER]
-        with torch.cuda.stream(self._up):
+        num_bytes = (last - first) * visit.chunk.dtype.itemsize
+        with torch.cuda.stream(self._up), self._to_device.one(num_bytes):
             stage = self._stage("up", visit.chunk.elements, visit.chunk.dtype)
             stage[first:last].copy_(master[first:last], non_blocking=True)
             shards = [visit.live[piece.slot].shard[piece.start : piece.stop] for piece in pieces]
             torch._foreach_copy_(shards, [stage[piece.span(piece.start, piece.stop)] for piece in pieces])
             self._sent.record()
-        self.to_device_bytes += (last - first) * visit.chunk.dtype.itemsize
         if not resident:
             self._sent.synchronize()  # the columns' memory is another chunk's next
 
@@ -282,6 +356,15 @@ class GpuToHost:
         """Wait until nothing is read from the columns."""
         self._up.synchronize()
         yield
+
+    def moved(self) -> Ways:
+        """Return the gradients that went to the host, and the parameters that went back."""
+        return Ways(to_host=self._to_host.moved(), to_device=self._to_device.moved())
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell somebody of each copy, with the times of the GPU."""
+        for copies in (self._to_host, self._to_device):
+            copies.observe(observer)
 
     def close(self) -> None:
         """Give the locked memory back."""
