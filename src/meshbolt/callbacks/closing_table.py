@@ -19,12 +19,13 @@ from typing_extensions import override
 from meshbolt.callbacks.amount import Amount, amount_in, data_parallel_size
 from meshbolt.callbacks.console import print_table
 from meshbolt.callbacks.describe import describe_ranks, describe_strategy
+from meshbolt.plugins import Onlooker
 from meshbolt.units import format_bytes, format_seconds
 
 KEPT_STAMPS = 2048
 
 
-class ClosingTable(pl.Callback):
+class ClosingTable(Onlooker):
     """Print a table at the end of `fit`: strategy, ranks, step time, tokens per second, memory of each rank.
 
     A step is one of the optimizer, with all batches of its window and the loading of data, without validation. Memory

@@ -16,6 +16,7 @@ from typing_extensions import override
 from meshbolt.collectives import agree_on_error
 from meshbolt.errors import ConfigError
 from meshbolt.monitoring import Records, Value, find_metric
+from meshbolt.plugins import Onlooker
 
 DIRECTORY = "meshbolt_records"
 
@@ -23,7 +24,7 @@ DIRECTORY = "meshbolt_records"
 _shared: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Records]] = weakref.WeakKeyDictionary()
 
 
-class Monitor(pl.Callback):
+class Monitor(Onlooker):
     """Base of callbacks that measure: subclasses take numbers from hooks of Lightning, and hand them to `report`.
 
     Every number goes to the records, one file a rank in a directory of the run; those of rank 0 also go to the Trainer's

@@ -10,7 +10,8 @@ while the next is read and the last is written, and `reports.py` has what came o
 Of updates: `host.py` has an optimizer whose steps are taken here, `planning.py` what its state needs, `layout.py` what lies
 where, `tiers.py` the places it can lie in, `entries.py` one parameter, `book.py` what the optimizer shows of it; `transfers.py`
 brings gradients and takes parameters back, `passing.py` goes through the chunks, `update.py` updates one of them by one of
-`rules.py`, in the thread of `line.py`; `pages.py` asks for huge pages, and `traffic.py` has what all of it has moved. Read `host.py` first.
+`rules.py`, in the thread of `line.py`; `pages.py` asks for huge pages, `traffic.py` has what all of it has moved. Read `host.py`
+first.
 """
 
 from meshbolt.offload.buffers import ALIGNMENT_BYTES, aligned_bytes, aligned_empty

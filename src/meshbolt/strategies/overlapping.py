@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from meshbolt.engine import Engine
 from meshbolt.errors import ConfigError
+from meshbolt.plugins import Onlooker
 from meshbolt.strategies.announcing import say_what_is_offloaded
 
 # Hooks between a backward pass and its step, where gradients are final and parameters those of the step before.
@@ -36,6 +37,7 @@ _HARMLESS: tuple[type[pl.Callback], ...] = (
     callbacks.ModelSummary,
     callbacks.ProgressBar,
     callbacks.Timer,
+    Onlooker,
 )
 
 
