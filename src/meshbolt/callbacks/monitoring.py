@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,25 @@ DIRECTORY = "meshbolt_records"
 
 # All monitors of a trainer write to one file a rank: by trainer, and by the directory that was asked for.
 _shared: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Records]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a run, which is told of a little later where numbers come late.
+
+    Attributes:
+        step: of the optimizer.
+        logger_step: under which Lightning logs what a module logs; with several optimizers it is another one.
+    """
+
+    step: int
+    logger_step: int
+
+    @classmethod
+    def now(cls, trainer: pl.Trainer) -> Moment:
+        """Return this moment."""
+        step = trainer.global_step
+        return cls(step, int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", step)))
 
 
 class Monitor(Onlooker):
@@ -85,7 +105,13 @@ class Monitor(Onlooker):
         return step > 0 and step % self.every == 0
 
     def report(
-        self, trainer: pl.Trainer, values: Mapping[str, Value], *, kind: str | None = None, **further: Any
+        self,
+        trainer: pl.Trainer,
+        values: Mapping[str, Value],
+        *,
+        kind: str | None = None,
+        moment: Moment | None = None,
+        **further: Any,
     ) -> None:
         """Write values to this rank's records and, on rank 0, to the loggers; nothing is communicated.
 
@@ -93,6 +119,7 @@ class Monitor(Onlooker):
             trainer: whose step it is.
             values: by their names in the catalogue. Texts and None go to the records only, as no logger draws them.
             kind: of the record; None: this monitor's.
+            moment: of the run that they are about; None: now.
             further: what else belongs to the record; see `Records.write`.
 
         Raises:
@@ -100,12 +127,13 @@ class Monitor(Onlooker):
         """
         for name in values:
             find_metric(name)
+        moment = moment or Moment.now(trainer)
         if self.records is not None:
-            self.records.write(kind or self.kind, step=trainer.global_step, values=values, **further)
+            self.records.write(kind or self.kind, step=moment.step, values=values, **further)
         if trainer.is_global_zero and trainer.loggers:
-            self._tell_loggers(trainer, values)
+            self._tell_loggers(trainer, values, moment)
 
-    def _tell_loggers(self, trainer: pl.Trainer, values: Mapping[str, Value]) -> None:
+    def _tell_loggers(self, trainer: pl.Trainer, values: Mapping[str, Value], moment: Moment) -> None:
         taken = (values.keys() & trainer.callback_metrics.keys()) - self._taken
         if taken:
             self._taken |= taken
@@ -117,7 +145,7 @@ class Monitor(Onlooker):
             name: value for name, value in values.items() if isinstance(value, (int, float)) and name not in self._taken
         }
         for logger in trainer.loggers if numbers else ():
-            logger.log_metrics(numbers, step=_step_of_loggers(trainer))
+            logger.log_metrics(numbers, step=moment.logger_step)
 
 
 def shared_records(trainer: pl.Trainer, directory: str | Path | None) -> Records:
@@ -150,8 +178,3 @@ def close_records(trainer: pl.Trainer) -> None:
     """Close the records of a trainer."""
     for records in _shared.pop(trainer, {}).values():
         records.close()
-
-
-def _step_of_loggers(trainer: pl.Trainer) -> int:
-    """Return the step under which Lightning logs what a module logs; with several optimizers it is not `global_step`."""
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))

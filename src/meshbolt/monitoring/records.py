@@ -7,6 +7,7 @@ writes behind the one before, and lines say which run they are from.
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import os
@@ -125,8 +126,8 @@ def read_records(directory: str | Path) -> Iterator[Record]:
         raise ConfigError(
             f"There are no records in {str(directory)!r}: files are called {_NAME.format(rank='<rank>')}."
         )
-    found = (_parsed(line) for path in paths for line in path.read_bytes().split(b"\n"))
-    yield from sorted((record for record in found if record is not None), key=lambda record: record["time_seconds"])
+    # Each file is in the order of its time, so that none needs to be held whole.
+    yield from heapq.merge(*map(_records_in, paths), key=lambda record: record["time_seconds"])
 
 
 def latest_run(records: Iterable[Record]) -> list[Record]:
@@ -141,6 +142,11 @@ def latest_run(records: Iterable[Record]) -> list[Record]:
         begun.setdefault(record.get("run", ""), record["time_seconds"])
     last = max(begun, key=lambda run: begun[run], default="")
     return [record for record in kept if record.get("run", "") == last]
+
+
+def _records_in(path: Path) -> Iterator[Record]:
+    with path.open("rb") as file:
+        yield from (record for record in map(_parsed, file) if record is not None)
 
 
 def _parsed(line: bytes) -> Record | None:

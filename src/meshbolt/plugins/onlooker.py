@@ -11,3 +11,11 @@ class Onlooker(pl.Callback):
     Offloaded updates run beside hooks of such callbacks; they would wait for other callbacks with hooks between batches. Sizes,
     times and counts may be asked for.
     """
+
+    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the module while it is whole: its values may not be there yet, its layers and shapes are.
+
+        Args:
+            trainer: about to run, with its ranks connected.
+            pl_module: in the dtypes of the run, before anything is divided, cut, sharded or compiled.
+        """

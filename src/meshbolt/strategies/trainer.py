@@ -26,7 +26,7 @@ from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import check_weights, load_model
 from meshbolt.engine.state import keys_of_average, optimizer_state, trained_state
 from meshbolt.errors import CheckpointError
-from meshbolt.plugins import MeshPrecision
+from meshbolt.plugins import MeshPrecision, Onlooker
 from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import look_before_dividing, plain_optimizer, trainer_of
@@ -162,6 +162,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             if self._layer_sync is not None:
                 self.model = module = self._layer_sync.apply(module)  # type: ignore[assignment]
             self.precision_plugin.convert_module(module)
+            for callback in (each for each in trainer.callbacks if isinstance(each, Onlooker)):  # type: ignore[attr-defined]
+                callback.before_sharding(trainer, module)
             if self.plan.mesh.pp > 1:
                 self._steps = PipelinedSteps(trainer, plan=self.plan, mesh=self.device_mesh, device=self.root_device)
             example = example_of_run(trainer, module, self.precision_plugin.convert_input)
