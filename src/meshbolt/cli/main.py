@@ -26,6 +26,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command(
             "meshbolt.cli.verify", "cut a model into pipeline stages in one process, and compare gradients"
         ),
+        "doctor": Command(
+            "meshbolt.cli.doctor.main", "look at this machine and its packages, and say what is in the way of training"
+        ),
         "checkpoint": Command("meshbolt.cli.checkpoint.main", "list, inspect, verify, export and import checkpoints"),
     }
 )
