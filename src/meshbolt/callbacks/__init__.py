@@ -8,7 +8,8 @@ and give it a page in the docs. Read `ema.py` first.
 
 from meshbolt.callbacks.closing_table import ClosingTable
 from meshbolt.callbacks.ema import ExponentialMovingAverage
+from meshbolt.callbacks.offload import OffloadMonitor
 from meshbolt.callbacks.pipeline_timeline import PipelineTimeline
 from meshbolt.callbacks.progress import LogProgress
 
-__all__ = ["ClosingTable", "ExponentialMovingAverage", "LogProgress", "PipelineTimeline"]
+__all__ = ["ClosingTable", "ExponentialMovingAverage", "LogProgress", "OffloadMonitor", "PipelineTimeline"]
