@@ -12,10 +12,11 @@ from rich.table import Table
 def is_terminal() -> bool:
     """Return whether output can be redrawn in place, asked of the stream itself.
 
-    `FORCE_COLOR` and its like make rich take a file for a terminal, which would fill a log with control codes.
+    `FORCE_COLOR` and its like make rich take a file for a terminal, which would fill a log with control codes; the stream
+    of a notebook may say that it is one.
     """
     console = Console()
-    return bool(console.file.isatty()) and not console.is_dumb_terminal
+    return bool(console.file.isatty()) and not console.is_dumb_terminal and not console.is_jupyter
 
 
 def write_line(text: str) -> None:

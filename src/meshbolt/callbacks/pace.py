@@ -52,6 +52,18 @@ def position_in_fit(trainer: pl.Trainer, *, batches_in_epoch: int) -> Position:
     )
 
 
+def epoch_of(trainer: pl.Trainer) -> list[str]:
+    """Return which epoch it is, in words; nothing where there is only one.
+
+    Args:
+        trainer: while it fits.
+    """
+    epochs = trainer.max_epochs
+    if epochs == 1 or (epochs in (None, -1) and not trainer.current_epoch):
+        return []
+    return [f"epoch {trainer.current_epoch + 1}" + (f" of {epochs}" if epochs not in (None, -1) else "")]
+
+
 class Speed:
     """Rates over the last ten seconds."""
 
@@ -96,7 +108,8 @@ def format_metrics(metrics: Mapping[str, Any]) -> list[str]:
     Args:
         metrics: numbers, tensors with one number, or text.
     """
-    return [f"{name} {_format(value)}" for name, value in metrics.items()]
+    # A name may hold anything, and must not break a line or a terminal.
+    return ["".join(filter(str.isprintable, f"{name} {_format(value)}")) for name, value in metrics.items()]
 
 
 def _format(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Progress that reads well on a terminal and in a log file: a line that is redrawn, or a line every few seconds."""
+"""Progress that reads well on a terminal and in a log file: a panel that is redrawn, or a line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from lightning.pytorch.callbacks import ProgressBar
 from typing_extensions import override
 
 from meshbolt.callbacks.amount import amount_in, data_parallel_size
+from meshbolt.callbacks.closing_table import peak_memory_bytes
 from meshbolt.callbacks.describe import describe_ranks, describe_strategy
-from meshbolt.callbacks.pace import Speed, format_metrics, position_in_fit
+from meshbolt.callbacks.pace import Speed, epoch_of, format_metrics, position_in_fit
 from meshbolt.callbacks.screens import Screen, Status, open_screen
-from meshbolt.units import format_seconds
+from meshbolt.units import format_bytes, format_seconds
 
 
 class LogProgress(ProgressBar):
     """Show progress on rank 0, in place of Lightning's bar, which writes nothing into a file until the end.
 
-    On a terminal one line is redrawn; elsewhere a line is added every few seconds: step, what was logged with
-    `prog_bar=True`, speed, and the time that is left. `NO_COLOR` is honoured.
+    On a terminal a panel is redrawn; elsewhere (a file, a pipe, a notebook, `TERM=dumb`) a line is added every few seconds:
+    step, time that is left, what was logged with `prog_bar=True`, speed, and the most memory that rank 0 has held. `NO_COLOR` is
+    honoured. A Trainer with meshbolt's strategy has it without being asked, where it would have a bar of Lightning's choice:
+    `enable_progress_bar=False` switches it off, and a bar in `callbacks=[...]` takes its place.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -112,13 +115,16 @@ class LogProgress(ProgressBar):
         remaining = where.remaining_seconds(
             elapsed_seconds=monotonic() - self._start_seconds, done_at_start=self._done_at_start or 0
         )
-        details = [
-            *([f"{format_seconds(remaining)} left"] if remaining and remaining >= 1 else []),
-            *format_metrics(self.get_metrics(trainer, pl_module)),
-            *self._speed.texts(unit=where.unit, amount_unit=unit),
-        ]
         self._open().show(
-            Status(activity="training", unit=where.unit, done=where.done, total=where.total, details=details)
+            Status(
+                activity="training",
+                unit=where.unit,
+                done=where.done,
+                total=where.total,
+                remaining=f"{format_seconds(remaining)} left" if remaining and remaining >= 1 else "",
+                metrics=[*epoch_of(trainer), *format_metrics(self.get_metrics(trainer, pl_module))],
+                rates=[*self._speed.texts(unit=where.unit, amount_unit=unit), _memory(trainer)],
+            )
         )
 
     @override
@@ -181,7 +187,7 @@ class LogProgress(ProgressBar):
             return
         total = sum(batches) if isinstance(batches, list) else batches
         known = int(total) if total != float("inf") else None
-        self._open().show(Status(activity=activity, unit="batch", done=self._evaluated, total=known, details=[]))
+        self._open().show(Status(activity=activity, unit="batch", done=self._evaluated, total=known))
 
     # Screen -----------------------------------------------------------------------------------------------------------
 
@@ -204,3 +210,7 @@ class LogProgress(ProgressBar):
         if self._screen is not None:
             self._screen.close()
         self._screen = None
+
+
+def _memory(trainer: pl.Trainer) -> str:
+    return f"peak memory {format_bytes(peak_memory_bytes(trainer.strategy.root_device))}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import signal
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,6 +31,7 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher as Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as TrainerForkLauncher
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher as TrainerScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from lightning.pytorch.utilities.migration.utils import _pl_migrate_checkpoint, pl_legacy_patch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
@@ -49,11 +51,14 @@ __all__ = [
     "WrappingCheckpointIO",
     "asked_precision",
     "built_from",
+    "callbacks_of_trainer_in_the_making",
     "connect_ranks",
     "default_backend",
     "default_store",
     "file_is_there",
+    "hook_under_way",
     "is_compiled",
+    "is_met_by_all",
     "link_instead",
     "loader_of_run",
     "look_before_dividing",
@@ -127,6 +132,33 @@ def is_compiled(module: pl.LightningModule | None) -> bool:
 def trainer_of(module: pl.LightningModule | None) -> pl.Trainer | None:
     """Return the Trainer that a module is attached to, if it is; asking the module itself is an error where it is not."""
     return getattr(module, "_trainer", None)
+
+
+def callbacks_of_trainer_in_the_making() -> list[Any]:
+    """Return the callbacks that were given to the Trainer whose constructor is running; none where no one's is.
+
+    A Trainer adds its own to them and keeps no note of which are whose.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        is_made = frame.f_code.co_name == "__init__" and isinstance(frame.f_locals.get("self"), pl.Trainer)
+        if is_made and "callbacks" in frame.f_locals:
+            given = frame.f_locals["callbacks"] or []
+            return list(given) if isinstance(given, (list, tuple)) else [given]
+        frame = frame.f_back
+    return []
+
+
+def hook_under_way(trainer: pl.Trainer) -> str:
+    """Return the name of the hook that a Trainer has called last and that has not returned; outside of hooks "fit" or the like."""
+    hook = getattr(trainer.lightning_module, "_current_fx_name", None)
+    run = trainer.state.fn
+    return str(hook or (run.value if run is not None else "a run"))
+
+
+def is_met_by_all(error: BaseException) -> bool:
+    """Return whether an exception is one by which all ranks end at the same batch, as they have agreed to."""
+    return isinstance(error, (SIGTERMException, _TunerExitException))
 
 
 def loader_of_run(trainer: pl.Trainer) -> Any:

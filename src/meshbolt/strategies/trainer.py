@@ -53,6 +53,7 @@ from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, Scr
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
 from meshbolt.strategies.overlapping import overlap_updates
+from meshbolt.strategies.own_progress import OwnProgress
 from meshbolt.strategies.pipelined import PipelinedSteps
 from meshbolt.strategies.position import Position
 from meshbolt.strategies.predicting import Predicting, check_samples
@@ -61,7 +62,7 @@ from meshbolt.strategies.signals import Signals
 _log = logging.getLogger(__name__)
 
 
-class MeshStrategy(MeshCore, ParallelStrategy):
+class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
     """Train any LightningModule sharded over a mesh of ranks; the module is not changed.
 
     Example:
@@ -99,9 +100,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     _user_module: pl.LightningModule | None = None
 
-    def set_world_ranks(self) -> None:
-        """Tell the cluster environment which rank this process is."""
-        self._set_ranks()
+    set_world_ranks = MeshCore._set_ranks  # the Trainer's name for it
 
     @override
     def _choose_launcher(self, environment: ClusterEnvironment) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from meshbolt.callbacks.pace import Position, Speed, format_metrics, position_in_fit
+from meshbolt.callbacks.pace import Position, Speed, epoch_of, format_metrics, position_in_fit
 
 
 def trainer(**changes: Any) -> Any:
@@ -94,3 +94,20 @@ def test_metrics_are_written_with_as_many_digits_as_one_reads() -> None:
     metrics = {"loss": torch.tensor(2.34567), "rate": 3e-5, "zero": 0.0, "count": 7, "name": "x", "big": 123456.0}
 
     assert format_metrics(metrics) == ["loss 2.3457", "rate 3e-05", "zero 0.0000", "count 7", "name x", "big 1.23e+05"]
+
+
+def test_a_name_cannot_break_a_line_or_the_terminal() -> None:
+    assert format_metrics({"a\nb\x1b[31m": 1}) == ["ab[31m 1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ["epoch 2 of 3"]),
+        ({"max_epochs": 1, "current_epoch": 0}, []),
+        ({"max_epochs": -1, "current_epoch": 0}, []),
+        ({"max_epochs": None, "current_epoch": 4}, ["epoch 5"]),
+    ],
+)
+def test_the_epoch_is_told_where_there_are_several(changes: dict[str, Any], expected: list[str]) -> None:
+    assert epoch_of(trainer(**changes)) == expected

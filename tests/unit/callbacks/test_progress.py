@@ -17,6 +17,7 @@ def test_a_log_file_tells_what_began_each_step_and_what_validation_found(capsys:
     assert lines[2] == "training with SingleDeviceStrategy on 1 × cpu"
     assert [line.split(" | ")[1] for line in lines[3:6]] == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
     assert "tokens/s" in lines[4]
+    assert "peak memory" in lines[4]
     assert "loss" in lines[4]
     assert lines[7].startswith("validation at step 3 | loss ")
     assert "val_loss" in lines[7]

@@ -38,7 +38,7 @@ def watched(activity: str, *, show: bool) -> Iterator[Watch]:
             # What is beside the tensors is known only roughly before.
             whole = max(done, total) // MIB if total else None
             status = Status(
-                activity=activity, unit="MiB", done=done // MIB, total=whole, details=[f"{format_bytes(speed)}/s"]
+                activity=activity, unit="MiB", done=done // MIB, total=whole, rates=[f"{format_bytes(speed)}/s"]
             )
             screen.show(status)
 
