@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from meshbolt import CheckpointError, ConfigError, MeshStrategy, TopologyError, UnsupportedError, Zero
+from meshbolt.errors import RankError
 from meshbolt.plugins import MixedPrecision
 from meshbolt.testing import run_ranks, run_ranks_expecting
 
@@ -273,7 +274,7 @@ def test_iterables_of_different_lengths_end_in_one_error_at_that_batch() -> None
 
 def broken_data(loader: Callable[[], Any], loop: str) -> tuple[str, str]:
     owner, module, data = trainer("zero2", max_epochs=1, use_distributed_sampler=False), Regressor(), loader()
-    with pytest.raises((OSError, TopologyError)) as raised:
+    with pytest.raises((OSError, RankError)) as raised:
         owner.fit(module, data) if loop == "fit" else owner.validate(module, data, verbose=False)
     return raised.type.__name__, str(raised.value)
 
@@ -294,8 +295,10 @@ def test_a_sample_that_cannot_be_read_on_one_rank_stops_all_at_that_batch(which:
 
     assert broken[0] == "OSError"
     assert "is broken" in broken[1]
-    assert sound == ("TopologyError", sound[1])
-    assert f"Rank 1 failed to load batch {batch}" in sound[1]
+    assert sound == ("RankError", sound[1])
+    assert sound[1].startswith("rank 1 failed: OSError: ")
+    assert f"in loading batch {batch};" in sound[1]
+    assert "is broken" in sound[1]
 
 
 # What Lightning itself refuses ----------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def callbacks_of_trainer_in_the_making() -> list[Any]:
 
 
 def hook_under_way(trainer: pl.Trainer) -> str:
-    """Return the name of the hook that a Trainer has called last and that has not returned; outside of hooks "fit" or the like."""
+    """Return the name of the hook that a Trainer has called last and that has not returned; without one "fit" or the like."""
     hook = getattr(trainer.lightning_module, "_current_fx_name", None)
     run = trainer.state.fn
     return str(hook or (run.value if run is not None else "a run"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -44,14 +43,13 @@ from meshbolt.strategies.compat import (
 from meshbolt.strategies.data_parallel import DataParallelRanks
 from meshbolt.strategies.directories import Loaded, LoadInto, ToSave
 from meshbolt.strategies.examples import Example
+from meshbolt.strategies.failures import Failures
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.pipelined import StagedModule
 from meshbolt.strategies.saving import Saving
 from meshbolt.strategies.whole_weights import State, Wanted, whole_weights
 from meshbolt.tensor import TensorParallel
 from meshbolt.zero import Zero
-
-_log = logging.getLogger(__name__)
 
 
 class MeshCore(DataParallelRanks):
@@ -141,6 +139,7 @@ class MeshCore(DataParallelRanks):
         self._engines: dict[nn.Module, Engine] = {}
         self._pipeline: StagedModule | None = None
         self._attendance = Attendance(timeout=timeout)
+        self.failures = Failures(self._attendance, self._saving)
         self._chosen_accelerator: Accelerator | None = None
         self._mesh_precision: MeshPrecision | None = None
         # Lightning's two classes take the same arguments in this order, the last under different names.
@@ -283,6 +282,7 @@ class MeshCore(DataParallelRanks):
             )
         self._backend = self._backend or default_backend(self.root_device)
         connect_ranks(self.cluster_environment, self._backend, timeout=self._timeout, device=self.root_device)
+        self.failures.connect()
         gloo = dist.get_backend() == "gloo"
         self._control_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=self._timeout)
 
@@ -350,7 +350,7 @@ class MeshCore(DataParallelRanks):
                 say_what_is_let_go(module, staged.stages)
                 self._engines[module] = engine = PipelinedEngine(module, stages=staged.stages, **options)
                 staged.run_by(engine)
-                self._pipeline = staged
+                self._pipeline, self.failures.place = staged, staged.place
                 say_where_it_is_cut(module, staged)
             say_what_is_divided(self._engines[module])
         self._count_samples_once(module)
@@ -407,15 +407,6 @@ class MeshCore(DataParallelRanks):
     def pipeline(self) -> StagedModule | None:
         """The stages of the module on this rank, once it is set up; None without a pipeline."""
         return self._pipeline
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the other ranks of a pipeline of an exception in this one's run, since they wait for what it was to send.
-
-        Args:
-            exception: that has ended the run.
-        """
-        if self._pipeline is not None and (other := self._pipeline.failures.tell(exception, "a hook")) is not None:
-            _log.error("%s", other)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from meshbolt import compat
 from meshbolt.engine import Engine
+from meshbolt.strategies.failures import Failures
 
 ENTRIES = ("forward", "generate")
 
@@ -63,24 +64,28 @@ class Entry(nn.Module):
     strategy returns, but only where that is not the user's module itself.
     """
 
-    def __init__(self, module: nn.Module, engine: Engine, *, look: Callable[..., None]) -> None:
+    def __init__(self, module: nn.Module, engine: Engine, *, look: Callable[..., None], failures: Failures) -> None:
         """Stand for a module.
 
         Args:
             module: the user's, sharded.
             engine: runs it.
             look: is shown the module and what it is about to be called with.
+            failures: tells other ranks of errors in what they wait for.
         """
         super().__init__()
         self.module = module
         self._engine = engine
-        self._look = look
+        self._look, self._failures = look, failures
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the root's parameters gathered."""
         if not self._engine.inside:
             self._look(self.module, args, kwargs)
-        return self._engine.call(self.module, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self._engine.call(self.module, *args, **kwargs)  # a loop may go on after an error in an evaluation
+        with self._failures.told("the forward pass"):
+            return self._engine.call(self.module, *args, **kwargs)
 
 
 def behind_entry(module: nn.Module) -> nn.Module:

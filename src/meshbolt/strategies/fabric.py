@@ -25,12 +25,14 @@ from meshbolt.engine.state import check_optimizer_state, optimizer_state, traine
 from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.announcing import say_what_is_offloaded
-from meshbolt.strategies.compat import BackwardSyncControl, FabricForkLauncher, FabricScriptLauncher
+from meshbolt.strategies.compat import BackwardSyncControl, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
 from meshbolt.strategies.examples import example_of
+from meshbolt.strategies.failures import tell_at_exit
 from meshbolt.strategies.files import agree_on_path
+from meshbolt.strategies.launcher import LOOP, TellingLauncher
 from meshbolt.strategies.meta import meta_tensors
 from meshbolt.strategies.pipelined import FabricSteps
 
@@ -91,7 +93,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             return None
         if self._start_method == "popen":
             return FabricScriptLauncher(environment, self.num_processes, self.num_nodes)
-        return FabricForkLauncher(self, start_method=self._start_method)
+        return TellingLauncher(self.failures, self, start_method=self._start_method)
 
     def _set_world_ranks(self) -> None:
         self._set_ranks()
@@ -106,6 +108,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     def setup_environment(self) -> None:
         """Connect the ranks and build the mesh."""
         super().setup_environment()
+        if self._mesh is None:
+            tell_at_exit(self.failures, LOOP)
         self._connect()
 
     @override
@@ -128,7 +132,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self.precision.attach(engine)
         if staged is None:
             redirect_entries(module, engine)
-        return Entry(module, engine, look=self._look_at_call)
+        return Entry(module, engine, look=self._look_at_call, failures=self.failures)
 
     _staged: FabricSteps | None = None
 
@@ -161,7 +165,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """
         self._look_at_step("pipeline_step", (batch,))
         self._is_new_window = True
-        return self._pipelined().train(batch, loss_fn)
+        with self.failures.told("pipeline_step"):
+            return self._pipelined().train(batch, loss_fn)
 
     def pipeline_evaluate(self, batch: Any, function: Callable[[nn.Module, Any], Any]) -> Any:
         """Run a batch forwards only through the stages of a pipeline, without gradients.
@@ -181,7 +186,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             >>> logits = fabric.strategy.pipeline_evaluate(batch, lambda model, part: model(part["x"]))
         """
         self._look_at_step("pipeline_evaluate", (batch,))
-        return self._pipelined().evaluate(batch, function)
+        with self.failures.told("pipeline_evaluate"):
+            return self._pipelined().evaluate(batch, function)
 
     def _pipelined(self) -> FabricSteps:
         if self._staged is None:
@@ -218,6 +224,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         self._is_new_window = True
         loss = tensor if self.precision.loss_scaler is None else self.precision.loss_scaler.scale(tensor)
         with ExitStack() as stack:
+            stack.enter_context(self.failures.told("fabric.backward"))
             for engine in self._engines.values():
                 loss = stack.enter_context(engine.backward(loss))
             loss.backward(*args, **kwargs)
@@ -225,6 +232,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     @override
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Take an optimizer step on the shards; a closure runs first. A checkpoint that could not be written is raised here."""
+        with self.failures.told("optimizer.step"):
+            return self._step(optimizer, **kwargs)
+
+    def _step(self, optimizer: Any, **kwargs: Any) -> Any:
         if self._is_new_window:
             # Several optimizers may step in one window; in the backward of the next all ranks meet.
             self._is_new_window = False
@@ -245,9 +256,10 @@ class MeshStrategy(MeshCore, ParallelStrategy):
     ) -> torch.Tensor:
         """Clip the gradients of an optimizer by their norm over all ranks, and return the norm."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        return self._engine_of(optimizer).clip_norm(
-            parameters, float(max_norm), norm_type=float(norm_type), error_if_nonfinite=error_if_nonfinite
-        )
+        with self.failures.told("fabric.clip_gradients"):
+            return self._engine_of(optimizer).clip_norm(
+                parameters, float(max_norm), norm_type=float(norm_type), error_if_nonfinite=error_if_nonfinite
+            )
 
     @override
     def clip_gradients_value(self, module: nn.Module, optimizer: Optimizer, clip_val: float | int) -> None:

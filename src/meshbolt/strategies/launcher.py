@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +15,18 @@ from torch.distributed.tensor import DTensor
 
 from meshbolt.compat import whole_of
 from meshbolt.engine.placeholders import held_elsewhere
-from meshbolt.strategies.compat import TrainerForkLauncher, TrainerLauncher, TrainerScriptLauncher
+from meshbolt.strategies.compat import (
+    FabricForkLauncher,
+    TrainerForkLauncher,
+    TrainerLauncher,
+    TrainerScriptLauncher,
+    hook_under_way,
+)
+from meshbolt.strategies.failures import Failures
 
 Remember = Callable[[bool | None], None]
+LOOP = "the loop"
+"""What ranks do together in Fabric, in words."""
 
 
 def asked_weights_only(function: Callable[..., Any], args: Any, kwargs: Any) -> bool | None:
@@ -34,22 +44,25 @@ def asked_weights_only(function: Callable[..., Any], args: Any, kwargs: Any) -> 
 
 
 class _Remembering:
-    """A launcher that tells what the user asked for before it starts anything."""
+    """A launcher that tells what the user asked for before it starts anything, and other ranks of what fails on this one."""
 
-    def __init__(self, remember: Remember, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, remember: Remember, failures: Failures, *args: Any, **kwargs: Any) -> None:
         """Prepare.
 
         Args:
             remember: called with the user's `weights_only` before every launch.
+            failures: tells of errors in what is launched, before callbacks hear of them.
             args: of Lightning's launcher.
             kwargs: of Lightning's launcher.
         """
         super().__init__(*args, **kwargs)
-        self._remember = remember
+        self._remember, self._failures = remember, failures
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Start ranks as the launcher does it, and run the function on them."""
         self._remember(asked_weights_only(function, args, kwargs))
+        if trainer is not None:
+            function = functools.partial(self._failures.run, functools.partial(hook_under_way, trainer), function)
         return super().launch(function, *args, trainer=trainer, **kwargs)  # type: ignore[misc]
 
 
@@ -101,6 +114,25 @@ class CollectingLauncher(_Remembering, TrainerForkLauncher):
             module.configure_model()  # only the ranks have called it so far, and the weights need their layers
         with trainer.strategy.results_in_one_file():  # type: ignore[attr-defined]
             super()._recover_results_in_main_process(worker_output, trainer)
+
+
+class TellingLauncher(FabricForkLauncher):
+    """Starts ranks of Fabric as functions; other ranks are told of what fails in them."""
+
+    def __init__(self, failures: Failures, *args: Any, **kwargs: Any) -> None:
+        """Prepare.
+
+        Args:
+            failures: tells of errors in what is launched.
+            args: of Lightning's launcher.
+            kwargs: of Lightning's launcher.
+        """
+        super().__init__(*args, **kwargs)
+        self._failures = failures
+
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Start ranks, and run the function on them."""
+        return super().launch(functools.partial(self._failures.run, LOOP, function), *args, **kwargs)
 
 
 def _whole(value: Any) -> Any:

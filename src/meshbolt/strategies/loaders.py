@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from meshbolt.collectives import same_on_all_ranks
-from meshbolt.errors import TopologyError
+from meshbolt.errors import RankError, TopologyError
+from meshbolt.strategies.failures import in_words
 from meshbolt.strategies.position import Position
 
 _BATCH, _END, _ERROR = 1, 0, -1
 
 # Gloo passes a number from rank to rank, some 30 microseconds each. With more ranks than this, loaders of known length are
-# left to themselves: a rank whose dataset fails ends its process, and the launcher the others.
+# left to themselves: a rank whose dataset fails tells the others as of any other error, and they end without a checkpoint.
 MOST_RANKS_WATCHED = 64
 
 
@@ -139,13 +140,8 @@ class AgreedLoader:
         states = [torch.zeros(1, dtype=torch.int64) for _ in range(self._group.size())]
         dist.all_gather(states, torch.tensor([state]), group=self._group)
         found = [int(other) for other in states]
-        if error is not None:
-            raise error
         if _ERROR in found:
-            raise TopologyError(
-                f"Rank {found.index(_ERROR)} failed to load batch {count}, so that no rank can go on. The error is in the "
-                "output of that rank."
-            )
+            self._raise_first(error, count)
         if len(set(found)) > 1:
             have = [rank for rank, other in enumerate(found) if other == _BATCH]
             ended = [rank for rank, other in enumerate(found) if other == _END]
@@ -154,6 +150,16 @@ class AgreedLoader:
                 "lengths. Make every rank's iterable yield as many batches, or bound them with limit_train_batches, "
                 "limit_val_batches and their like."
             )
+
+    def _raise_first(self, error: Exception | None, count: int) -> None:
+        """Raise this rank's error, or, on a rank that has none, the words of the first one's."""
+        place, doing = f"rank {dist.get_rank()}", f"loading batch {count}"
+        words: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(words, error and in_words(error, place=place, doing=doing), group=self._group)
+        if error is not None:
+            raise error
+        first = next(said for said in words if said is not None)
+        raise RankError(f"{first}\nThis is {place}, which cannot go on without it.")
 
 
 def _length(loader: Any) -> int | None:

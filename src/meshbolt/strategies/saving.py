@@ -47,6 +47,7 @@ class Saving:
         self.use(io or MeshCheckpointIO())
         self._plan: Plan | None = None
         self._saver: BackgroundSaver | None = None
+        self._background: list[dist.ProcessGroup] = []
         self._windows = self._saves = self._arrivals = 0
         self._agreement: Agreement | None = None
         self._is_urgent = False
@@ -74,7 +75,8 @@ class Saving:
         """
         self._plan = plan
         if self._policy.asynchronous:
-            self._saver = BackgroundSaver(dist.new_group(backend="gloo", timeout=timeout))
+            self._background = [dist.new_group(backend="gloo", timeout=timeout)]
+            self._saver = BackgroundSaver(self._background[0])
 
     # What strategies call, on every rank ------------------------------------------------------------------------------
 
@@ -171,6 +173,11 @@ class Saving:
         """
         if self._saver is not None:
             self._saver.free() if for_good else self._saver.wait()
+
+    def groups_at_work(self) -> list[dist.ProcessGroup]:
+        """Return the groups over which a checkpoint is being written, which ends well if they are left alone."""
+        is_writing = self._saver is not None and self._saver.pending and not self._saver.failed
+        return self._background if is_writing else []
 
     def abandon(self) -> None:
         """Wait as `finish` does, where an exception has ended the run: an error is logged, so that the other one is seen."""

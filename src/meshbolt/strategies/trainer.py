@@ -25,7 +25,7 @@ from meshbolt.collectives import agree_on_error
 from meshbolt.engine.deferred import attached
 from meshbolt.engine.load import check_weights, load_model
 from meshbolt.engine.state import keys_of_average, optimizer_state, trained_state
-from meshbolt.errors import CheckpointError
+from meshbolt.errors import CheckpointError, MeshboltError
 from meshbolt.plugins import MeshPrecision, Onlooker
 from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
@@ -106,10 +106,10 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
     def _choose_launcher(self, environment: ClusterEnvironment) -> Any:
         remember = functools.partial(setattr, self, "_asked_weights_only")
         if environment.creates_processes_externally:
-            return DirectLauncher(remember)
+            return DirectLauncher(remember, self.failures)
         if self._start_method == "popen":
-            return ScriptLauncher(remember, environment, self.num_processes, self.num_nodes)
-        return CollectingLauncher(remember, self, start_method=self._start_method)
+            return ScriptLauncher(remember, self.failures, environment, self.num_processes, self.num_nodes)
+        return CollectingLauncher(remember, self.failures, self, start_method=self._start_method)
 
     _asked_weights_only: bool | None = None
     _has_begun = _has_loaded = _is_training = False
@@ -483,8 +483,8 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
             self._saving.abandon()
         else:
             self._saving.finish(for_good=True)
-        # After an exception, what is gathered may never arrive: its peers are gone.
-        with suppress(RuntimeError) if self._was_interrupted() else nullcontext():
+        # After an exception, what is gathered may never arrive: its peers are gone; and updates may have failed.
+        with suppress(RuntimeError, MeshboltError) if self._was_interrupted() else nullcontext():
             for engine in self._engines.values():
                 engine.settle()
         if self.cluster_environment is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meshbolt import MeshStrategy
 from meshbolt.checkpoint import is_checkpoint
+from meshbolt.errors import RankError
 from meshbolt.testing import RankFailure, run_ranks
 
 pytestmark = ADVICE
@@ -86,9 +87,10 @@ def test_a_rank_that_fails_alone_saves_nothing_and_leaves_nobody_hanging(tmp_pat
 
     assert (failed.kind, failed.message) == ("raised", "rank 1 had enough")
     assert failed.raised(ValueError)
-    # It loses contact when the first has left; had it hung, it would have been killed and not have raised.
+    # Had it hung, it would have been killed and not have raised.
     assert other.kind == "raised"
-    assert other.raised(RuntimeError)
+    assert other.raised(RankError)
+    assert other.message.startswith("rank 1 failed: ValueError: rank 1 had enough")
     assert names_in(tmp_path / "exception") == []
     assert names_in(tmp_path / "model") == ["last.ckpt", "step=4.ckpt"]
     assert all(is_checkpoint(tmp_path / "model" / name) for name in names_in(tmp_path / "model"))

@@ -68,14 +68,7 @@ class FabricSteps(StagedModule):
 
         Returns:
             The loss of the batch, without a graph; the same on every rank of the pipeline.
-
-        Raises:
-            RankError: another rank has failed, for which this one waited.
         """
-        with self.failures.told("pipeline_step"):
-            return self._train(batch, loss_fn)
-
-    def _train(self, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> Tensor:
         engine, scaler = self._running(), self._precision.loss_scaler
         parts, sizes = self._split(batch)
         factor = 1.0 if scaler is None else scaler.current_scale
@@ -101,14 +94,7 @@ class FabricSteps(StagedModule):
 
         Returns:
             What the function returns for the whole batch, on every rank of the pipeline.
-
-        Raises:
-            RankError: another rank has failed, for which this one waited.
         """
-        with self.failures.told("pipeline_evaluate"):
-            return self._evaluate(batch, function)
-
-    def _evaluate(self, batch: Any, function: Callable[[nn.Module, Any], Any]) -> Any:
         parts, sizes = self._split(batch)
         kind = f"pipeline_evaluate {_name_of(function)}"
         with torch.no_grad():

@@ -23,7 +23,6 @@ from meshbolt.errors import TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis, stage_group
 from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, is_foreign, part_sizes, split_batch
 from meshbolt.strategies.compat import refuse_norms_of_stages
-from meshbolt.strategies.pipelined.failures import Failures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +72,17 @@ class StagedModule:
         self._check_same()
         self._owner = self._pipeline.rank_of_last_stage
         self.stages = self._stages_of(stage_group(mesh))
-        self.failures = Failures(self._place(), parting=self._part)
 
     @property
     def group(self) -> dist.ProcessGroup:
         """The ranks of this pipeline."""
         return self._group
+
+    @property
+    def place(self) -> str:
+        """This rank in words."""
+        own = _counted("stage", self._pipeline.own_stages)
+        return f"rank {dist.get_rank()} ({own} of {self._first_plan.stages})"
 
     @property
     def ranks_of_stages(self) -> list[int]:
@@ -213,13 +217,6 @@ class StagedModule:
     def _holder(self, stages: Sequence[int]) -> str:
         ranks = [dist.get_global_rank(self._group, rank) for rank in self._pipeline.ranks_of(stages)]
         return f"{_counted('stage', stages)}, on {_counted('rank', ranks)}"
-
-    def _place(self) -> str:
-        own = _counted("stage", self._pipeline.own_stages)
-        return f"rank {dist.get_rank()} ({own} of {self._first_plan.stages})"
-
-    def _part(self) -> None:
-        """Do nothing together with other ranks any more."""
 
     # Steps ----------------------------------------------------------------------------------------------------------------
 

@@ -128,14 +128,7 @@ class PipelinedSteps(StagedModule):
 
         Args:
             args: of training_step.
-
-        Raises:
-            RankError: another rank has failed, for which this one waited.
         """
-        with self.failures.told("training_step"):
-            return self._train(args)
-
-    def _train(self, args: tuple[Any, ...]) -> Any:
         self._show_example()
         engine, precision = self._running(), self._precision
         parts, sizes = self._split(args[0])
@@ -163,14 +156,7 @@ class PipelinedSteps(StagedModule):
         Args:
             kind: "validation_step", "test_step" or "predict_step".
             args: of the step.
-
-        Raises:
-            RankError: another rank has failed, for which this one waited.
         """
-        with self.failures.told(kind):
-            return self._evaluate(kind, args)
-
-    def _evaluate(self, kind: str, args: tuple[Any, ...]) -> Any:
         parts, sizes = self._split(args[0])
         found = self._running().call(
             self._in_step,
@@ -179,10 +165,6 @@ class PipelinedSteps(StagedModule):
             args[1:],
         )
         return self._told(kind, found, sizes)
-
-    def _part(self) -> None:
-        strategy: Any = self._trainer.strategy
-        strategy._attendance.dismiss()
 
     @property
     def _precision(self) -> MeshPrecision:
