@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from meshbolt.errors import ConfigError
 
@@ -34,6 +35,26 @@ def read_environment() -> Environment:
         ConfigError: a variable has a value other than 0 or 1.
     """
     return Environment(debug=_flag(DEBUG, default=False), fast_path=_flag(FAST_PATH, default=True))
+
+
+def expanded(path: str, *, asked: str) -> str:
+    """Return a path with its environment variables replaced.
+
+    Args:
+        path: as it was written.
+        asked: where, for the message.
+
+    Raises:
+        ConfigError: a variable in it is not set.
+    """
+    found = str(Path(os.path.expandvars(path)).expanduser())
+    if "$" in found:
+        name = found[found.index("$") :].partition("/")[0]
+        raise ConfigError(
+            f"{asked} needs the environment variable {name}, which is not set: it names a directory on a fast local disk. Set "
+            f"it, such as `export {name.strip('${}')}=/local/nvme`, or give the directory itself."
+        )
+    return found
 
 
 def _flag(name: str, *, default: bool) -> bool:

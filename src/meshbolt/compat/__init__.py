@@ -1,9 +1,10 @@
 """Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one folder.
 
 May import: `errors`. `tensors.py` has what belongs to no unit, `connections.py` what lies between ranks, `exiting.py` what
-threads of torch still do at the end, `halves.py` how torch's pipelines halve a backward pass, `parts.py` where the parts of a
-DTensor lie, `units.py` what FSDP2 knows of a unit; everybody imports from here. The tests of this folder run on every supported
-version of torch.
+threads of torch still do at the end, `halves.py` how torch's pipelines halve a backward pass, `hosted.py` shards in other memory,
+`parts.py` where the parts of a DTensor lie, `recorder.py` the last collectives, `units.py` what FSDP2 knows of a unit, `waits.py`
+where a rank waits for others; everybody
+imports from here. The tests of this folder run on every supported version of torch.
 """
 
 import torch
@@ -20,7 +21,18 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from meshbolt.compat.connections import end_connections, is_broken_connection
 from meshbolt.compat.exiting import settle_before_exit
+from meshbolt.compat.hosted import move_shards, shards_on_host
+from meshbolt.compat.memory import (
+    AllocatorFigures,
+    allocator_figures,
+    cast_dtype,
+    dump_allocator,
+    gathered_tensors,
+    whole_gradients,
+)
 from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
+from meshbolt.compat.recorder import Collective, meeting_store, recorded_collectives
+from meshbolt.compat.stored import RUN_BYTES, Box, StoredTensor, box_span, box_view, boxes_of, copy_runs, cut_box
 from meshbolt.compat.tensors import (
     NeedsValues,
     aliased_arguments,
@@ -79,10 +91,15 @@ from meshbolt.compat.units import (
     whole_copies,
 )
 from meshbolt.compat.updates import fused_adagrad_, fused_adam_, fused_sgd_, pin_host_memory, unpin_host_memory
+from meshbolt.compat.waits import waits_observed
 
 __all__ = [
     "COMPILES_DIVIDED_LAYERS",
+    "RUN_BYTES",
     "AllGather",
+    "AllocatorFigures",
+    "Box",
+    "Collective",
     "FakeTensor",
     "FakeTensorMode",
     "NeedsValues",
@@ -90,18 +107,27 @@ __all__ = [
     "PipelineScheduleSingle",
     "PipelineStageBase",
     "ReduceScatter",
+    "StoredTensor",
     "TorchDispatchMode",
     "TorchFunctionMode",
     "aliased_arguments",
+    "allocator_figures",
+    "box_span",
+    "box_view",
+    "boxes_of",
+    "cast_dtype",
     "casts",
     "copies_by_shard",
+    "copy_runs",
     "current_pass",
+    "cut_box",
     "device_of",
     "distributed_part",
     "distributed_tensor",
     "divided_placement",
     "drop_kept_gradients",
     "drop_pending_gather",
+    "dump_allocator",
     "end_backward",
     "end_connections",
     "enter_pass",
@@ -112,6 +138,7 @@ __all__ = [
     "fused_sgd_",
     "gather_into",
     "gathered_bytes",
+    "gathered_tensors",
     "given_other_data",
     "gradients_land_in_place",
     "handle_sharded",
@@ -126,6 +153,8 @@ __all__ = [
     "make_hooks_skippable",
     "managed_parameters",
     "mark_of",
+    "meeting_store",
+    "move_shards",
     "on_gradient",
     "on_meta",
     "on_reduced_gradient",
@@ -135,6 +164,7 @@ __all__ = [
     "pin_host_memory",
     "plain_calls",
     "queue_after_backward",
+    "recorded_collectives",
     "reduce_gradients",
     "replicate",
     "reset_after_error",
@@ -145,6 +175,7 @@ __all__ = [
     "set_async_gather",
     "set_group_timeout",
     "settle_before_exit",
+    "shards_on_host",
     "storage_identity",
     "storages_without_memory",
     "sum_into",
@@ -154,9 +185,11 @@ __all__ = [
     "tree_map_only",
     "unpin_host_memory",
     "untouched_by_functions",
+    "waits_observed",
     "was_gathered",
     "watch_passes",
     "whole_copies",
+    "whole_gradients",
     "whole_of",
     "will_accumulate",
     "without_compiling",

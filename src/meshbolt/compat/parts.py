@@ -90,7 +90,8 @@ def whole_of(tensor: DTensor) -> torch.Tensor:
 
 def _reduced(tensor: DTensor) -> torch.Tensor:
     """Return this rank's part in memory of its own, summed where it is a sum over ranks."""
-    part = tensor._local_tensor.detach().clone(memory_format=torch.contiguous_format)
+    local = tensor._local_tensor.detach()
+    part = torch.empty(local.shape, dtype=local.dtype, device=_device(tensor)).copy_(local)
     for axis, placement in enumerate(tensor.placements):
         if not isinstance(placement, Partial):
             continue
@@ -98,6 +99,13 @@ def _reduced(tensor: DTensor) -> torch.Tensor:
         if placement.reduce_op == "avg":
             part /= tensor.device_mesh.size(axis)
     return part
+
+
+def _device(tensor: DTensor) -> torch.device:
+    """Return where a tensor's ranks communicate: its part may lie on the host while they do on GPUs."""
+    kind = tensor.device_mesh.device_type
+    local = tensor._local_tensor.device
+    return local if local.type == kind or kind == "cpu" else torch.device(kind, torch.cuda.current_device())
 
 
 def _gathered(part: torch.Tensor, room: int, groups: Sequence[dist.ProcessGroup]) -> torch.Tensor:

@@ -21,14 +21,14 @@ untouched_by_functions = torch._C._disabled_torch_function_impl
 
 def managed_parameters(unit: FSDPModule) -> list[nn.Parameter]:
     """Return the sharded parameters that the unit gathers, whether they are gathered now or not."""
-    return [fsdp_param.sharded_param for group in _groups(unit) for fsdp_param in group.fsdp_params]
+    return [fsdp_param.sharded_param for group in groups_of(unit) for fsdp_param in group.fsdp_params]
 
 
 def given_other_data(unit: FSDPModule) -> list[nn.Parameter]:
     """Return the sharded parameters whose whole copy was given other data by assignment since it was gathered."""
     return [
         fsdp_param.sharded_param
-        for group in _groups(unit)
+        for group in groups_of(unit)
         if group.is_unsharded
         for fsdp_param in group.fsdp_params
         if fsdp_param.all_gather_outputs
@@ -44,22 +44,22 @@ def gathered_bytes(unit: FSDPModule) -> int:
 
 def is_gathered(unit: FSDPModule) -> bool:
     """Return whether the unit's whole parameters are in memory."""
-    return any(group.is_unsharded for group in _groups(unit))
+    return any(group.is_unsharded for group in groups_of(unit))
 
 
 def has_pending_gather(unit: FSDPModule) -> bool:
     """Return whether an all-gather was launched whose result no forward has taken yet."""
-    return any(group._all_gather_result is not None for group in _groups(unit))
+    return any(group._all_gather_result is not None for group in groups_of(unit))
 
 
 def was_gathered(unit: FSDPModule) -> bool:
     """Return whether the unit's whole parameters have been in memory at least once."""
-    return all(hasattr(p, "_unsharded_param") for group in _groups(unit) for p in group.fsdp_params)
+    return all(hasattr(p, "_unsharded_param") for group in groups_of(unit) for p in group.fsdp_params)
 
 
 def drop_pending_gather(unit: FSDPModule) -> None:
     """Wait for an all-gather that was launched early and throw its result away; without one, do nothing."""
-    for group in _groups(unit):
+    for group in groups_of(unit):
         result, group._all_gather_result = group._all_gather_result, None
         if result is None:
             continue
@@ -138,7 +138,7 @@ def kept_gradients(unit: FSDPModule, used: Collection[nn.Parameter]) -> Iterator
         unit: between two batches of a window.
         used: the sharded parameters that got a gradient in this window.
     """
-    for group in _groups(unit):
+    for group in groups_of(unit):
         first = 0
         for fsdp_param in group.fsdp_params:
             if group._partial_reduce_output is not None:
@@ -164,7 +164,7 @@ def drop_kept_gradients(unit: FSDPModule, dropped: Collection[nn.Parameter], use
         used: as for `kept_gradients`.
     """
     kept = list(kept_gradients(unit, used))
-    for group in _groups(unit):
+    for group in groups_of(unit):
         partial = group._partial_reduce_output is not None
         if partial and all(parameter in dropped for parameter, _ in kept):
             group._partial_reduce_output = None
@@ -184,7 +184,7 @@ def on_gradient(unit: FSDPModule, seen: Callable[[nn.Parameter], None]) -> None:
         unit: gathered at least once.
         seen: called in backward, on every rank for itself.
     """
-    for group in _groups(unit):
+    for group in groups_of(unit):
         for fsdp_param in group.fsdp_params:
             whole = fsdp_param.unsharded_param
             wanted = whole.requires_grad
@@ -221,7 +221,7 @@ def gradients_land_in_place(unit: FSDPModule, reduced: torch.dtype) -> bool:
         unit: whose gradients are being reduced.
         reduced: dtype of what the reduce-scatter writes.
     """
-    return all(_lands_in_place(group, reduced) for group in _groups(unit))
+    return all(_lands_in_place(group, reduced) for group in groups_of(unit))
 
 
 def _lands_in_place(group: Any, reduced: torch.dtype) -> bool:
@@ -275,7 +275,7 @@ def make_hooks_skippable(unit: FSDPModule, is_quiet: Callable[[], bool]) -> None
         unit: sharded, and without casts (see `casts`), which are done in its hooks.
         is_quiet: asked at every forward.
     """
-    state, groups = unit._get_fsdp_state(), _groups(unit)
+    state, groups = unit._get_fsdp_state(), groups_of(unit)
     before, after = cast("nn.Module", unit)._forward_pre_hooks, cast("nn.Module", unit)._forward_hooks
     enter, leave = before[state._pre_forward_hook_handle.id], after[state._post_forward_hook_handle.id]
 
@@ -341,13 +341,13 @@ def watch_passes(
             end()
 
     state._pre_backward, state._root_post_backward_final_callback = entered, ended
-    for group in _groups(unit):
+    for group in groups_of(unit):
         group.post_backward = functools.partial(left, group.post_backward)
 
 
 def enter_pass(unit: FSDPModule) -> Callable[[], None]:
     """Let a unit know that a pass has come to it, for what is recomputed there; return what undoes that."""
-    holders = [unit._get_fsdp_state(), *_groups(unit)]
+    holders = [unit._get_fsdp_state(), *groups_of(unit)]
     states = [holder._training_state for holder in holders]
 
     def put(states: Iterable[Any]) -> None:
@@ -365,13 +365,13 @@ def end_backward(root: FSDPModule) -> None:
 
 def reduce_gradients(unit: FSDPModule) -> None:
     """Begin to reduce the whole gradients of a unit, outside of a pass of autograd; `end_backward` completes it."""
-    for group in _groups(unit):
+    for group in groups_of(unit):
         group.post_backward()
 
 
 def keep_gradients(unit: FSDPModule) -> None:
     """Add whole gradients that were made outside of a pass of autograd to those that are kept, in the dtype of these."""
-    for group in _groups(unit):
+    for group in groups_of(unit):
         for fsdp_param in group.fsdp_params:
             if hasattr(fsdp_param, "_unsharded_param"):
                 fsdp_param.accumulate_unsharded_grad_if_needed()
@@ -386,13 +386,14 @@ def whole_copies(unit: FSDPModule) -> Iterator[nn.Parameter]:
 
 def copies_by_shard(unit: FSDPModule) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
     """Yield the unit's shards with their whole parameters, as `whole_copies` has them."""
-    for group in _groups(unit):
+    for group in groups_of(unit):
         for fsdp_param in group.fsdp_params:
             if hasattr(fsdp_param, "_unsharded_param"):
                 yield fsdp_param.sharded_param, fsdp_param.unsharded_param
 
 
-def _groups(unit: FSDPModule) -> list[Any]:
+def groups_of(unit: FSDPModule) -> list[Any]:
+    """Return what FSDP2 gathers and reduces together of a unit."""
     state = unit._get_fsdp_state()
     many = getattr(state, "_fsdp_param_groups", None)
     if many is not None:
@@ -403,5 +404,5 @@ def _groups(unit: FSDPModule) -> list[Any]:
 
 def reshard(unit: FSDPModule) -> None:
     """Free the unit's gathered parameters whatever state torch thinks the unit is in (its own `reshard` may decline)."""
-    for group in _groups(unit):
+    for group in groups_of(unit):
         group._to_sharded()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from meshbolt.blocks import Recompute
 from meshbolt.checkpoint.policy import Checkpoint
+from meshbolt.environment import expanded
 from meshbolt.errors import ConfigError
 from meshbolt.offload.setting import Offload
 from meshbolt.pipeline import PipelineParallel
@@ -72,11 +73,12 @@ class Settings:
         """
         if not isinstance(compile, bool):
             raise ConfigError(f"compile={compile!r} is a switch. Use True or False.")
+        own_zero = _setting("zero", zero, Zero)
         return cls(
-            zero=_setting("zero", zero, Zero),
+            zero=own_zero,
             tensor_parallel=_setting("tensor_parallel", tensor_parallel, TensorParallel),
             pipeline_parallel=_setting("pipeline_parallel", pipeline_parallel, PipelineParallel),
-            offload=_setting("offload", offload, Offload),
+            offload=_offload(_setting("offload", offload, Offload), own_zero),
             recompute=Recompute() if recompute is None else _setting("recompute", recompute, Recompute),
             compile=compile,
             checkpoint=Checkpoint() if checkpoint is None else _setting("checkpoint", checkpoint, Checkpoint),
@@ -105,6 +107,25 @@ def _setting(name: str, value: Any, kind: type[T]) -> T:
             f"{name}={value!r} is not a {kind.__name__}. Write {name}={kind.__name__}(...); it has {', '.join(fields)}."
         )
     return kind(**{PLAIN_FIELDS[name]: value})
+
+
+def _offload(setting: Offload, zero: Zero) -> Offload:
+    """Return what is offloaded with its path as it is meant, where it goes with the ZeRO stage.
+
+    Raises:
+        ConfigError: parameters are to lie elsewhere and are not gathered piece by piece; or the path has an unset variable.
+    """
+    if setting.parameters is not None and zero.stage != _GATHERS_BY_UNIT:
+        raise ConfigError(
+            f"Offload(parameters={setting.parameters!r}) with zero={zero.stage}: this stage holds all parameters on each device "
+            "through a step, so that nothing would be saved. Use zero=3."
+        )
+    if setting.path is None:
+        return setting
+    return dataclasses.replace(setting, path=expanded(str(setting.path), asked=f"Offload(path={str(setting.path)!r})"))
+
+
+_GATHERS_BY_UNIT = 3
 
 
 def _plain(name: str, value: Any, default: Any) -> Any:

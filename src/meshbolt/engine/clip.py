@@ -211,5 +211,7 @@ def _tensor_norms(tensors: list[Tensor], norm_type: float) -> Tensor:
 
 def _reduce(number: Tensor, groups: _Groups, op: dist.ReduceOp.RedOpType) -> Tensor:
     for group in groups:
+        # Gradients of parameters that lie on the host are there too, while ranks talk from their GPUs.
+        number = number.to(device_of(group)) if number.device.type == "cpu" else number
         dist.all_reduce(number, op=op, group=group)
     return number

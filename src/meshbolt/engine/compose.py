@@ -29,10 +29,12 @@ from meshbolt.blocks import compile_blocks, recompute_blocks
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.compat import COMPILES_DIVIDED_LAYERS
 from meshbolt.config import Plan
+from meshbolt.engine.hosted import HostedParameters
 from meshbolt.engine.materialize import fill_and_shard
 from meshbolt.engine.stages import Stages
 from meshbolt.errors import ConfigError, TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis
+from meshbolt.offload.setting import Offload
 from meshbolt.pipeline import Gathered
 from meshbolt.tensor import (
     Axis,
@@ -48,6 +50,8 @@ from meshbolt.tensor import (
 from meshbolt.zero import KeepNorms, Root, UnitPlan, plan_units, shard_unit
 
 Hook = Callable[[torch.Tensor], None]
+ROOT = "the root"
+"""How the outermost unit is called where the others have their names in the user's module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,7 @@ def compose(
     device: torch.device,
     example: Callable[[nn.Module], Any] | None = None,
     stages: Stages | None = None,
+    hosted: HostedParameters | None = None,
 ) -> Composition:
     """Apply a plan to a module, in place.
 
@@ -89,9 +94,11 @@ def compose(
         device: this rank's device.
         example: calls a module as the run will, for plans that are found by that.
         stages: what of it this rank holds; None: all.
+        hosted: where shards lie; None: on the device.
 
     Raises:
         ConfigError: the module does not fit the plan, or cannot be filled.
+        StorageError: shards do not fit where they are to lie.
         TopologyError: the ranks have different modules.
         UnsupportedError: the module has what cannot be sharded.
     """
@@ -121,7 +128,14 @@ def compose(
     if blocks or not planned[0].blocks:  # of the model's blocks, a stage may have none
         recompute_blocks(blocks, plan.settings.recompute, pack=plain_leaves if division else None)
         compile_blocks(blocks, enabled=plan.settings.compile, around=for_compiled if division else None)
-    composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device, stages=stages)
+    hosted = hosted or HostedParameters(Offload(), device=device)
+    hosted.check_room(
+        [*units.units.values(), module],
+        ranks=plan.mesh.dp_shard * plan.mesh.tp,
+        left_out=units.whole | stages.parameters_elsewhere(module),
+    )
+    composition = _shard(module, units, division, plan=plan, mesh=mesh, device=device, stages=stages, hosted=hosted)
+    hosted.check()
     return dataclasses.replace(composition, tensor=tensor, tensor_axis=division.axis if division else None)
 
 
@@ -132,7 +146,8 @@ def _is_alone(plan: Plan) -> bool:
     """
     policy = plan.precision.unit_policy(stored=plan.precision.storage_dtype or torch.float32)
     is_cast = any(dtype is not None for dtype in (policy.param_dtype, policy.reduce_dtype))
-    return plan.mesh.pp > 1 and plan.mesh.data_parallel_size * plan.mesh.tp == 1 and not is_cast
+    is_moved = plan.settings.offload.parameters is not None
+    return plan.mesh.pp > 1 and plan.mesh.data_parallel_size * plan.mesh.tp == 1 and not (is_cast or is_moved)
 
 
 def _check_compiler(plan: Plan) -> None:
@@ -214,6 +229,7 @@ def _shard(
     mesh: DeviceMesh,
     device: torch.device,
     stages: Stages,
+    hosted: HostedParameters,
 ) -> Composition:
     names = {unit: name for name, unit in units.units.items()}
     all_names = {child: name for name, child in module.named_modules()}
@@ -229,12 +245,15 @@ def _shard(
         if division is not None:
             division.divide(module, {all_names[child]: child for child in unit.modules()})
 
-    apply = functools.partial(shard_unit, mesh=mesh, stage=plan.stage, shard_dim=shard_dim if division else None)
+    apply = functools.partial(
+        shard_unit, mesh=mesh, stage=plan.stage, shard_dim=shard_dim if division else None, offload=hosted.policy
+    )
 
     def shard(unit: nn.Module, may_free: Callable[[nn.Parameter], bool]) -> None:
         divide(unit)
         policy = plan.precision.unit_policy(stored=_stored_dtype(unit, whole_now()))
         sharded[names[unit]] = apply(unit, precision=policy, whole=whole_now(), may_free=may_free)
+        hosted.take(names[unit], sharded[names[unit]])
         if division is not None:
             let_splits_through(unit)
 
@@ -244,6 +263,7 @@ def _shard(
         division.forget()
     policy = plan.precision.root_policy(stored=_stored_dtype(module, whole_now()))
     root = apply(Root(module), precision=policy, whole=whole_now(), is_root=True)
+    hosted.take(ROOT, root)
     whole = whole_now() - stages.parameters_elsewhere(module)
     for name, parameter in module.named_parameters():
         for hook in hooks[name] if parameter not in whole else ():

@@ -13,7 +13,7 @@ fills. It is refused, wherever it is found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -51,39 +51,7 @@ class Edits:
         # By shard, of copies that are divided among the ranks that share a layer. To look at them tells nothing of whether they
         # were given other data, so that they are noted where they are gathered for the first time.
         self._divided: dict[nn.Parameter, int] = {}
-        self._mark: torch.Tensor | None = None
         self._watch_divided(units)
-
-    def mark_changes(self, device: torch.device) -> None:
-        """From now on note whether anything is taken over, without waiting for a GPU and without a new version of the shards.
-
-        Args:
-            device: of the shards.
-        """
-        if device.type != "cpu":  # where it is known at once, and only what was changed gets a new version
-            self._mark = torch.zeros((), dtype=torch.bool, device=device)
-
-    def take_mark(self) -> Callable[[], bool] | None:
-        """Return what tells whether anything was taken over since the last time; None: the shards' versions do.
-
-        It may be asked by any thread, which waits for the work that was put on the caller's stream before.
-        """
-        if self._mark is None:
-            return None
-        on_gpu = self._mark.device.type == "cuda"
-        found = torch.empty((), dtype=torch.bool, pin_memory=on_gpu)
-        found.copy_(self._mark, non_blocking=True)
-        copied = torch.cuda.Event() if on_gpu else None
-        if copied is not None:
-            copied.record()
-        self._mark.zero_()
-
-        def was_changed() -> bool:
-            if copied is not None:
-                copied.synchronize()
-            return bool(found)
-
-        return was_changed
 
     @torch.no_grad()
     def keep(self, units: Iterable[FSDPModule]) -> None:
@@ -173,7 +141,7 @@ class Edits:
         mine, known = local_tensor(shard), self._parts.get(shard)
         if known is None or known.whole is not whole or known.mine is not mine:
             known = self._parts[shard] = _Part(whole, like=shard)
-        known.take_over(self._mark)
+        known.take_over()
 
 
 def _axes(parameter: DTensor) -> tuple[str, ...]:
@@ -188,22 +156,20 @@ class _Part:
         # Of a layer that is divided, the whole copy is whole over the data-parallel ranks only.
         self._part = part = own_part_of_copy(whole.detach(), like=like)
         # A CPU knows at once whether anything differs; a GPU is not waited for.
-        self._is_on_cpu = self.mine.device.type == "cpu"
+        self._is_on_cpu = self.mine.device.type == part.device.type == "cpu"
         is_plain = part.dtype == self.mine.dtype and part.is_contiguous() and self.mine.is_contiguous()
         self._same = compat.same_bytes if is_plain else torch.equal
 
-    def take_over(self, mark: torch.Tensor | None) -> None:
-        """Copy what differs into the shard.
-
-        Args:
-            mark: is set where anything does; None: nobody asks.
-        """
-        part, as_gathered = self._part, self.mine.to(self._part.dtype)
+    def take_over(self) -> None:
+        """Copy what differs into the shard."""
+        part = self._part
+        # Shards that lie on the host go to the GPU for this, where the copy is.
+        as_gathered = self.mine.to(part.device, part.dtype)
         if self._is_on_cpu and self._same(part, as_gathered):
             return
+        if self.mine.device != part.device:
+            if not torch.equal(part, as_gathered):
+                self.mine.copy_(torch.where(part == as_gathered, self.mine.to(part.device), part.to(self.mine.dtype)))
+            return
         same = part == as_gathered
-        into = self.mine
-        if mark is not None:
-            mark.logical_or_(~same.all())
-            into = self.mine.data  # has a version of its own
-        into.copy_(torch.where(same, self.mine, part.to(self.mine.dtype)))
+        self.mine.copy_(torch.where(same, self.mine, part.to(self.mine.dtype)))

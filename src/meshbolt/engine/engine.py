@@ -23,12 +23,13 @@ from meshbolt import compat
 from meshbolt.config import Plan
 from meshbolt.engine import optimizer as optimizers
 from meshbolt.engine.clip import clip_norm_, clip_value_, global_norm
-from meshbolt.engine.compose import compose
+from meshbolt.engine.compose import ROOT, compose
 from meshbolt.engine.debug import BranchWatch
 from meshbolt.engine.derivatives import Derivatives
 from meshbolt.engine.draws import draw_whole_tensors
 from meshbolt.engine.edits import Edits
 from meshbolt.engine.fast_path import FastPath, wants_fast_path
+from meshbolt.engine.hosted import HostedParameters
 from meshbolt.engine.load import follow_state_dicts
 from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.offloaded import OffloadedSteps
@@ -81,7 +82,10 @@ class Engine:
         fast = wants_fast_path(plan)
         if fast:
             compat.lighten_hooks()
-        composed = compose(module, plan=plan, mesh=mesh, device=device, example=example, stages=stages)
+        self._hosted = HostedParameters(plan.settings.offload, device=device)
+        composed = compose(
+            module, plan=plan, mesh=mesh, device=device, example=example, stages=stages, hosted=self._hosted
+        )
         self._root, self._units, self._hooks = composed.root, composed.units, composed.hooks
         # In the order of the module, which is the same on every rank; the order of a set is not.
         self.tensor_plan, self._tensor_axis = composed.tensor, composed.tensor_axis
@@ -98,7 +102,7 @@ class Engine:
         self._edits = Edits(module, units=self._all_units)
         self._fast = FastPath(module, units=self._units, root=self._root, plan=plan) if fast else None
         self._window = Window(
-            {**composed.units, "the root": composed.root},
+            {**composed.units, ROOT: composed.root},
             whole=composed.whole,
             keeps_parts=plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1,
         )
@@ -110,9 +114,10 @@ class Engine:
         )
         self._offloaded = OffloadedSteps(
             plan.settings.offload,
-            {"the root": composed.root, **composed.units},
+            {ROOT: composed.root, **composed.units},
             others=self._replicated.parameters,
             device=device,
+            hosted=self._hosted,
         )
         follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
@@ -249,6 +254,7 @@ class Engine:
         self._offloaded.wait()
         self._keep_edits()
         self._free()
+        self._hosted.settle()
 
     @contextmanager
     def settled(self, *, restores: bool = False) -> Iterator[None]:
@@ -282,7 +288,6 @@ class Engine:
 
     def _keep_edits(self) -> None:
         self._edits.keep(self._all_units)
-        self._offloaded.note_edits(self._edits.take_mark())
 
     def _free(self) -> None:
         if self._fast is not None:
@@ -338,16 +343,23 @@ class Engine:
         optimizers.check_optimizer(optimizer, sharded=self.parameters_by_name.values())
         if self.plan.settings.offload.is_used:
             self._offloaded.add(optimizer)
-            self._edits.mark_changes(self.device)
         optimizer.register_step_pre_hook(lambda *_: self.settle())
 
     def shown_state(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Show in `optimizer.state` all that is kept for the parameters here, wherever it lies; changes are kept."""
         return self._offloaded.shown(optimizer)
 
-    def offloaded_needs(self) -> Needs:
-        """Return what this rank's optimizers need in host memory and on a disk."""
-        return self._offloaded.needs()
+    def offloaded_needs(self) -> tuple[Needs, Needs]:
+        """Return what this rank's optimizers need in host memory and on a disk, and what its parameters need there."""
+        return self._offloaded.needs(), self._hosted.needs()
+
+    def tell_returns(self, say: Callable[[str], None]) -> None:
+        """Tell somebody what state comes back to the device in the middle of training, where that is asked for.
+
+        Args:
+            say: takes a sentence.
+        """
+        self._offloaded.on_return = say
 
     def offload_traffic(self) -> OffloadTraffic:
         """Return what offloading has moved on this rank since its optimizers were taken; nothing is waited for."""
@@ -365,7 +377,8 @@ class Engine:
         """Give an optimizer the state of a checkpoint, wherever it is to lie; see `load_optimizer_state`."""
         is_moved = self.plan.settings.offload.optimizer is not None
         with self.shown_state(optimizer):
-            load_optimizer_state(optimizer, *saved, **options, device=torch.device("cpu") if is_moved else None)
+            device = torch.device("cpu") if is_moved else None
+            load_optimizer_state(optimizer, *saved, **options, device=device, moves=is_moved)
 
     def overlap_updates(self, *, early: bool, late: bool) -> None:
         """Let updates of an offloaded optimizer run beside other work; see `OffloadedSteps.overlap`."""

@@ -23,9 +23,9 @@ from meshbolt.compat import (
     tree_map_only,
     whole_of,
 )
-from meshbolt.engine.fingerprint import fingerprint
 from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.errors import UnsupportedError
+from meshbolt.fingerprint import fingerprint
 
 
 @dataclass

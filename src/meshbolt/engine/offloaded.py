@@ -21,16 +21,18 @@ from torch.optim import Optimizer
 
 from meshbolt import compat
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
+from meshbolt.engine.hosted import HostedParameters
 from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.errors import MeshboltError, UnsupportedError
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.host import OffloadedOptimizer
 from meshbolt.offload.layout import Layout
 from meshbolt.offload.planning import Needs, layout_of, needs_of
-from meshbolt.offload.room import Room, check_room, room_of
-from meshbolt.offload.setting import NVME, Offload
+from meshbolt.offload.room import Room, check_room, room_of, spare_bytes
+from meshbolt.offload.setting import AUTO, NVME, Offload
 from meshbolt.offload.tiers import FileTier, Tier
 from meshbolt.offload.traffic import Observer, OffloadTraffic
+from meshbolt.units import format_bytes
 
 # What is trained in 16 bits without offloading is so with it.
 _FULL_PRECISION = False
@@ -44,6 +46,7 @@ class OffloadedSteps:
         units: what gathers parameters, by name, in the order of the forward pass.
         others: parameters that no unit gathers.
         device: this rank's.
+        hosted: where parameters lie.
     """
 
     def __init__(
@@ -53,16 +56,24 @@ class OffloadedSteps:
         *,
         others: Sequence[nn.Parameter],
         device: torch.device,
+        hosted: HostedParameters,
     ) -> None:
+        self._hosted = hosted
+        if hosted.file is not None:
+            hosted.file.is_changing = self._is_changing
         self._setting, self._units, self._others, self._device = setting, units, others, device
         self._needs: dict[int, Needs] = {}
         self._by_optimizer: dict[int, OffloadedOptimizer] = {}
-        self._early = self._late = self._is_watched = False
+        self._early = self._late = self._is_watched = self._is_told = False
         # From a backward pass that updates on, until the step is taken.
         self._is_stepping = False
         self._due: dict[str, set[nn.Parameter]] = {}
         self._torn: Exception | None = None
-        self._marks: list[Callable[[], bool]] = []
+        # Optimizers some of whose state is to come back when it is known how much memory training leaves.
+        self._returning: set[int] = set()
+        self._neighbours = 1
+        self.on_return: Callable[[str], None] = lambda _: None
+        """Told what has come back to the device, by name of the optimizer and bytes."""
 
     # Optimizers -------------------------------------------------------------------------------------------------------
 
@@ -78,8 +89,12 @@ class OffloadedSteps:
         """
         rooms: list[Room] = []
         agree_on_error(lambda: rooms.append(self._room(optimizer)))
-        check_room(same_on_all_ranks(rooms[0])[1])
+        every: Sequence[Room] = same_on_all_ranks(rooms[0])[1]
+        check_room(every)
+        self._neighbours = sum(room.machine == rooms[0].machine for room in every)
         agree_on_error(functools.partial(self._add, optimizer))
+        if self._setting.fraction == AUTO and (self._device.type != "cpu" or self._setting.optimizer == NVME):
+            self._returning.add(id(optimizer))
         self._needs[id(optimizer)] = rooms[0].needs
 
     def _room(self, optimizer: Optimizer) -> Room:
@@ -90,8 +105,14 @@ class OffloadedSteps:
                 f"{', '.join(sorted(known.__name__ for known in ELEMENTWISE))}, or offload=None."
             )
         in_file = self._setting.optimizer == NVME
-        fraction, units = float(self._setting.fraction), self._chosen(optimizer)
-        layout = layout_of(optimizer, units=units, fraction=fraction, full_precision=_FULL_PRECISION)
+        units = self._chosen(optimizer)
+        layout = layout_of(
+            optimizer,
+            units=units,
+            fraction=self._fraction,
+            full_precision=_FULL_PRECISION,
+            parameters=self._hosted.file,
+        )
         needs = needs_of(layout, device=self._device, in_file=in_file)
         return room_of(needs, path=self._setting.path if in_file else None)
 
@@ -99,11 +120,21 @@ class OffloadedSteps:
         self._by_optimizer[id(optimizer)] = OffloadedOptimizer(
             optimizer,
             units=self._chosen(optimizer),
-            fraction=float(self._setting.fraction),
+            fraction=self._fraction,
             make_tier=self._file if self._setting.optimizer == NVME else None,
             pin_memory=self._setting.pin_memory,
             full_precision=_FULL_PRECISION,
+            parameters=self._hosted.file,
         )
+
+    @property
+    def _fraction(self) -> float:
+        return 1.0 if self._setting.fraction == AUTO else float(self._setting.fraction)
+
+    def _is_changing(self, unit: str) -> bool:
+        """Return whether updates of a unit are under way, or anything is being written to the file of shards."""
+        parameters = self._parameters(unit)
+        return any(offloaded.is_updating(parameters) for offloaded in self._by_optimizer.values())
 
     def _chosen(self, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
         """Return the optimizer's parameters by what gathers them."""
@@ -155,9 +186,8 @@ class OffloadedSteps:
         if optimizer not in self:
             yield
             return
-        with self.of(optimizer).state_in_memory():
+        with self.of(optimizer).state_shown():
             yield
-        self.of(optimizer).take_over()
 
     def close(self) -> None:
         """Let go of all optimizers, and give memory and files back."""
@@ -165,6 +195,7 @@ class OffloadedSteps:
             _, offloaded = self._by_optimizer.popitem()
             offloaded.close()
         self._needs.clear()
+        self._returning.clear()
         self.overlap(early=False, late=False)
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -177,11 +208,16 @@ class OffloadedSteps:
             late: a step returns before all are done.
         """
         is_alone = len(self._by_optimizer) == 1
+        # A hook on shards that lie on the host would make FSDP2 wait for each gradient to come there.
+        early = early and not (self._hosted.are_elsewhere and self._device.type != "cpu")
         self._early, self._late = early and is_alone, late and is_alone
         if (self._early or self._late) and not self._is_watched:
             self._is_watched = True
             for name, unit in self._units.items():
                 cast("nn.Module", unit).register_forward_pre_hook(self._waiting_for(name), prepend=True)
+        if self._early and not self._is_told:
+            self._is_told = True
+            for name, unit in self._units.items():
                 compat.on_reduced_gradient(unit, functools.partial(self._arrived, name))
 
     def _waiting_for(self, name: str) -> Callable[..., None]:
@@ -226,20 +262,7 @@ class OffloadedSteps:
         if not due and not compat.is_gathered(self._units[name]):
             offloaded = next(iter(self._by_optimizer.values()))
             wanted = [parameter for parameter in self._parameters(name) if parameter.requires_grad]
-            offloaded.submit(wanted, edited=self._edited())
-
-    def note_edits(self, mark: Callable[[], bool] | None) -> None:
-        """Note what tells whether user code has changed parameters; see `Edits.take_mark`.
-
-        Args:
-            mark: None: nothing has to be noted.
-        """
-        if mark is not None:
-            self._marks.append(mark)
-
-    def _edited(self) -> Callable[[], bool]:
-        marks = tuple(self._marks)
-        return lambda: any(mark() for mark in marks)
+            offloaded.submit(wanted)
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Take an optimizer step where the state lies.
@@ -250,11 +273,29 @@ class OffloadedSteps:
         """
         try:
             with torch.enable_grad():
-                return self.of(optimizer).step(waits=not self._late, edited=self._edited(), **kwargs)
+                result = self.of(optimizer).step(waits=not self._late, **kwargs)
         finally:
             self._is_stepping = False
-            if len(self._by_optimizer) == 1:
-                self._marks.clear()
+        if id(optimizer) in self._returning:
+            self._bring_back(optimizer)
+        return result
+
+    def _bring_back(self, optimizer: Optimizer) -> None:
+        """Move as much state to the device as its memory has left, once a step has shown how much that is."""
+        offloaded = self.of(optimizer)
+        offloaded.wait()
+        if not offloaded.counters.updated_bytes:
+            return  # the loss scale was too high
+        spare = spare_bytes(self._device, ranks=self._neighbours) // len(self._returning)
+        self._returning.discard(id(optimizer))
+        moved = offloaded.bring_back(spare)
+        rest = offloaded.away_bytes
+        self.on_return(
+            f"{format_bytes(moved)} of the state of {type(optimizer).__name__} came back to the device, {format_bytes(rest)} "
+            f"stayed away: fraction={rest / (moved + rest):.2f}"
+            if moved
+            else f"the device has no memory left for the state of {type(optimizer).__name__}: fraction=1.0"
+        )
 
     def wait(self, parameters: Sequence[nn.Parameter] | None = None) -> None:
         """Wait for updates.

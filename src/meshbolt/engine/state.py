@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from meshbolt.compat import local_tensor
+from meshbolt.compat import StoredTensor, local_tensor
 from meshbolt.engine.gathered import as_sharded, local_part
 from meshbolt.engine.optimizer import ELEMENTWISE
 from meshbolt.engine.placeholders import held_elsewhere
@@ -136,6 +136,7 @@ def load_optimizer_state(
     *,
     dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | None = None,
+    moves: bool = False,
 ) -> None:
     """Give an optimizer the state that `optimizer_state` returned, here or on another layout.
 
@@ -147,6 +148,8 @@ def load_optimizer_state(
         dtypes: of the saved parameters, by name. State in the dtype of its parameter then follows the parameter into
             this run's dtype; other state keeps its own.
         device: where state goes; None: to its parameter.
+        moves: it is copied from there to another place next, so that tensors are the saved ones where they can be: nothing is
+            read yet of those whose values are not in memory.
 
     Raises:
         CheckpointError: the class or the groups of parameters differ; the optimizer is as it was.
@@ -163,6 +166,7 @@ def load_optimizer_state(
                     counts_on_device=counts_on_device,
                     as_plain=type(optimizer) in ELEMENTWISE,
                     device=device or local_tensor(parameter).device,
+                    stays_stored=moves,
                 )
                 state[parameter] = {name: place.take(name, value) for name, value in saved["state"][key].items()}
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -173,9 +177,7 @@ def load_optimizer_state(
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
 
 
-def empty_like_saved(
-    key_shape: torch.Size, dtype: torch.dtype, parameter: torch.Tensor | None, *, on: torch.device | None = None
-) -> torch.Tensor:
+def empty_like_saved(key_shape: torch.Size, dtype: torch.dtype, parameter: torch.Tensor | None) -> torch.Tensor:
     """Return a tensor for a saved one to be read into: sharded like its parameter where it has the parameter's shape.
 
     Args:
@@ -183,15 +185,14 @@ def empty_like_saved(
         dtype: of the saved tensor.
         parameter: the parameter that is saved, or that the state belongs to, if any; for one that another stage holds, a
             placeholder is returned, into which nothing can be read.
-        on: which device it is read to; None: that of the parameter.
     """
     if parameter is not None and held_elsewhere(parameter):
         return torch.empty(key_shape, dtype=dtype, device="meta")
     if isinstance(parameter, DTensor) and parameter.shape == key_shape and key_shape != torch.Size([]):
-        local = torch.empty_like(local_tensor(parameter), dtype=dtype, device=on)
+        local = torch.empty_like(local_tensor(parameter), dtype=dtype)
         return as_sharded(local, like=parameter)
     device = parameter.device if parameter is not None and key_shape == parameter.shape and parameter.dim() else "cpu"
-    return torch.empty(key_shape, dtype=dtype, device=on or device)
+    return torch.empty(key_shape, dtype=dtype, device=device)
 
 
 def _saved(value: Any, parameter: nn.Parameter) -> Any:
@@ -210,6 +211,7 @@ class _Place:
         counts_on_device: step counts lie where the parameter does, as fused kernels need it.
         as_plain: the optimizer runs on plain shards, not on DTensors.
         device: where the state goes.
+        stays_stored: nothing is copied, since the values are soon copied to where they are kept.
     """
 
     parameter: nn.Parameter
@@ -217,6 +219,7 @@ class _Place:
     counts_on_device: bool
     as_plain: bool
     device: torch.device
+    stays_stored: bool
 
     def take(self, key: str, value: Any) -> Any:
         """Return a saved value as the optimizer keeps it."""
@@ -228,10 +231,17 @@ class _Place:
             return local_tensor(value).to(local_tensor(parameter).device if self.counts_on_device else "cpu", copy=True)
         dtype = parameter.dtype if (value.shape, value.dtype) == (parameter.shape, self.saved_dtype) else value.dtype
         if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-            return local_tensor(value).to(device, dtype, copy=True)
+            local = local_tensor(value)
+            if isinstance(local, StoredTensor) and self.stays_stored:
+                return local.as_dtype(dtype)
+            return local.to(device, dtype, copy=not self.stays_stored)
         # A whole one may lie in a file: only this rank's part of it is read.
-        own = local_tensor(value) if isinstance(value, DTensor) else local_part(value, like=parameter).clone()
-        own = own.to(device, dtype).contiguous()
+        own = local_tensor(value) if isinstance(value, DTensor) else local_part(value, like=parameter)
+        if isinstance(own, StoredTensor) and self.stays_stored:
+            own = own.as_dtype(dtype)
+        else:
+            is_shared = not (isinstance(value, DTensor) or self.stays_stored)
+            own = own.to(device, dtype, copy=is_shared).contiguous()
         return own if self.as_plain else as_sharded(own, like=parameter)
 
 

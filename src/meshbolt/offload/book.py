@@ -3,26 +3,29 @@
 For each parameter that was updated, `optimizer.state` has what the optimizer itself would have: tensors of its shape, which
 are views of the columns in memory, and a step count. Whatever else is found there (after a load, or because the optimizer
 made state when it was made) is copied into the columns before the next update, and replaced by the views. Where the columns are
-in a file there are no views, and the step count is all that is shown.
+in a file there are no views, and the step count is all that is shown, but for a while on demand (`columns.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from meshbolt.compat import local_tensor
+from meshbolt.compat import StoredTensor, copy_runs, local_tensor
+from meshbolt.offload.columns import is_changed, without_stored
 from meshbolt.offload.entries import MASTER, Entry
-from meshbolt.offload.layout import Layout, Slot, StateChunk
+from meshbolt.offload.layout import Layout, Slot, StateChunk, which_stay
 from meshbolt.offload.pages import use_huge_pages
-from meshbolt.offload.planning import slots_of
+from meshbolt.offload.planning import Places, Wanted, slots_of
 from meshbolt.offload.rules import Rule, Settings, settings_of
-from meshbolt.offload.tiers import Columns, Tier
+from meshbolt.offload.tiers import Columns, Run, Tier
 from meshbolt.offload.transfers import Live, Transfers
+from meshbolt.offload.watching import Fingerprints
 
 # By column, what is to be put into it: values, or one value for all elements.
 _Puts = dict[str, "torch.Tensor | float"]
@@ -31,19 +34,20 @@ _Puts = dict[str, "torch.Tensor | float"]
 class Book:
     """The parameters of one optimizer, and what is kept for each."""
 
-    def __init__(self, optimizer: Optimizer, *, rule: Rule, layout: Layout, full_precision: bool) -> None:
+    def __init__(self, optimizer: Optimizer, *, rule: Rule, layout: Layout, places: Places) -> None:
         """Begin without parameters.
 
         Args:
             optimizer: the user's.
             rule: how it updates.
             layout: where its state lies.
-            full_precision: 16-bit parameters are updated in float32.
+            places: what decides where that is.
         """
-        self._optimizer, self._rule, self._layout, self._full_precision = optimizer, rule, layout, full_precision
+        self._optimizer, self._rule, self._layout, self._places = optimizer, rule, layout, places
         self._entries: list[Entry] = []
         self._numbers: dict[nn.Parameter, int] = {}
         self._groups: dict[nn.Parameter, int] = {}
+        self._fingerprints = Fingerprints()
         self._seen: list[tuple[int, int]] = []
         self._tiers: Mapping[bool, Tier] = {}
         self._transfers: Mapping[bool, Transfers] = {}
@@ -69,17 +73,16 @@ class Book:
 
     @property
     def entries(self) -> Sequence[Entry]:
-        """Those of all parameters."""
-        return self._entries
+        """Those of all parameters, without the ones whose state was moved."""
+        return [entry for entry in self._entries if self._numbers[entry.parameter] == entry.number]
 
     # Places -----------------------------------------------------------------------------------------------------------
 
-    def include(self, units: Mapping[str, Sequence[nn.Parameter]], *, fraction: float) -> None:
+    def include(self, units: Mapping[str, Sequence[nn.Parameter]]) -> None:
         """Make room for parameters that have none, and copy those that need a copy.
 
         Args:
             units: parameters of the optimizer, by the unit they are updated with; in the order of the forward pass.
-            fraction: of the state's bytes leaves the parameters' device.
         """
         settings = self.settings()
         new = [
@@ -88,15 +91,64 @@ class Book:
             for p in parameters
             if p not in self._numbers and (group := self.group_of(p)) is not None
         ]
-        slots = slots_of(new, rule=self._rule, fraction=fraction, full_precision=self._full_precision)
+        added = self._add(new, slots_of(new, rule=self._rule, places=self._places))
+        self._copy_masters([entry for entry in added if entry.has_master], afresh=True)
+
+    def bring_back(self, budget_bytes: int) -> int:
+        """Move state that has left the parameters' device back to it, of as many whole parameters as fit; no update is under way.
+
+        Where it lay stays reserved.
+
+        Args:
+            budget_bytes: the most that it takes there.
+
+        Returns:
+            The bytes that it takes there.
+        """
+        settings = self.settings()
+        places = replace(self._places, fraction=0.0)
+        wanted = [
+            (entry.slot.unit, entry.parameter, settings[group])
+            for entry in self.entries
+            if not entry.slot.stays and (group := self.group_of(entry.parameter)) is not None
+        ]
+        near = slots_of(wanted, rule=self._rule, places=places)
+        fit = which_stay([slot.num_bytes if slot.stays else 0 for slot in near], budget=budget_bytes)
+        chosen: dict[str, list[tuple[Wanted, Slot]]] = {}
+        for each, slot, fits in zip(wanted, near, fit, strict=True):
+            if fits:
+                chosen.setdefault(slot.unit, []).append((each, slot))
+        for pairs in chosen.values():  # one unit at a time is in memory twice
+            self._move([each for each, _ in pairs], [slot for _, slot in pairs])
+        return sum(slot.num_bytes for slot, fits in zip(near, fit, strict=True) if fits)
+
+    def _move(self, wanted: Sequence[Wanted], slots: Sequence[Slot]) -> None:
+        before = [self._entries[self._numbers[parameter]] for _, parameter, _ in wanted]
+        values = [
+            self.read(old, [n for n in slot.columns if n in old.slot.columns])
+            for old, slot in zip(before, slots, strict=True)
+        ]
+        puts: dict[int, _Puts] = {}
+        for old, new, kept in zip(before, self._add(wanted, slots), values, strict=True):
+            new.started = old.started
+            new.scalars = [_copies(old.scalars[0]) for _ in new.scalars]
+            puts[new.number] = {name: new.flat(value) for name, value in kept.items()}
+            if old.started:
+                state = self.state[new.parameter]
+                state.update({**new.scalars[0], **new.views})
+                new.shown = dict(state)
+        self._put(puts)
+
+    def _add(self, wanted: Sequence[Wanted], slots: Sequence[Slot]) -> list[Entry]:
+        """Make room, and return who has it."""
         made = self._layout.add(slots)
-        for (unit, parameter, _), slot in zip(new, slots, strict=True):
+        for (unit, parameter, _), slot in zip(wanted, slots, strict=True):
             self._enter(parameter, slot, name=f"parameter {len(self._entries)} (of {unit!r})")
         for stays, tier in self._tiers.items():
             tier.add([section for section in made if section.stays is stays])
-        added = self._entries[len(self._entries) - len(new) :]
+        added = self._entries[len(self._entries) - len(slots) :]
         self._find_views(added)
-        self._copy_masters([entry for entry in added if entry.has_master], afresh=True)
+        return added
 
     def _enter(self, parameter: nn.Parameter, slot: Slot, *, name: str) -> None:
         local = local_tensor(parameter)
@@ -147,23 +199,29 @@ class Book:
     # State ------------------------------------------------------------------------------------------------------------
 
     def begin(
-        self, gradients: Mapping[int, tuple[torch.Tensor, int]], settings: Mapping[int, Settings]
+        self,
+        gradients: Mapping[int, tuple[torch.Tensor, int]],
+        settings: Mapping[int, Settings],
+        *,
+        ready: torch.cuda.Event | None = None,
     ) -> dict[int, Live]:
         """Count a step of parameters, and return what their update needs.
 
         Args:
             gradients: and the number of the group, by the number of the parameter.
             settings: of the groups.
+            ready: an event after which a GPU is done with all that was to change parameters.
         """
         entries = [self._entries[number] for number in gradients]
         self.take_over(entries, settings=settings)
-        self._copy_masters([entry for entry in entries if entry.is_edited()])
+        self._find_stale([entry for entry in entries if entry.has_master], ready=ready)
+        self._copy_masters([entry for entry in entries if entry.is_stale])
         live = {entry.number: self._begin(entry, *gradients[entry.number]) for entry in entries}
         if self._rule.counts:
             torch._foreach_add_([each.count for each in live.values() if each.count is not None], 1)
         return live
 
-    def end(self, entries: Iterable[Entry]) -> None:
+    def end(self, entries: Sequence[Entry]) -> None:
         """Show what an update has left.
 
         Args:
@@ -172,9 +230,30 @@ class Book:
         for entry in entries:
             state = self.state[entry.parameter]
             state.update(entry.scalars[0])
-            entry.shown = dict(state)
-            if entry.has_master:
-                entry.note_equal()
+            entry.shown = without_stored(entry, state)
+        self._note([entry for entry in entries if entry.has_master])
+
+    def _find_stale(self, entries: Sequence[Entry], *, ready: torch.cuda.Event | None) -> None:
+        """Find out whose master is not equal to the parameter any more."""
+        if (file := self._places.parameters) is not None:
+            if file.was_touched():
+                for entry in self.entries:
+                    entry.is_stale = entry.has_master
+                file.clean()
+            return
+        for stays, transfers in self._transfers.items():
+            own = [entry for entry in entries if entry.slot.stays is stays]
+            with transfers.looking(ready):
+                for entry in self._fingerprints.changed(own):
+                    entry.is_stale = True
+
+    def _note(self, entries: Sequence[Entry]) -> None:
+        """Note that parameters are equal to their masters."""
+        for entry in entries:
+            entry.is_stale = False
+        for stays, transfers in self._transfers.items() if self._places.parameters is None else ():
+            with transfers.arriving():
+                self._fingerprints.note([entry for entry in entries if entry.slot.stays is stays])
 
     def take_over(self, entries: Sequence[Entry], *, settings: Mapping[int, Settings]) -> None:
         """Copy into the columns what somebody has put into the optimizer's state, and show the columns in its place.
@@ -188,9 +267,15 @@ class Book:
             state = self.state.get(entry.parameter)
             if state is None:
                 puts[entry.number] = self._reset(entry, settings)
-            elif len(state) != len(entry.shown) or any(state[key] is not entry.shown.get(key) for key in state):
+            elif is_changed(entry, state):
                 puts[entry.number] = self._taken(entry, state, settings)
         self._put(puts)
+
+    def take_over_others(self) -> None:
+        """Bring to memory what was put into the optimizer's state for parameters that nothing is kept for here."""
+        others = (state for parameter, state in self.state.items() if parameter not in self._numbers)
+        for state in others:
+            state.update({k: value.value() for k, value in state.items() if isinstance(value, StoredTensor)})
 
     def _reset(self, entry: Entry, settings: Mapping[int, Settings]) -> _Puts:
         group = self.group_of(entry.parameter)
@@ -204,23 +289,28 @@ class Book:
         if not state or not (self._rule.counts or not names or any(state.get(name) is not None for name in names)):
             return self._reset(entry, settings)
         puts: _Puts = {}
+        taken: list[str] = []
         scalars: dict[str, Any] = {}
         for key, value in list(state.items()):
             if key not in names:
                 scalars[key] = _as_count(value) if key == "step" and self._rule.counts else value
             elif value is None:
                 del state[key]
+            elif value is entry.stored.get(key):
+                if (kept := entry.stored[key].let_go()) is not None:
+                    puts[key] = entry.flat(kept)
             elif value is not entry.views.get(key):
                 puts[key] = entry.flat(value)
+                taken.append(key)
         entry.started = True
         if not self._rule.cuts:
             entry.scalars = [_copies(scalars) for _ in entry.scalars]
             scalars = entry.scalars[0]
         state.update(scalars)
         state.update(entry.views)
-        for name in puts if not entry.views else ():
+        for name in taken if not entry.views else ():
             del state[name]
-        entry.shown = dict(state)
+        entry.shown = without_stored(entry, state)
         return puts
 
     def _begin(self, entry: Entry, gradient: torch.Tensor, group: int) -> Live:
@@ -269,6 +359,36 @@ class Book:
         self.visit([entry.number], copy, writes=False)
         return {name: entry.shaped(found[name]) for name in names}
 
+    def runs(self, entry: Entry, name: str, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Yield a part of a parameter's column in runs, which are there until the next one is asked for.
+
+        Args:
+            entry: the parameter.
+            name: of the column.
+            start: the first element, in the order of the parameter's memory.
+            stop: behind the last one.
+        """
+        found = []
+        for chunk in self._layout.chunks_of([entry.number]):
+            for piece in chunk.pieces:
+                first, last = max(start, piece.start), min(stop, piece.stop)
+                if piece.slot == entry.number and first < last:
+                    place = piece.span(first, last)
+                    found.append(Run(chunk=chunk, column=name, start=place.start, stop=place.stop))
+        stays = entry.slot.stays
+        with self._transfers[stays].apart():
+            yield from self._tiers[stays].read(found)
+
+    def put(self, entry: Entry, name: str, values: torch.Tensor) -> None:
+        """Write values to a column of a parameter.
+
+        Args:
+            entry: the parameter.
+            name: of the column.
+            values: of the parameter's shape.
+        """
+        self._put({entry.number: {name: entry.flat(values)}})
+
     def put_master(self, entry: Entry, values: torch.Tensor) -> None:
         """Set a parameter's master copy, and the parameter with it.
 
@@ -279,7 +399,7 @@ class Book:
         flat = entry.flat(values)
         self._put({entry.number: {MASTER: flat}})
         entry.shard.copy_(flat)
-        entry.note_equal()
+        self._note([entry])
 
     def _put(self, puts: Mapping[int, _Puts]) -> None:
         @torch.no_grad()
@@ -287,7 +407,9 @@ class Book:
             for piece in chunk.pieces:
                 for name, value in puts.get(piece.slot, {}).items():
                     part = columns[name][piece.span(piece.start, piece.stop)]
-                    if isinstance(value, torch.Tensor):
+                    if isinstance(value, StoredTensor):
+                        copy_runs(value, into=part, start=piece.start)
+                    elif isinstance(value, torch.Tensor):
                         part.copy_(value[piece.start : piece.stop])
                     else:
                         part.fill_(value)
@@ -310,7 +432,7 @@ class Book:
 
         self.visit(shards, copy, writes=True)
         for entry in entries:
-            entry.note_equal()
+            entry.is_stale = False
 
 
 def _as_count(value: Any) -> torch.Tensor:

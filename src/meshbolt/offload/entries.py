@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshbolt.compat import local_tensor, mark_of
+from meshbolt.compat import StoredTensor, local_tensor
 from meshbolt.errors import UnsupportedError
 from meshbolt.offload.layout import Slot
 
@@ -29,9 +29,10 @@ class Entry:
         stride: likewise; memory is walked through in its own order, whatever the shape.
         shown: what `optimizer.state` has for it, if nobody has put something else there.
         views: of its columns, without the master; empty where they are in memory only for a visit.
+        stored: in the place of views, tensors that are read when they are used, once somebody has asked for them.
         scalars: for each piece, what an optimizer of another class keeps beside the columns.
         started: whether the columns hold values of a step.
-        mark: of the parameter when the master was last equal to it.
+        is_stale: the parameter may have been changed since its master was equal to it.
     """
 
     parameter: nn.Parameter
@@ -42,9 +43,10 @@ class Entry:
     stride: tuple[int, ...]
     shown: dict[str, Any] = field(default_factory=dict)
     views: dict[str, torch.Tensor] = field(default_factory=dict)
+    stored: dict[str, StoredTensor] = field(default_factory=dict)
     scalars: list[dict[str, Any]] = field(default_factory=list)
     started: bool = False
-    mark: tuple[int, int] | None = None
+    is_stale: bool = False
 
     @property
     def has_master(self) -> bool:
@@ -56,17 +58,10 @@ class Entry:
         """This rank's part of the parameter, in one dim, in the order of its memory."""
         return in_memory_order(local_tensor(self.parameter), name=self.name)
 
-    def is_edited(self) -> bool:
-        """Return whether somebody else has changed the parameter since the master was equal to it."""
-        return self.has_master and self.mark != mark_of(local_tensor(self.parameter))
-
-    def note_equal(self) -> None:
-        """Remember that the master is equal to the parameter now."""
-        self.mark = mark_of(local_tensor(self.parameter))
-
-    def note_edited(self) -> None:
-        """Remember that the parameter may have been changed in a way that its version does not tell."""
-        self.mark = None
+    @property
+    def is_in_order(self) -> bool:
+        """Whether its memory is in row-major order, as values are that are read in runs."""
+        return self.stride == torch.empty(self.shape, device="meta").stride()
 
     def flat_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return a gradient in one dim, in the order of the parameter's memory; a copy where its own order is another.
@@ -87,10 +82,16 @@ class Entry:
     def flat(self, values: torch.Tensor) -> torch.Tensor:
         """Return values in one dim, in the order of the parameter's memory; a copy where their own order is another.
 
+        Those whose values are not in memory stay as they are where they have this order.
+
         Args:
             values: of the parameter's shape, plain or a DTensor.
         """
         values = local_tensor(values)
+        if isinstance(values, StoredTensor):
+            if self.is_in_order and not isinstance(values.store, OwnStore):
+                return values
+            values = values.value()
         if values.stride() != self.stride:
             ordered = torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device)
             values = ordered.copy_(values.detach())
@@ -103,6 +104,10 @@ class Entry:
             column: its elements, one dim.
         """
         return column.as_strided(self.shape, self.stride, column.storage_offset())
+
+
+class OwnStore:
+    """Where values are that a tier has outside of memory: what a subclass reads cannot be read while the tier is visited."""
 
 
 def in_memory_order(tensor: torch.Tensor, *, name: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ threads, and `io_uring` was not faster (`benchmarks/run_file_engine.py` measures
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import warnings
 import weakref
@@ -20,7 +21,7 @@ from meshbolt.offload.buffers import ALIGNMENT_BYTES, aligned_bytes, bytes_of
 from meshbolt.offload.counters import Counters, Direction, Traffic
 from meshbolt.offload.faces import SystemCalls, SystemFace
 from meshbolt.offload.requests import Request, Workers
-from meshbolt.offload.scratch import Disk, Scratch, failure, make_scratch
+from meshbolt.offload.scratch import Disk, Scratch, failure, grow_scratch, make_scratch
 
 BLOCK_BYTES = 2 * 2**20
 THREADS = 4
@@ -73,6 +74,7 @@ class StateFile:
         self._block_bytes, self._timeout_seconds = block_bytes, timeout_seconds
         self._counters, self._say = Counters(), say
         self._closed, self._unusable = False, ""
+        self._tells_changes: bool | None = None
         self._workers = Workers(threads, f"meshbolt: {name}")
         # No transfer is under way when a file that nobody closed is forgotten, for each holds it.
         self._close_fd = weakref.finalize(self, os.close, self._scratch.fd)
@@ -109,6 +111,53 @@ class StateFile:
     def traffic(self) -> Traffic:
         """What it has moved so far."""
         return self._counters.snapshot()
+
+    def grow(self, num_bytes: int) -> None:
+        """Reserve more space behind what there is; nothing is under way meanwhile.
+
+        Args:
+            num_bytes: how much it will hold; rounded up to whole units of alignment, and never less than before.
+
+        Raises:
+            StorageError: there is no room for it, or the system refuses; the file is as it was.
+        """
+        self._scratch = grow_scratch(self._scratch, aligned_bytes(num_bytes), face=self._face)
+
+    def mapped(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """Return a part of the file as memory: it is read where it is looked at, and written when the system likes.
+
+        What `write` has written is seen there, and what was changed there is read by `read`, one after the other. A disk that
+        fails ends the process that looks at it (SIGBUS), so it is for what is rarely looked at.
+
+        Args:
+            offset: of its first byte in the file, in whole units of alignment.
+            num_bytes: its length.
+
+        Returns:
+            uint8, one dim; it outlives the file's other users.
+        """
+        memory = mmap.mmap(self._scratch.fd, num_bytes, flags=mmap.MAP_SHARED, offset=offset)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def clean(self, *, flushes: bool) -> None:
+        """Begin to watch for changes in what is mapped; no transfer is under way.
+
+        Args:
+            flushes: there may have been some, which are written first: a change is noticed once before a page is written.
+        """
+        fd = self._scratch.fd
+        if flushes:
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                raise failure(f"Writing what was changed in {self.path!r} failed", error) from error
+        os.utime(fd, (0, 0))
+        if self._tells_changes is None:
+            self._tells_changes = _tells_changes(fd)
+
+    def was_touched(self) -> bool:
+        """Return whether anything was written, in memory or by `write`, since the last `clean`; True where nobody can tell."""
+        return not self._tells_changes or os.fstat(self._scratch.fd).st_mtime_ns != 0
 
     def read(self, into: torch.Tensor, offset: int) -> Request:
         """Begin to fill a buffer from the file.
@@ -223,6 +272,20 @@ class StateFile:
         """Have the page cache write a range out, and drop what of it is written."""
         with contextlib.suppress(OSError):  # advice only
             os.posix_fadvise(self._scratch.fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _tells_changes(fd: int) -> bool:
+    """Return whether a change in mapped memory changes the file's time, also after an earlier one was written."""
+    memory = mmap.mmap(fd, ALIGNMENT_BYTES, flags=mmap.MAP_SHARED)
+    told = []
+    for _ in range(2):
+        os.utime(fd, (0, 0))
+        memory[0] = memory[0]
+        told.append(os.fstat(fd).st_mtime_ns != 0)
+        os.fdatasync(fd)
+    os.utime(fd, (0, 0))
+    memory.close()
+    return all(told)
 
 
 def _say_what_it_lies_on(scratch: Scratch, say: Callable[[str], None]) -> None:

@@ -17,7 +17,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,41 +26,19 @@ from torch.optim import Optimizer
 from meshbolt.compat import local_tensor
 from meshbolt.errors import ConfigError, MeshboltError
 from meshbolt.offload.book import Book
+from meshbolt.offload.columns import stored_columns
 from meshbolt.offload.entries import MASTER, Entry
+from meshbolt.offload.job import Job, scale_gradients
 from meshbolt.offload.layout import CHUNK_BYTES, Layout, Piece, StateChunk
 from meshbolt.offload.line import UpdateLine
+from meshbolt.offload.parameters import ParameterFile
 from meshbolt.offload.passing import Counters, Order, Pass, traffic_of
-from meshbolt.offload.rules import Rule, Settings, rule_of
+from meshbolt.offload.planning import Places
+from meshbolt.offload.rules import Rule, rule_of
 from meshbolt.offload.tiers import MemoryTier, Tier
+from meshbolt.offload.to_file import HostToFile, ways_between
 from meshbolt.offload.traffic import Observer, OffloadTraffic
-from meshbolt.offload.transfers import GpuToHost, SameDevice, Transfers, Visit
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Job:
-    """Parameters that were submitted together.
-
-    Attributes:
-        gradients: and the number of the group, by the number of the parameter.
-        settings: of the optimizer's groups at that moment.
-        scale: see `submit`.
-        found_inf: likewise.
-        ready: an event after which the gradients are there.
-        edited: see `submit`.
-    """
-
-    gradients: dict[int, tuple[torch.Tensor, int]]
-    settings: Mapping[int, Settings]
-    scale: float | None
-    found_inf: torch.Tensor | bool
-    ready: torch.cuda.Event | None
-    edited: Callable[[], bool]
-
-    def is_skipped(self) -> bool:
-        """Return whether it is to be left out, which on a GPU waits for the gradients."""
-        if self.ready is not None and isinstance(self.found_inf, torch.Tensor):
-            self.ready.synchronize()
-        return bool(self.found_inf)
+from meshbolt.offload.transfers import Visit
 
 
 class OffloadedOptimizer:
@@ -84,6 +61,7 @@ class OffloadedOptimizer:
         threads: int | None = None,
         pin_memory: bool = True,
         full_precision: bool = True,
+        parameters: ParameterFile | None = None,
     ) -> None:
         """Make room for the state; it takes memory when it is first written to.
 
@@ -97,27 +75,29 @@ class OffloadedOptimizer:
             threads: that update; None: as many as torch's operations use.
             pin_memory: lock host memory in its place if the parameters are on a GPU.
             full_precision: 16-bit parameters are updated in float32, in a copy; False: in their own dtype.
+            parameters: the file in which shards lie, of which the state has copies; None: they lie in memory.
 
         Raises:
-            ConfigError: the fraction is outside of [0, 1], or parameters are on several devices.
+            ConfigError: the fraction is outside of [0, 1], or parameters are on several GPUs.
             UnsupportedError: a setting of the optimizer, or a parameter, does not go with this.
         """
         if not 0.0 <= fraction <= 1.0:
             raise ConfigError(f"A fraction of {fraction} of an optimizer's state was to leave the device; give 0 to 1.")
-        self.optimizer, self.counters, self._fraction = optimizer, Counters(), fraction
-        self.layout = Layout(chunk_bytes=chunk_bytes)
+        self.optimizer, self.counters = optimizer, Counters()
+        self.layout = Layout(chunk_bytes=chunk_bytes, in_pages=parameters is not None)
         self._rule: Rule = rule_of(optimizer)
-        self._book = Book(optimizer, rule=self._rule, layout=self.layout, full_precision=full_precision)
-        self._device = _device_of(units)
-        on_gpu = self._device.type == "cuda"
-        leaves = MemoryTier(pin=on_gpu and pin_memory) if make_tier is None else make_tier(self.layout)
+        # Of parameters that lie on the host, some layers' few may lie on the GPU all the same.
+        self._device, hosts = _device_of(units)
+        places = Places(fraction=fraction, full_precision=full_precision, hosts_others=hosts, parameters=parameters)
+        self._book = Book(optimizer, rule=self._rule, layout=self.layout, places=places)
+        is_far = self._device.type == "cuda" and not hosts
+        leaves = MemoryTier(pin=is_far and pin_memory) if make_tier is None else make_tier(self.layout)
         self._tiers: dict[bool, Tier] = {True: MemoryTier(self._device), False: leaves}
-        same = SameDevice(self._device)
-        self._transfers: dict[bool, Transfers] = {True: same, False: GpuToHost(self._device) if on_gpu else same}
+        self._transfers = ways_between(self._device, is_far=is_far, parameters=parameters)
         self._book.use(self._tiers, self._transfers)
         self._line = UpdateLine(threads or torch.get_num_threads())
         self._orders = {True: Order(), False: Order()}
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
         self._futures: list[Future[None]] = []
         # By number, how many pieces of parameters wait for their update.
         self._left: Counter[int] = Counter()
@@ -136,7 +116,6 @@ class OffloadedOptimizer:
         scale: float | torch.Tensor | None = None,
         found_inf: torch.Tensor | bool = False,
         ready: torch.cuda.Event | None = None,
-        edited: Callable[[], bool] = lambda: False,
     ) -> None:
         """Begin to update parameters whose gradients are final, and return.
 
@@ -148,8 +127,6 @@ class OffloadedOptimizer:
             scale: gradients are multiplied by it in their own place, for clipping or a loss scale; a number or a scalar.
             found_inf: whether to leave everything as it is; a scalar on a GPU is not waited for here.
             ready: an event after which the gradients are there; None: all that was put on the caller's stream so far.
-            edited: asked in the thread of updates whether any parameter of the optimizer may have been changed by somebody else
-                in a way that its version does not tell.
 
         Raises:
             UnsupportedError: a gradient is sparse, or a setting does not go with this.
@@ -161,19 +138,17 @@ class OffloadedOptimizer:
             return
         on_gpu = self._device.type == "cuda"
         if on_gpu and scale is not None:
-            factor = scale.to(self._device) if isinstance(scale, torch.Tensor) else scale
-            torch._foreach_mul_([gradient for gradient, _ in gradients.values()], factor)
+            scale_gradients((gradient for gradient, _ in gradients.values()), scale)
             scale = None
         if on_gpu and ready is None:
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(self._device))
-        job = _Job(
+        job = Job(
             gradients=gradients,
             settings=self._book.settings(),
             scale=None if scale is None else float(scale),
             found_inf=found_inf,
             ready=ready,
-            edited=edited,
         )
         with self._change:
             for number in gradients:
@@ -186,6 +161,18 @@ class OffloadedOptimizer:
     def has_submitted(self) -> bool:
         """Whether the update of some parameters has begun before the step."""
         return bool(self._submitted)
+
+    def is_updating(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Return whether updates of some parameters have been submitted and are not over.
+
+        Args:
+            parameters: that count.
+        """
+        leaving = self._transfers[False]
+        if isinstance(leaving, HostToFile) and leaving.is_writing:
+            return True
+        with self._change:
+            return any(self._left[self._number(parameter)] for parameter in parameters)
 
     def wait(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Wait for updates; afterwards parameters may be used.
@@ -205,14 +192,12 @@ class OffloadedOptimizer:
         closure: Callable[[], Any] | None = None,
         *,
         waits: bool = True,
-        edited: Callable[[], bool] = lambda: False,
     ) -> Any:
         """Take the optimizer's step: call its hooks, and update what was not submitted since the last step.
 
         Args:
             closure: computes gradients, and returns a loss.
             waits: until all is updated; False: the caller calls `wait` before parameters or state are used.
-            edited: see `submit`.
 
         Returns:
             What the closure returned; None without one.
@@ -221,7 +206,7 @@ class OffloadedOptimizer:
         def update_instead() -> Any:
             loss = None if closure is None else closure()
             rest = [p for p in self._all() if p not in self._submitted]
-            self.submit(rest, edited=edited, **self._scaling())
+            self.submit(rest, **self._scaling())
             if waits:
                 with self.counters.waiting("step"):
                     self._wait(None)
@@ -260,6 +245,7 @@ class OffloadedOptimizer:
         """Take what somebody has put into the optimizer's state now, which the next update would do; it frees their memory."""
         self.wait()
         self._book.take_over(self._book.entries, settings=self._book.settings())
+        self._book.take_over_others()
 
     def state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
         """Return what the optimizer keeps for a parameter: as it shows it, or copied from where it lies; empty before a step.
@@ -277,26 +263,24 @@ class OffloadedOptimizer:
         return {**shown, **self._book.read(entry, _state_names(entry))}
 
     @contextmanager
-    def state_in_memory(self) -> Iterator[None]:
-        """Show all of the optimizer's state in its `state`, wherever it lies; what is changed there is written back.
+    def state_shown(self) -> Iterator[None]:
+        """Show all of the optimizer's state in its `state`, wherever it lies; what is changed or put there is kept.
 
-        Where it lies in memory this is so all the time, and nothing is copied.
+        Where it lies in memory this is so all the time. Elsewhere tensors stand there that are read when they are used
+        (`columns.py`); they can be read after this too, and then have the values of that moment.
         """
-        entries = [entry for entry in self._book.entries if not entry.views]
-        shown: dict[tuple[Entry, str], tuple[torch.Tensor, int]] = {}
+        self.take_over()
+        entries = [entry for entry in self._book.entries if entry.started and not entry.views]
         for entry in entries:
-            for name, value in self.state_of(entry.parameter).items():
-                if name in _state_names(entry) and isinstance(value, torch.Tensor):
-                    self._book.state[entry.parameter][name] = value
-                    shown[entry, name] = value, value._version
+            self._book.state[entry.parameter].update(stored_columns(entry, self._book, settle=self.wait))
         try:
             yield
         finally:
-            for (entry, name), (value, version) in shown.items():
-                state = self._book.state.get(entry.parameter, {})
-                if value._version == version and state.get(name) is value:
-                    del state[name]
             self.take_over()
+            for entry in entries:
+                state = self._book.state.get(entry.parameter, {})
+                for name in [name for name, value in entry.stored.items() if state.get(name) is value]:
+                    del state[name]
 
     def master_of(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Return a copy of a parameter as it is updated, with all its bits; None where that is the parameter itself.
@@ -325,6 +309,23 @@ class OffloadedOptimizer:
             with torch.no_grad():
                 local_tensor(parameter).copy_(local_tensor(values))
 
+    @property
+    def away_bytes(self) -> int:
+        """Of the state that lies elsewhere than on the parameters' device."""
+        return sum(entry.slot.num_bytes for entry in self._book.entries if not entry.slot.stays)
+
+    def bring_back(self, budget_bytes: int) -> int:
+        """Move state to the parameters' device, of as many whole parameters as fit, the first ones of the forward pass.
+
+        Args:
+            budget_bytes: the most that it takes there.
+
+        Returns:
+            The bytes that it takes there now.
+        """
+        self.take_over()
+        return self._book.bring_back(budget_bytes)
+
     def close(self) -> None:
         """Wait for updates, end the threads and give all memory and files back; the state is lost.
 
@@ -343,7 +344,7 @@ class OffloadedOptimizer:
 
     def _include(self, units: Mapping[str, Sequence[nn.Parameter]]) -> None:
         needed = {unit: [p for p in parameters if p.requires_grad] for unit, parameters in units.items()}
-        self._book.include(needed, fraction=self._fraction)
+        self._book.include(needed)
 
     def _all(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -380,7 +381,7 @@ class OffloadedOptimizer:
         unknown = [p for p in own if self._book.entry_of(p) is None]
         if unknown:
             self.wait()  # nothing is visited meanwhile
-            self._book.include({"added": unknown}, fraction=self._fraction)
+            self._book.include({"added": unknown})
         found = {}
         for parameter in own:
             entry, gradient = self._book.entry_of(parameter), parameter.grad
@@ -406,20 +407,24 @@ class OffloadedOptimizer:
             return
         job = self._next_job()
         try:
-            if job.edited():
-                for entry in self._book.entries:
-                    entry.note_edited()
             if job.is_skipped():
                 self._forget(job.gradients)
             else:
                 with self.counters.working():
                     self._update(job)
+            self._rest()
         except BaseException as error:  # another thread is told
             with self._change:
                 self._error = error
                 self._change.notify_all()
 
-    def _next_job(self) -> _Job:
+    def _rest(self) -> None:
+        """Bring what is on its way to its end where no job waits, which has not written anything meanwhile."""
+        leaving = self._transfers[False]
+        if isinstance(leaving, HostToFile) and not self._jobs:
+            leaving.rest()
+
+    def _next_job(self) -> Job:
         with self._change:
             waiting = Counter(number for job in self._jobs for number in job.gradients)
             is_repeated = any(count > 1 for count in waiting.values())
@@ -440,9 +445,9 @@ class OffloadedOptimizer:
             self._change.notify_all()
 
     @torch.no_grad()
-    def _update(self, job: _Job) -> None:
+    def _update(self, job: Job) -> None:
         self._require_columns(job)
-        live = self._book.begin(job.gradients, job.settings)
+        live = self._book.begin(job.gradients, job.settings, ready=job.ready)
         visits = [self._visit(chunk, job, live) for chunk in self.layout.chunks_of(list(live))]
         for stays in (True, False):
             own = {visit.chunk.number: visit for visit in visits if visit.chunk.stays is stays}
@@ -463,11 +468,11 @@ class OffloadedOptimizer:
         way.run(self._tiers[stays], self.counters)
 
     @staticmethod
-    def _visit(chunk: StateChunk, job: _Job, live: Mapping[int, Any]) -> Visit:
+    def _visit(chunk: StateChunk, job: Job, live: Mapping[int, Any]) -> Visit:
         pieces: list[Piece] = [piece for piece in chunk.pieces if piece.slot in live]
         return Visit(chunk=chunk, live=live, pieces=pieces, settings=job.settings, scale=job.scale, ready=job.ready)
 
-    def _require_columns(self, job: _Job) -> None:
+    def _require_columns(self, job: Job) -> None:
         needed = {number: set(self._rule.columns(settings)) for number, settings in job.settings.items()}
         for number, (_, group) in job.gradients.items():
             missing = needed[group] - set(self.layout.slots[number].columns)
@@ -482,11 +487,14 @@ def _state_names(entry: Entry) -> list[str]:
     return [name for name in entry.slot.columns if name != MASTER]
 
 
-def _device_of(units: Mapping[str, Sequence[nn.Parameter]]) -> torch.device:
-    devices = {local_tensor(p).device for parameters in units.values() for p in parameters}
+def _device_of(units: Mapping[str, Sequence[nn.Parameter]]) -> tuple[torch.device, bool]:
+    """Return the device of parameters, and whether others lie on the host beside it."""
+    every = {local_tensor(p).device for parameters in units.values() for p in parameters}
+    devices = {device for device in every if device.type != "cpu"}
     if len(devices) > 1:
         raise ConfigError(
             f"An optimizer whose state leaves the model has parameters on {sorted(map(str, devices))}; give it those "
             "of one device."
         )
-    return devices.pop() if devices else torch.device("cpu")
+    hosts = bool(devices) and any(device.type == "cpu" for device in every)
+    return devices.pop() if devices else torch.device("cpu"), hosts

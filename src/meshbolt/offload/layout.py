@@ -173,19 +173,20 @@ class Layout:
         file_bytes: of a file that has all chunks that do not stay.
     """
 
-    def __init__(self, slots: Sequence[Slot] = (), *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, slots: Sequence[Slot] = (), *, chunk_bytes: int = CHUNK_BYTES, in_pages: bool = False) -> None:
         """Lay parameters out.
 
         Args:
             slots: what each parameter needs.
             chunk_bytes: the most that a chunk has, all columns together, rounded down to whole vectors.
+            in_pages: parameters begin, and are cut, at pages, so that a piece can be written to a file by itself.
 
         Raises:
             ConfigError: a chunk would have no room.
         """
         if chunk_bytes < PAGE_BYTES:
             raise ConfigError(f"Chunks of {chunk_bytes} bytes are too small to work on: give at least {PAGE_BYTES}.")
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes, self._in_pages = chunk_bytes, in_pages
         self.slots: list[Slot] = []
         self.sections: list[Section] = []
         self.chunks: list[StateChunk] = []
@@ -239,9 +240,9 @@ class Layout:
         places, end = {}, 0
         for number in numbers:
             places[number] = end
-            end = _padded(end + self.slots[number].numel, kind.dtype)
+            end = self._padded(end + self.slots[number].numel, kind.dtype)
         # A rank may hold nothing of a parameter, and still counts its steps.
-        elements = _with_odd_length(max(end, 1), kind.dtype)
+        elements = self._length(max(end, 1), kind.dtype)
         number = len(self.sections)
         chunks = tuple(
             self._chunk(number, kind, self._pieces(places, first=first, elements=count, total=elements), first, count)
@@ -262,11 +263,29 @@ class Layout:
         """Yield (first, elements) of chunks that are about as large as each other."""
         # Without columns there is nothing to bound, but the work of an update still comes in pieces.
         row_bytes = kind.dtype.itemsize * max(1, len(kind.columns))
-        limit = _with_odd_length(self._chunk_bytes // row_bytes, kind.dtype, at_most=True)
+        limit = self._length(self._chunk_bytes // row_bytes, kind.dtype, at_most=True)
         count = -(-elements // limit)
-        each = min(limit, _with_odd_length(-(-elements // count), kind.dtype))
+        each = min(limit, self._length(-(-elements // count), kind.dtype))
         for first in range(0, elements, each):
             yield first, min(each, elements - first)
+
+    def _padded(self, elements: int, dtype: torch.dtype) -> int:
+        """Return a number of elements, rounded up to where the next parameter may begin."""
+        unit = (PAGE_BYTES if self._in_pages else VECTOR_BYTES) // dtype.itemsize
+        return -(-elements // unit) * unit
+
+    def _length(self, elements: int, dtype: torch.dtype, *, at_most: bool = False) -> int:
+        """Return a number of elements, rounded up to the length of a column or of a chunk of it.
+
+        Args:
+            elements: that it has to hold.
+            dtype: its.
+            at_most: round down.
+        """
+        if not self._in_pages:
+            return _with_odd_length(elements, dtype, at_most=at_most)
+        page = PAGE_BYTES // dtype.itemsize
+        return max(page, elements // page * page if at_most else -(-elements // page) * page)
 
     def _pieces(self, places: Mapping[int, int], *, first: int, elements: int, total: int) -> tuple[Piece, ...]:
         """Return the pieces in a run of a section."""
@@ -321,12 +340,6 @@ def which_stay(num_bytes: Sequence[int], *, budget: int) -> list[bool]:
         left -= size if stays else 0
         chosen.append(stays)
     return chosen
-
-
-def _padded(elements: int, dtype: torch.dtype) -> int:
-    """Return a number of elements, rounded up to whole vectors."""
-    vector = VECTOR_BYTES // dtype.itemsize
-    return -(-elements // vector) * vector
 
 
 def _with_odd_length(elements: int, dtype: torch.dtype, *, at_most: bool = False) -> int:

@@ -19,9 +19,13 @@ from meshbolt.compat import local_tensor
 from meshbolt.errors import UnsupportedError
 from meshbolt.offload.entries import MASTER
 from meshbolt.offload.layout import CHUNK_BYTES, Layout, Slot, which_stay
+from meshbolt.offload.parameters import ParameterFile
 from meshbolt.offload.passing import AHEAD
 from meshbolt.offload.rules import Rule, Settings, rule_of, settings_of
 from meshbolt.offload.stream import BUFFERS
+
+Wanted = tuple[str, nn.Parameter, Settings]
+"""A parameter's unit, the parameter, and the settings of its group."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ def layout_of(
     fraction: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
     full_precision: bool = True,
+    parameters: ParameterFile | None = None,
 ) -> Layout:
     """Return how `OffloadedOptimizer` would lay the state out; takes no memory.
 
@@ -55,6 +60,7 @@ def layout_of(
         fraction: of the bytes leaves the device.
         chunk_bytes: the most that is updated at once.
         full_precision: 16-bit parameters are updated in float32.
+        parameters: the file in which shards lie; None: they lie in memory.
 
     Raises:
         UnsupportedError: a setting of the optimizer, or a parameter, does not go with this.
@@ -67,8 +73,12 @@ def layout_of(
         for p in parameters
         if p in groups and p.requires_grad
     ]
-    slots = slots_of(wanted, rule=rule_of(optimizer), fraction=fraction, full_precision=full_precision)
-    return Layout(slots, chunk_bytes=chunk_bytes)
+    devices = {local_tensor(p).device.type for _, p, _ in wanted}
+    places = Places(
+        fraction=fraction, full_precision=full_precision, hosts_others=len(devices) > 1, parameters=parameters
+    )
+    slots = slots_of(wanted, rule=rule_of(optimizer), places=places)
+    return Layout(slots, chunk_bytes=chunk_bytes, in_pages=parameters is not None)
 
 
 def needs_of(layout: Layout, *, device: torch.device, in_file: bool) -> Needs:
@@ -90,41 +100,62 @@ def needs_of(layout: Layout, *, device: torch.device, in_file: bool) -> Needs:
     )
 
 
-def slots_of(
-    wanted: Sequence[tuple[str, nn.Parameter, Settings]], *, rule: Rule, fraction: float, full_precision: bool
-) -> list[Slot]:
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What decides where the state of a parameter lies.
+
+    Attributes:
+        fraction: of the bytes leaves the device.
+        full_precision: 16-bit parameters are updated in float32.
+        hosts_others: some parameters lie on the host and others on a GPU; the state of these stays there.
+        parameters: the file in which shards lie; None: they lie in memory.
+    """
+
+    fraction: float = 1.0
+    full_precision: bool = True
+    hosts_others: bool = False
+    parameters: ParameterFile | None = None
+
+    def must_stay(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter lies on a GPU where others lie on the host."""
+        return self.hosts_others and local_tensor(parameter).device.type != "cpu"
+
+    def is_in_file(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter lies in the file of shards."""
+        return self.parameters is not None and self.parameters.place_of(local_tensor(parameter)) is not None
+
+
+def slots_of(wanted: Sequence[Wanted], *, rule: Rule, places: Places) -> list[Slot]:
     """Return what parameters need, some of them on their own device.
 
     Args:
         wanted: units, parameters, and the settings of their groups; in the order of the forward pass.
         rule: the optimizer's.
-        fraction: of the bytes leaves the device.
-        full_precision: 16-bit parameters are updated in float32.
+        places: what decides where it lies.
 
     Raises:
         UnsupportedError: a parameter is not of floating-point numbers.
     """
-    leaving = [_slot(*each, rule=rule, stays=False, full_precision=full_precision) for each in wanted]
-    budget = round((1.0 - fraction) * sum(slot.num_bytes for slot in leaving))
+    leaving = [_slot(*each, rule=rule, stays=False, places=places) for each in wanted]
+    budget = round((1.0 - places.fraction) * sum(slot.num_bytes for slot in leaving))
     stay = which_stay([slot.num_bytes for slot in leaving], budget=budget)
     return [
-        _slot(*each, rule=rule, stays=True, full_precision=full_precision) if stays else slot
+        _slot(*each, rule=rule, stays=True, places=places) if stays or places.must_stay(each[1]) else slot
         for each, slot, stays in zip(wanted, leaving, stay, strict=True)
     ]
 
 
-def _slot(
-    unit: str, parameter: nn.Parameter, settings: Settings, *, rule: Rule, stays: bool, full_precision: bool
-) -> Slot:
+def _slot(unit: str, parameter: nn.Parameter, settings: Settings, *, rule: Rule, stays: bool, places: Places) -> Slot:
     local = local_tensor(parameter)
     if not local.dtype.is_floating_point:
         raise UnsupportedError(
             f"A parameter of shape {tuple(parameter.shape)} of unit {unit!r} is {local.dtype}, and its optimizer state was "
             "to lie outside of the model, which it can for floating-point parameters only. Train without offload."
         )
-    dtype = torch.float32 if full_precision and local.dtype.itemsize < torch.float32.itemsize else local.dtype
+    dtype = torch.float32 if places.full_precision and local.dtype.itemsize < torch.float32.itemsize else local.dtype
     columns = tuple(rule.columns(settings))
-    is_in_place = dtype == local.dtype and (stays or local.device.type == "cpu")
+    is_near = stays or (local.device.type == "cpu" and not places.is_in_file(parameter))
+    is_in_place = dtype == local.dtype and is_near
     return Slot(
         unit=unit,
         numel=local.numel(),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 
 from meshbolt.errors import StorageError
 from meshbolt.offload.planning import Needs
@@ -62,11 +63,29 @@ def free_memory_bytes() -> int:
     return min(free, int(limit) - used) if limit.isdigit() else free
 
 
-def check_room(rooms: Sequence[Room]) -> None:
+def spare_bytes(device: torch.device, *, ranks: int) -> int:
+    """Return the memory of a device that training has left so far, by its highest use, without a twentieth for what varies.
+
+    Args:
+        device: of this rank; a CPU's memory is the host's, with what is free now.
+        ranks: of this machine.
+    """
+    if device.type == "cpu":
+        return max(0, free_memory_bytes() - psutil.virtual_memory().total // _KEPT) // ranks
+    free, total = torch.cuda.mem_get_info(device)
+    spare = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) - total // _KEPT
+    return max(0, spare) // -(-ranks // torch.cuda.device_count())
+
+
+_KEPT = 20
+
+
+def check_room(rooms: Sequence[Room], *, what: str = "the state of optimizers") -> None:
     """Refuse what does not fit into the memory or onto the disk that ranks of one machine share.
 
     Args:
         rooms: of all ranks, in their order.
+        what: is to lie there, for the message.
 
     Raises:
         StorageError: something does not.
@@ -75,8 +94,8 @@ def check_room(rooms: Sequence[Room]) -> None:
         needed, free = sum(room.needs.host_bytes for room in ranks), min(room.memory_bytes for room in ranks)
         if needed > free:
             raise StorageError(
-                f"offload: the state of optimizers needs {format_bytes(needed)} of host memory on {machine}, for {len(ranks)} "
-                f"ranks, and {format_bytes(free)} are free. {_advice(needed, free)}"
+                f"offload: {what} need{'s' if 'state' in what else ''} {format_bytes(needed)} of host memory on {machine}, for "
+                f"{len(ranks)} ranks, and {format_bytes(free)} are free. {_advice(needed, free)}"
             )
         for disk in sorted({room.disk[0] for room in ranks if room.disk is not None}):
             own = [room for room in ranks if room.disk is not None and room.disk[0] == disk]

@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from meshbolt.errors import StorageError
@@ -115,6 +115,32 @@ def make_scratch(folder: str | os.PathLike[str], num_bytes: int, *, name: str, f
             raise
         raise failure(f"{format_bytes(num_bytes)} cannot be reserved in {disk.folder!r}", error) from error
     return Scratch(fd, str(path), num_bytes, direct, disk)
+
+
+def grow_scratch(scratch: Scratch, num_bytes: int, *, face: SystemFace) -> Scratch:
+    """Reserve more space for a file, behind what it has.
+
+    Args:
+        scratch: the file.
+        num_bytes: its new length, in whole units of alignment; less than now changes nothing.
+        face: what asks the operating system.
+
+    Raises:
+        StorageError: there is no room for it, or the system refuses; the file is as it was.
+    """
+    more = num_bytes - scratch.num_bytes
+    if more <= 0:
+        return scratch
+    _require_room(disk_of(scratch.disk.folder), more)
+    try:
+        face.allocate(scratch.fd, num_bytes)
+        _require_reserved(scratch.fd, Path(scratch.path), num_bytes)
+    except BaseException as error:
+        os.ftruncate(scratch.fd, scratch.num_bytes)
+        if isinstance(error, StorageError) or not isinstance(error, OSError):
+            raise
+        raise failure(f"{format_bytes(more)} more cannot be reserved in {scratch.disk.folder!r}", error) from error
+    return replace(scratch, num_bytes=num_bytes)
 
 
 def failure(what: str, error: OSError) -> StorageError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from meshbolt.errors import ConfigError, UnsupportedError, did_you_mean
+from meshbolt.errors import ConfigError, did_you_mean
 
 CPU, NVME, AUTO = "cpu", "nvme", "auto"
 _TIERS = (CPU, NVME)
@@ -18,10 +18,12 @@ class Offload:
     Attributes:
         optimizer: where the state of optimizers lies and is updated: None for the device, "cpu" for host memory, "nvme" for a
             file of each rank under `path`, read and written piece by piece in every step.
-        parameters: where sharded parameters lie while nobody computes with them; only None in this version.
+        parameters: where sharded parameters lie while nobody computes with them, with ZeRO stage 3: None for the device, "cpu"
+            for host memory, "nvme" for a file of each rank under `path`, of which each unit is read before it is gathered.
         path: a directory on a fast local disk; each rank makes a file in it that is gone when the run ends, however it ends.
+            Environment variables in it ("$SCRATCH/run") are replaced.
         fraction: of the bytes of the optimizers' state leaves the device, 0.0 to 1.0; the rest is updated there at the same time.
-            "auto" is not in this version.
+            "auto": after the first step as much comes back to the device as its memory has left.
         pin_memory: lock host memory, so that a GPU copies while it computes. It cannot be swapped out.
             Pieces that are read from a file are not locked in this version.
         overlap: updates begin in the backward pass, where nothing is to be done with gradients before a step, and go on under the
@@ -44,15 +46,11 @@ class Offload:
                 raise ConfigError(
                     f"Offload({name}={value!r}): there is no such place{did_you_mean(str(value), _TIERS)}."
                 )
-        if self.parameters is not None:
-            raise UnsupportedError(
-                f"Offload(parameters={self.parameters!r}) is not available in this version of meshbolt. Offload the optimizer's "
-                "state, and shard parameters with zero=3."
-            )
         if not isinstance(self.pin_memory, bool):
             raise ConfigError(f"Offload(pin_memory={self.pin_memory!r}) is a switch. Use True or False.")
         if self.overlap != AUTO and not isinstance(self.overlap, bool):
             raise ConfigError(f"Offload(overlap={self.overlap!r}) is a switch. Use True, False or 'auto'.")
+        self._check_parameters()
         self._check_fraction()
         self._check_path()
 
@@ -61,16 +59,33 @@ class Offload:
         """Whether anything lies elsewhere."""
         return self.optimizer is not None or self.parameters is not None
 
+    def _check_parameters(self) -> None:
+        if self.parameters is None:
+            return
+        asked = f"Offload(parameters={self.parameters!r}, optimizer={self.optimizer!r})"
+        if self.optimizer is None:
+            raise ConfigError(
+                f"{asked} leaves the optimizer's state on the device, and updates run where parameters lie. Add optimizer='cpu' "
+                "or 'nvme'."
+            )
+        if self.parameters == NVME and self.optimizer == CPU:
+            raise ConfigError(
+                f"{asked} would read parameters from a disk several times a step to save a third of what the state takes in host "
+                "memory. Use Offload(parameters='cpu', optimizer='nvme', path=...), or both in 'nvme'."
+            )
+        if self.fraction != 1.0:
+            raise ConfigError(
+                f"Offload(parameters={self.parameters!r}, fraction={self.fraction!r}) would keep state on the device without its "
+                "parameters. Leave fraction out."
+            )
+
     def _check_fraction(self) -> None:
         value = self.fraction
-        if value == AUTO:
-            raise UnsupportedError(
-                "Offload(fraction='auto') is not available in this version of meshbolt. Give the fraction of the state that "
-                "leaves the device, such as 0.5."
-            )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        is_number = not isinstance(value, bool) and isinstance(value, (int, float))
+        if value != AUTO and not (is_number and 0.0 <= float(value) <= 1.0):
             raise ConfigError(
-                f"Offload(fraction={value!r}) is the part of the optimizer's state that leaves the device. Use 0.0 to 1.0."
+                f"Offload(fraction={value!r}) is the part of the optimizer's state that leaves the device. Use 0.0 to 1.0, or "
+                "'auto'."
             )
         if value != 1.0 and self.optimizer is None:
             raise ConfigError(

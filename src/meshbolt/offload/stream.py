@@ -142,6 +142,32 @@ class ChunkStream:
                 self._finish_writes()
         return report
 
+    def read(self, chunks: Sequence[Chunk]) -> Iterator[torch.Tensor]:
+        """Yield the bytes of chunks, in their order, while the next ones are read.
+
+        Args:
+            chunks: parts of the file that do not overlap.
+
+        Yields:
+            Of each chunk its bytes (uint8, one dim), which are there until the next one is asked for.
+
+        Raises:
+            ConfigError: as for `run`.
+            StorageError: something could not be read.
+        """
+        self._require_fitting(chunks)
+        with self._one_pass(writes=False):
+            self._adopt([])
+            self._finish_writes()
+            begun = 0
+            for number, chunk in enumerate(chunks):
+                while begun < len(chunks) and begun < number + len(self._buffers):
+                    self._begin_read(chunks[begun], begun)
+                    begun += 1
+                buffer = self._finish_read()
+                yield buffer[: chunk.num_bytes]
+                self._free.append(buffer)
+
     def finish(self) -> StreamReport:
         """Wait until all is written that passes with `then` left under way, and forget what was read ahead.
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from meshbolt.compat import pin_host_memory, unpin_host_memory
-from meshbolt.offload.buffers import aligned_empty
+from meshbolt.offload.buffers import ALIGNMENT_BYTES, aligned_bytes, aligned_empty
 from meshbolt.offload.counters import Traffic
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.layout import Layout, Section, StateChunk
@@ -21,6 +22,30 @@ from meshbolt.units import format_bytes
 
 Columns = Mapping[str, torch.Tensor]
 Work = Callable[[StateChunk, Columns], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A part of a column of a chunk.
+
+    Attributes:
+        chunk: that has it.
+        column: its name.
+        start: the first element, of those that the chunk has of the column.
+        stop: behind the last one.
+    """
+
+    chunk: StateChunk
+    column: str
+    start: int
+    stop: int
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """Where its bytes begin and end in a chunk that lies in one run."""
+        first = self.chunk.columns.index(self.column) * self.chunk.column_bytes
+        itemsize = self.chunk.dtype.itemsize
+        return first + self.start * itemsize, first + self.stop * itemsize
 
 
 class Tier(Protocol):
@@ -68,6 +93,13 @@ class Tier(Protocol):
 
         Args:
             observer: who; None: nobody any more.
+        """
+
+    def read(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        """Yield parts of columns, which are there until the next one is asked for, and are not changed.
+
+        Args:
+            runs: of chunks of one section, in the order of the chunks.
         """
 
     def close(self) -> None:
@@ -123,6 +155,12 @@ class MemoryTier:
         for chunk in chunks:
             columns = self._columns[chunk.section]
             work(chunk, {name: column.narrow(0, chunk.first, chunk.elements) for name, column in columns.items()})
+
+    def read(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        """Yield parts of the memory."""
+        for run in runs:
+            first = run.chunk.first
+            yield self._columns[run.chunk.section][run.column][first + run.start : first + run.stop]
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -228,6 +266,20 @@ class FileTier:
     def observe(self, observer: Observer | None) -> None:
         """Tell somebody of transfers, and of waiting for them, when a visit ends."""
         self._observer = observer
+
+    def read(self, runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+        """Read the pages that the parts lie in, one ahead."""
+        for start, file, stream in self._files:
+            own = [run for run in runs if _is_in(run.chunk, start, file)]
+            reaches = [run.reach for run in own]
+            pages = [(first - first % ALIGNMENT_BYTES, aligned_bytes(last)) for first, last in reaches]
+            places = [
+                Chunk(run.chunk.file_offset - start + first, last - first)
+                for run, (first, last) in zip(own, pages, strict=True)
+            ]
+            found = stream.read(places) if own else ()
+            for run, (first, last), (begin, _), content in zip(own, reaches, pages, found, strict=True):
+                yield content[first - begin : last - begin].view(run.chunk.dtype)
 
     def close(self) -> None:
         """Close the files."""

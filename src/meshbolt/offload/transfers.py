@@ -105,6 +105,16 @@ class Transfers(Protocol):
             resident: they stay as they are until the chunk is updated again.
         """
 
+    def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
+        """Return a context for looking at parameters before an update.
+
+        Args:
+            ready: an event after which nothing on a GPU changes them; None: nothing does.
+        """
+
+    def arriving(self) -> AbstractContextManager[Any]:
+        """Return a context for looking at parameters behind what brings them back."""
+
     def join(self) -> None:
         """Let the caller's stream wait for parameters that are on their way back."""
 
@@ -159,6 +169,16 @@ class SameDevice:
         if self._stream is not None:
             for live in visit.live.values():
                 live.gradient.record_stream(self._stream)
+
+    def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
+        """Look at parameters on the stream of updates."""
+        if self._stream is not None and ready is not None:
+            self._stream.wait_event(ready)
+        return self.computing()
+
+    def arriving(self) -> AbstractContextManager[Any]:
+        """Look at parameters on the stream of updates."""
+        return self.computing()
 
     def join(self) -> None:
         """Let the caller's stream wait for the updates."""
@@ -272,6 +292,11 @@ class MemoryRun:
             self._run = self._tier.allocate(num_bytes)
         return self._run[:num_bytes]
 
+    @property
+    def num_bytes(self) -> int:
+        """How much it has."""
+        return self._run.nbytes
+
     def close(self) -> None:
         """Give the memory back."""
         if self._tier is not None:
@@ -342,6 +367,16 @@ class GpuToHost:
             self._sent.record()
         if not resident:
             self._sent.synchronize()  # the columns' memory is another chunk's next
+
+    def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
+        """Look at parameters on the stream that brings gradients to the host."""
+        if ready is not None:
+            self._down.wait_event(ready)
+        return torch.cuda.stream(self._down)
+
+    def arriving(self) -> AbstractContextManager[Any]:
+        """Look at parameters on the stream that brings them back."""
+        return torch.cuda.stream(self._up)
 
     def join(self) -> None:
         """Let the caller's stream wait for the parameters."""

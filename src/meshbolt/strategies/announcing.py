@@ -65,18 +65,21 @@ def say_what_is_let_go(module: nn.Module, stages: Stages) -> None:
 
 
 def say_what_is_offloaded(engine: Engine) -> None:
-    """Print on rank 0 where the state of optimizers lies, and how much it takes there; nothing where it is on the device.
+    """Print on rank 0 what lies outside of the devices, and how much it takes there; nothing where nothing does.
 
     Args:
         engine: that has its optimizers.
     """
-    setting, needs = engine.plan.settings.offload, engine.offloaded_needs()
-    if setting.optimizer is None:
+    setting = engine.plan.settings.offload
+    if not setting.is_used:
         return
-    places = {
-        f"in a file under {setting.path}": needs.file_bytes,
-        "in host memory": needs.host_bytes,
-        "on the device": needs.device_bytes,
-    }
-    taken = ", ".join(f"{format_bytes(size)} {place}" for place, size in places.items() if size)
-    rank_zero_info(f"offload: the state of optimizers takes {taken}, on each rank like this one")
+    for what, needs in zip(("the state of optimizers takes", "parameters take"), engine.offloaded_needs(), strict=True):
+        places = {
+            f"in a file under {setting.path}": needs.file_bytes,
+            "in host memory": needs.host_bytes,
+            "on the device": needs.device_bytes,
+        }
+        taken = ", ".join(f"{format_bytes(size)} {place}" for place, size in places.items() if size)
+        if taken:
+            rank_zero_info(f"offload: {what} {taken}, on each rank like this one")
+    engine.tell_returns(lambda text: rank_zero_info(f"offload: {text}"))

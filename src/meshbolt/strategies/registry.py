@@ -9,6 +9,8 @@ from typing import Any
 from lightning.fabric.strategies import STRATEGY_REGISTRY as FABRIC_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
+from meshbolt.offload.setting import Offload
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "zero0": {"zero": 0},
@@ -17,6 +19,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "zero3": {"zero": 3},
         "zero2_offload": {"zero": 2, "offload": "cpu"},
         "zero3_offload": {"zero": 3, "offload": "cpu"},
+        "zero_infinity": {
+            "zero": 3,
+            "offload": Offload(optimizer="nvme", parameters="nvme", path="$MESHBOLT_NVME_PATH"),
+        },
         "tensor_parallel": {"zero": 0, "tensor_parallel": "node"},
         "pipeline_parallel": {"zero": 1, "pipeline_parallel": 2},
         "mesh_3d": {"zero": 1, "tensor_parallel": 2, "pipeline_parallel": 2},

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from meshbolt.compat import replicate
@@ -61,6 +61,7 @@ def shard_unit(
     is_root: bool = False,
     shard_dim: Callable[[nn.Parameter], Shard | None] | None = None,
     may_free: Callable[[nn.Parameter], bool] = lambda _: False,
+    offload: OffloadPolicy | None = None,
 ) -> FSDPModule:
     """Shard (or replicate) what the unit owns, in place, and return it.
 
@@ -72,6 +73,7 @@ def shard_unit(
         whole: parameters to leave alone.
         shard_dim: says along which dim a parameter is sharded; None for the first.
         may_free: whether nobody else needs the values of a parameter, once it is sharded.
+        offload: where shards lie; None: on the device.
         is_root: the root keeps its parameters gathered between forward and backward, which follow each other at once.
     """
     if not stage.shards:
@@ -84,5 +86,6 @@ def shard_unit(
         reshard_after_forward=stage.reshards_after_forward and not is_root,
         mp_policy=precision,
         ignored_params=set(whole),
+        offload_policy=OffloadPolicy() if offload is None else offload,
         shard_placement_fn=_Placement(unit, shard_dim, may_free),
     )

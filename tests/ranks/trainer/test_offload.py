@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tests.rows import full
 from torch import Tensor, nn
 
-from meshbolt import MeshStrategy, Offload
+from meshbolt import MeshStrategy, Offload, TensorParallel, Zero
 from meshbolt.compat import local_tensor
 from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.offload.update import ChunkUpdate
@@ -26,7 +26,12 @@ PLACES = {
     "cpu": {"optimizer": "cpu"},
     "half": {"optimizer": "cpu", "fraction": 0.5},
     "nvme": {"optimizer": "nvme"},
+    "hosted": {"optimizer": "cpu", "parameters": "cpu"},
+    "both": {"optimizer": "nvme", "parameters": "cpu"},
+    "infinity": {"optimizer": "nvme", "parameters": "nvme"},
 }
+WINDOW = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+TENSOR = TensorParallel(2, plan={"blocks.*.up": "colwise", "blocks.*.down": "rowwise"})
 WARNING = "ignore:It is recommended to use:lightning.fabric.utilities.warnings.PossibleUserWarning"
 pytestmark = pytest.mark.filterwarnings(WARNING)
 
@@ -76,7 +81,10 @@ class Net(pl.LightningModule):
 def fit(module: Net, offload: Offload | None, *, steps: int = 4, **settings: Any) -> tuple[pl.Trainer, list[Tensor]]:
     """Train; return the Trainer and this rank's parts of the parameters."""
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    copies, copy = (1, 0) if "pipeline_parallel" in settings else (ranks, rank)
+    sharing = 2 if settings.keys() & {"pipeline_parallel", "tensor_parallel"} else 1
+    # Stages are outermost, and ranks that share layers innermost.
+    copies = ranks // sharing
+    copy = rank // sharing if "tensor_parallel" in settings else rank % copies
     precision = settings.pop("precision", "32-true")
     settings["plugins"] = [] if precision == "32-true" else [MixedPrecision(precision, "cpu")]
     data = torch.randn(SAMPLES, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -117,7 +125,7 @@ def both(
     """Return what differs between a run that offloads and one that does not; nothing if all bits are equal."""
     # Lightning does not clip for fused kernels in mixed precision, and others round differently.
     same = torch.equal if options.get("fused") or kind not in ("AdamW", "SGD") else close
-    more = {"path": path} if place == "nvme" else {}
+    more = {"path": path} if "nvme" in PLACES[place].values() else {}
     offload = Offload(**PLACES[place], **more, overlap=overlap)  # type: ignore[arg-type]
     plain, expected = fit(Net(kind, **options), None, **settings)
     with pytest.MonkeyPatch.context() as patched:
@@ -151,6 +159,7 @@ ROWS = [
     for place, zero, window, clip, precision, ranks in itertools.product(
         PLACES, (1, 2, 3), (1, 3), (None, 0.1), ("32-true", "bf16-mixed", "16-mixed"), (1, 2)
     )
+    if zero == 3 or "parameters" not in PLACES[place]
 ]
 QUICK = {
     ("cpu", 1, 1, None, "32-true", 2),
@@ -158,6 +167,11 @@ QUICK = {
     ("half", 2, 1, None, "16-mixed", 2),
     ("nvme", 3, 1, 0.1, "32-true", 1),
     ("nvme", 2, 3, None, "bf16-mixed", 2),
+    ("hosted", 3, 1, 0.1, "bf16-mixed", 2),
+    ("both", 3, 3, None, "32-true", 2),
+    ("infinity", 3, 1, None, "32-true", 2),
+    ("infinity", 3, 3, 0.1, "bf16-mixed", 2),
+    ("infinity", 3, 1, None, "16-mixed", 1),
 }
 
 
@@ -200,28 +214,35 @@ def test_it_trains_as_without(
         full("ASGD", {"foreach": False}),
     ],
 )
-@pytest.mark.parametrize("place", ["cpu", full("half"), "nvme"])
-def test_so_does_every_optimizer(kind: str, options: dict[str, Any], place: str, tmp_path: Path) -> None:
-    assert run_ranks(both, 2, place, str(tmp_path), True, kind, options, {"zero": 2}, timeout=60) == ["", ""]
+@pytest.mark.parametrize(("place", "zero"), [("cpu", 2), full("half", 2), ("nvme", 2), full("infinity", 3)])
+def test_so_does_every_optimizer(kind: str, options: dict[str, Any], place: str, zero: int, tmp_path: Path) -> None:
+    assert run_ranks(both, 2, place, str(tmp_path), True, kind, options, {"zero": zero}, timeout=60) == ["", ""]
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    ("place", "ranks", "mesh"),
     [
-        {"zero": 1, "pipeline_parallel": 2},
-        full({"zero": 2, "pipeline_parallel": 2, "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}),
+        ("cpu", 2, {"zero": 1, "pipeline_parallel": 2}),
+        full("nvme", 2, {"zero": 1, "pipeline_parallel": 2}),
+        full("cpu", 2, {"zero": 2, "pipeline_parallel": 2, **WINDOW}),
+        full("nvme", 2, {"zero": 2, "pipeline_parallel": 2, **WINDOW}),
+        ("infinity", 2, {"zero": 3, "pipeline_parallel": 2}),
+        full("infinity", 4, {"zero": 3, "pipeline_parallel": 2, **WINDOW}),
+        full("hosted", 4, {"zero": 3, "pipeline_parallel": 2, **WINDOW}),
+        full("infinity", 4, {"zero": Zero(stage=3, replicate=2)}),
+        full("infinity", 2, {"zero": 3, "tensor_parallel": TENSOR}),
+        full("infinity", 4, {"zero": 3, "tensor_parallel": TENSOR, **WINDOW}),
+        full("both", 4, {"zero": 3, "tensor_parallel": TENSOR}),
     ],
 )
-@pytest.mark.parametrize("place", ["cpu", full("nvme")])
-def test_and_every_mesh(mesh: dict[str, Any], place: str, tmp_path: Path) -> None:
-    ranks = 2
-    assert (
-        run_ranks(both, ranks, place, str(tmp_path), True, "AdamW", {"fused": True}, mesh, timeout=60) == [""] * ranks
-    )
+def test_and_every_mesh(place: str, ranks: int, mesh: dict[str, Any], tmp_path: Path) -> None:
+    found = run_ranks(both, ranks, place, str(tmp_path), True, "AdamW", {"fused": True}, mesh, timeout=60)
+    assert found == [""] * ranks
 
 
-@pytest.mark.parametrize("zero", [1, 3])
+@pytest.mark.parametrize(("place", "zero"), [("cpu", 1), ("cpu", 3), ("infinity", 3)])
 @pytest.mark.parametrize("more", [{}, {"num_sanity_val_steps": 0, "limit_val_batches": 2, "val_check_interval": 2}])
-def test_updates_that_take_long_are_waited_for(zero: int, more: dict[str, Any], tmp_path: Path) -> None:
+def test_updates_that_take_long_are_waited_for(place: str, zero: int, more: dict[str, Any], tmp_path: Path) -> None:
     settings = {"zero": zero, **more}
-    assert run_ranks(both, 2, "cpu", "", True, "AdamW", {"fused": True}, settings, True, timeout=60) == ["", ""]
+    found = run_ranks(both, 2, place, str(tmp_path), True, "AdamW", {"fused": True}, settings, True, timeout=60)
+    assert found == ["", ""]

@@ -73,7 +73,7 @@ def test_a_file_updates_as_memory_does(name: str, tmp_path: Path) -> None:
         params = mine.param_groups[0]["params"]
         columns = {"exp_avg", "exp_avg_sq", "momentum_buffer", "sum"}
         assert not columns & set(mine.state[params[1]])
-        with host.state_in_memory():
+        with host.state_shown():
             written = tier.files[0].traffic.written_bytes
             assert_same(mine, theirs)
         assert not columns & set(mine.state[params[1]])
@@ -96,7 +96,7 @@ def test_a_loaded_state_is_taken(name: str, tier: dict[str, Any]) -> None:
     with offloaded(mine, **tier) as host:
         mine.load_state_dict(torch.load(saved, weights_only=True))
         steps(host, theirs, range(2, 4))
-        with host.state_in_memory():
+        with host.state_shown():
             assert_same(mine, theirs)
 
 
@@ -104,7 +104,7 @@ def test_a_load_in_the_middle_replaces_what_was_there(tier: dict[str, Any]) -> N
     mine, theirs = FUSED["adamw"](parameters()), FUSED["adamw"](parameters())
     with offloaded(mine, **tier) as host:
         steps(host, theirs, range(2))
-        with host.state_in_memory():
+        with host.state_shown():
             saved = copy.deepcopy(mine.state_dict())
         weights = [param.detach().clone() for param in mine.param_groups[0]["params"]]
         steps(host, FUSED["adamw"](parameters()), range(5, 7))
@@ -113,7 +113,7 @@ def test_a_load_in_the_middle_replaces_what_was_there(tier: dict[str, Any]) -> N
         for param, value in zip(mine.param_groups[0]["params"], weights, strict=True):
             param.data.copy_(value)
         steps(host, theirs, range(2, 4))
-        with host.state_in_memory():
+        with host.state_shown():
             assert_same(mine, theirs)
 
 
@@ -128,7 +128,7 @@ def test_a_state_that_was_emptied_begins_again(name: str, tier: dict[str, Any]) 
                 for param in optimizer.param_groups[0]["params"]:
                     optimizer.state[param] = {"step": torch.tensor(0.0), "sum": torch.full_like(param, 0.5)}
         steps(host, theirs, range(2, 4))
-        with host.state_in_memory():
+        with host.state_shown():
             assert_same(mine, theirs)
 
 
@@ -136,13 +136,13 @@ def test_values_written_into_the_views_and_into_a_gathered_state_are_used(tier: 
     mine, theirs = FUSED["adamw"](parameters()), FUSED["adamw"](parameters())
     with offloaded(mine, **tier) as host:
         steps(host, theirs, range(2))
-        with host.state_in_memory():
+        with host.state_shown():
             for optimizer in (mine, theirs):
                 for state in optimizer.state.values():
                     state["exp_avg"].mul_(3.0)
                     state["step"].fill_(7.0)
         steps(host, theirs, range(2, 4))
-        with host.state_in_memory():
+        with host.state_shown():
             assert_same(mine, theirs)
 
 
@@ -185,7 +185,7 @@ def test_parameters_that_get_gradients_or_a_group_later_are_included(tier: dict[
             host.step()
             theirs.step()
         assert host.layout.bytes_of(stays=False) >= before + 2 * 4 * 5000
-        with host.state_in_memory():
+        with host.state_shown():
             assert_same(mine, theirs)
 
 
@@ -211,5 +211,5 @@ def test_a_file_is_read_ahead_of_units_that_follow_each_other_in_every_step(tmp_
             theirs.step()
         ahead = files[0].traffic.read_bytes - 12 * PAGE_BYTES
         assert 0 < ahead <= 8 * PAGE_BYTES
-        with host.state_in_memory():
+        with host.state_shown():
             assert_same(mine, theirs)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshbolt.engine.fingerprint import fingerprint
+from meshbolt.fingerprint import fingerprint
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]
 BLOCK = 1 << 16  # elements that are looked at together
