@@ -7,6 +7,7 @@ MeshboltError
 ├── UnsupportedError(NotImplementedError) asked for something that meshbolt, or this version, cannot do
 ├── CheckpointError(RuntimeError)         a checkpoint cannot be written, or read as asked
 ├── RankError(RuntimeError)               another rank has failed, for which this one waited
+│   └── StuckError                        ranks did not get on in time: one sleeps, is gone, or waits for what never comes
 ├── StorageError(OSError)                 a disk that holds state during training fails, or has no room
 └── MissingPackageError(ImportError)      an optional package is needed
 ```
@@ -42,6 +43,12 @@ class CheckpointError(MeshboltError, RuntimeError):
 
 class RankError(MeshboltError, RuntimeError):
     """Another rank has failed or is gone, for which this one waited; the message has that rank's error and its traceback."""
+
+
+class StuckError(RankError):
+    """Ranks did not get on in time, and the watchdog has ended the run; the message names who keeps the others waiting."""
+
+    _meshbolt_told = True  # every rank's watchdog raises it: no rank needs to tell others
 
 
 class StorageError(MeshboltError, OSError):

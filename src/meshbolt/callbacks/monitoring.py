@@ -62,7 +62,7 @@ class Monitor(Onlooker):
         Args:
             every: steps of the optimizer between two logs.
             directory: of the records; None: "meshbolt_records" in the logger's directory of this run, or in the Trainer's
-                `default_root_dir`. A relative one is the same on all ranks.
+                `default_root_dir`. Rank 0's counts for all.
 
         Raises:
             ConfigError: there is no such number of steps.
@@ -172,6 +172,11 @@ def shared_records(trainer: pl.Trainer, directory: str | Path | None) -> Records
         agree_on_error(try_to_open) if dist.is_initialized() else try_to_open()
         opened[asked] = own[0]
     return opened[asked]
+
+
+def open_records(trainer: pl.Trainer) -> list[Records]:
+    """Return the records that monitors of a trainer have open; none where there are no monitors."""
+    return list(_shared.get(trainer, {}).values())
 
 
 def close_records(trainer: pl.Trainer) -> None:
