@@ -2,8 +2,9 @@
 
 May import: `plugins` and below, and Lightning; strategies are reached through the Trainer only. `ema.py` averages the
 weights; `pipeline_timeline.py` draws a step of a pipeline; `progress.py` and `closing_table.py` tell how a fit goes and how it
-went, with the arithmetic and the printing in files of their own. To add a callback, add a file with its class, export it here,
-and give it a page in the docs. Read `ema.py` first.
+went, with the arithmetic and the printing in files of their own. `monitoring.py` is the base of monitors, which measure:
+`throughput.py` with `clock.py`, `fetching.py`, `look.py` and `summing.py`. To add a callback, add a file with its class, export
+it here, and give it a page in the docs. Read `ema.py` first.
 """
 
 from meshbolt.callbacks.closing_table import ClosingTable
@@ -11,5 +12,13 @@ from meshbolt.callbacks.ema import ExponentialMovingAverage
 from meshbolt.callbacks.offload import OffloadMonitor
 from meshbolt.callbacks.pipeline_timeline import PipelineTimeline
 from meshbolt.callbacks.progress import LogProgress
+from meshbolt.callbacks.throughput import ThroughputMonitor
 
-__all__ = ["ClosingTable", "ExponentialMovingAverage", "LogProgress", "OffloadMonitor", "PipelineTimeline"]
+__all__ = [
+    "ClosingTable",
+    "ExponentialMovingAverage",
+    "LogProgress",
+    "OffloadMonitor",
+    "PipelineTimeline",
+    "ThroughputMonitor",
+]

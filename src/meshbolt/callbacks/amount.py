@@ -33,6 +33,16 @@ def amount_in(batch: Any) -> Amount | None:
     return Amount(tensor.numel(), "tokens") if is_text else Amount(tensor.shape[0], "samples")
 
 
+def samples_in(batch: Any) -> int | None:
+    """Return how many samples a batch holds: the first dim of its first tensor; None where there is none.
+
+    Args:
+        batch: as for `amount_in`.
+    """
+    tensor = next(_tensors(batch), None)
+    return None if tensor is None or tensor.dim() == 0 else tensor.shape[0]
+
+
 def data_parallel_size(trainer: pl.Trainer) -> int:
     """Return how many ranks see different samples: ranks that share them must not be counted twice."""
     strategy = trainer.strategy

@@ -14,7 +14,7 @@ ENDINGS = {
     "samples/s": "samples_per_second",
     "tokens/s": "tokens_per_second",
     "seconds": "_seconds",
-    "TFLOP": "_teraflop",
+    "teraflop": "_teraflop",
     "TFLOP/s": "_teraflops_per_second",
 }
 

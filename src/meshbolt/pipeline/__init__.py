@@ -12,7 +12,7 @@ orders of `schedule.py`, which `timeline.py` plays through and `picture.py` draw
 
 from meshbolt.pipeline.analyse import analyse
 from meshbolt.pipeline.balance import balanced, choose_cuts
-from meshbolt.pipeline.calls import Calls, is_in_step
+from meshbolt.pipeline.calls import Calls, calls_unseen, is_in_step
 from meshbolt.pipeline.compare import compare_stages
 from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.cuts import cuts_of
@@ -51,6 +51,7 @@ __all__ = [
     "balanced",
     "batch_size",
     "buffers_apart",
+    "calls_unseen",
     "choose_cuts",
     "compare_stages",
     "cuts_of",

@@ -173,6 +173,21 @@ class Calls:
         return watcher.called(call, unit, proceed, args, kwargs)
 
 
+@contextmanager
+def calls_unseen(module: nn.Module) -> Iterator[None]:
+    """Let a module be called for a while as if nothing stood between its units and their callers.
+
+    Args:
+        module: whose units may be watched, or not.
+    """
+    watches = [(child, child.__dict__.pop(_KEY)) for child in module.modules() if _KEY in child.__dict__]
+    try:
+        yield
+    finally:
+        for child, watch in watches:
+            child.__dict__[_KEY] = watch
+
+
 def step_begins(step: Callable[[], Any]) -> Any:
     """Return what a step returns; up to here its callers are the user's."""
     return step()

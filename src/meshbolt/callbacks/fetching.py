@@ -1,0 +1,59 @@
+"""How long a training loop waits for its next batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from lightning.pytorch.profilers import Profiler
+
+# What a Trainer tells its profiler of: the loader's next batch, and its way to the device.
+_ACTIONS = (".train_dataloader_next", ".batch_to_device")
+
+
+class FetchTimer:
+    """Adds up the time for which a Trainer's loop gets batches; validation's are left out by whoever takes the time."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._seconds, self._since = 0.0, 0.0
+
+    def take(self) -> float:
+        """Return the seconds since it was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    @contextmanager
+    def listening(self, profiler: Profiler) -> Iterator[None]:
+        """Listen to what a Trainer tells its profiler, for a while.
+
+        Args:
+            profiler: the Trainer's; it is told everything, as before.
+        """
+        starts, stops = profiler.start, profiler.stop
+
+        def start(action_name: str) -> None:
+            starts(action_name)
+            if action_name.endswith(_ACTIONS):
+                self._since = perf_counter()
+
+        def stop(action_name: str) -> None:
+            if action_name.endswith(_ACTIONS):
+                self._seconds += perf_counter() - self._since
+            stops(action_name)
+
+        with _replaced(profiler, "start", start), _replaced(profiler, "stop", stop):
+            yield
+
+
+@contextmanager
+def _replaced(profiler: Profiler, name: str, function: Callable[[str], None]) -> Iterator[None]:
+    held = vars(profiler).get(name)
+    setattr(profiler, name, function)
+    try:
+        yield
+    finally:
+        delattr(profiler, name)
+        if held is not None:
+            setattr(profiler, name, held)

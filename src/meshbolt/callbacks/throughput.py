@@ -1,0 +1,379 @@
+"""How fast a run goes, how near to what its devices could do, and where the time of its steps goes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from meshbolt.callbacks.amount import amount_in, data_parallel_size, samples_in
+from meshbolt.callbacks.clock import StepClock, StepTimes
+from meshbolt.callbacks.fetching import FetchTimer
+from meshbolt.callbacks.look import FlopsOfBatches, Look
+from meshbolt.callbacks.monitoring import Moment, Monitor
+from meshbolt.callbacks.summing import LateSums
+from meshbolt.compat import waits_observed
+from meshbolt.config import Plan
+from meshbolt.errors import ConfigError
+from meshbolt.monitoring import Value
+from meshbolt.monitoring.peaks import Peak, find_peak
+from meshbolt.monitoring.throughput import SUMMED, StepFigures, of_rank, of_run, percentiles
+
+# The first step allocates and compiles, and is in no number.
+_FIRST_COUNTED, _FIRST_LOGGED = 2, 3
+_DTYPES = {"64": "float64", "32": "float32", "bf16": "bfloat16", "16": "float16"}
+
+
+class ThroughputMonitor(Monitor):
+    """Log samples, tokens and floating-point operations per second, MFU, HFU, and what the time of a step is spent on.
+
+    Numbers are of the whole run, and right for every plan: ranks that share a batch count it once, a step is all batches of
+    its window, and validation is not in it. The first log comes after the third step. On a GPU nothing is waited for: times are
+    events of its stream, read a step later. `docs/metrics.md` lists every name, unit and formula.
+
+    Floating-point operations are counted on the user's own step: once for each form of batch, it is run on tensors without
+    values, forwards and backwards, as if one process ran it whole.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from meshbolt.callbacks import ThroughputMonitor
+        >>> trainer = Trainer(callbacks=[ThroughputMonitor(every=20)])
+    """
+
+    kind = "throughput"
+
+    def __init__(
+        self,
+        *,
+        every: int = 10,
+        window: int = 100,
+        peak_flops: float | None = None,
+        tokens: Callable[[Any], int] | None = None,
+        flops: Callable[[Any], float] | None = None,
+        directory: str | Path | None = None,
+    ) -> None:
+        """Take the settings.
+
+        Args:
+            every: steps of the optimizer between two logs.
+            window: steps of which percentiles are.
+            peak_flops: floating-point operations per second that a device can do in the dtype of the run; None: known for usual
+                GPUs, and without it there is no MFU for others.
+            tokens: returns the number of tokens of a batch on a rank, from its shapes; None: whole numbers in two dimensions,
+                (samples, length), are tokens, with padding.
+            flops: returns the floating-point operations of a batch, forwards and backwards; None: they are counted.
+            directory: of the records; see `Monitor`.
+
+        Raises:
+            ConfigError: a number is none of that kind.
+        """
+        super().__init__(every=every, directory=directory)
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ConfigError(f"ThroughputMonitor(window={window!r}) is not a number of steps. Use 1 or more.")
+        if peak_flops is not None and not peak_flops > 0:
+            raise ConfigError(
+                f"ThroughputMonitor(peak_flops={peak_flops!r}) is not what a device can compute. Give floating-point operations "
+                "per second, such as 989e12."
+            )
+        self.window, self.peak_flops, self.tokens, self.flops = window, peak_flops, tokens, flops
+        self.latest: dict[str, Value] = {}
+        self._look: Look | None = None
+        self._run: _Run | None = None
+        self._watching = ExitStack()
+
+    # A run begins and ends ------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open the records, where it is about to train."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+            self._look = None
+
+    @override
+    def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the module as it is whole."""
+        plan = getattr(trainer.strategy, "plan", None)
+        self._look = Look(pl_module, plan if isinstance(plan, Plan) else None)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure."""
+        self.latest = {}
+        device = trainer.strategy.root_device
+        if self._look is None:  # of a strategy that does not shard the module
+            self._look = Look(pl_module, None)
+        peak = self._peak(trainer)
+        if peak is None:
+            _ask_for_peak(device)
+        counted = FlopsOfBatches(self._look, given=self.flops)
+        self._run = run = _Run(trainer, peak=peak, window=self.window, every=self.every, counted=counted)
+        self._watching.enter_context(run.fetching.listening(trainer.profiler))  # type: ignore[attr-defined]
+        self._watching.enter_context(waits_observed(device, run.clock.waiting, run.clock.waited))
+        run.clock.begin("between")
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was measured since the last log, and stop."""
+        if self._run is None:
+            return
+        self._watching.close()
+        self._take(trainer, wait=True)
+        if self._run.add_up(trainer, wait=True):
+            self._take(trainer, wait=True)
+        self._run.sums.close()
+        self._run = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop."""
+        self._watching.close()
+        self._run = None
+
+    # A step ---------------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what the batch holds, and that its forward begins."""
+        if self._run is None:
+            return
+        run = self._run
+        run.counted.count(trainer, pl_module, batch, batch_idx, around=run.clock)
+        run.count(batch, tokens=self._tokens_of(batch))
+        run.clock.begin("forward")
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Note that the backward begins."""
+        self._begin("backward")
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the backward has ended."""
+        self._begin("after")
+
+    @override
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """Note that the optimizer begins."""
+        self._begin("optimizer")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End the step, where the batch was its last, and log what is there of earlier ones."""
+        run = self._run
+        if run is None:
+            return
+        if trainer.global_step == run.step:
+            run.clock.begin("between")
+            return
+        run.end_step(trainer)
+        self._take(trainer)
+        if run.due is not None and run.due.step < trainer.global_step:
+            self._take(trainer, wait=True)
+            run.add_up(trainer)
+        is_due = run.taken == _FIRST_LOGGED or self.is_due(trainer.global_step)
+        if is_due and run.taken >= _FIRST_COUNTED:
+            run.due = Moment.now(trainer)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave validation out."""
+        self._begin("pause")
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on."""
+        self._begin("between")
+
+    def _begin(self, phase: Any) -> None:
+        if self._run is not None:
+            self._run.clock.begin(phase)
+
+    def _take(self, trainer: pl.Trainer, *, wait: bool = False) -> None:
+        """Log sums that are there."""
+        if self._run is None or (found := self._run.sums.take(wait=wait)) is None:
+            return
+        asked, sums = found
+        values = of_run(sums, ranks=self._run.sums.ranks, tells_passes_apart=self._run.tells_passes_apart)
+        peak = self._run.peak
+        source = {"throughput/peak_source": None if peak is None else peak.source}
+        self.latest = {**values, **asked.percentiles, **source}
+        self.report(trainer, self.latest, moment=asked.moment, own=asked.own, steps=asked.steps)
+
+    # What is not measured -------------------------------------------------------------------------------------------------
+
+    def _tokens_of(self, batch: Any) -> int | None:
+        if self.tokens is None:
+            amount = amount_in(batch)
+            return amount.count if amount is not None and amount.unit == "tokens" else None
+        count = self.tokens(batch)
+        if isinstance(count, torch.Tensor) and count.device.type != "cpu":
+            raise ConfigError(
+                f"ThroughputMonitor(tokens=...) returned a tensor on {count.device}, for which every step would have to wait. "
+                "Return a number that is known from shapes, or count in the loader."
+            )
+        return int(count)
+
+    def _peak(self, trainer: pl.Trainer) -> Peak | None:
+        if self.peak_flops is not None:
+            return Peak(float(self.peak_flops), "peak_flops= of ThroughputMonitor")
+        device, dtype = trainer.strategy.root_device, _DTYPES.get(str(trainer.precision).partition("-")[0])
+        if device.type != "cuda" or dtype is None:
+            return None
+        name = torch.cuda.get_device_name(device)
+        if dtype == "float32" and _multiplies_in_19_bits() and (peak := find_peak(name, "tfloat32")) is not None:
+            return peak
+        return find_peak(name, dtype)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What numbers are about, for which sums are asked."""
+
+    moment: Moment
+    steps: int
+    own: dict[str, float]
+    percentiles: dict[str, Value]
+
+
+class _Run:
+    """What is measured of a run so far."""
+
+    def __init__(
+        self, trainer: pl.Trainer, *, peak: Peak | None, window: int, every: int, counted: FlopsOfBatches
+    ) -> None:
+        strategy = trainer.strategy
+        self.clock = StepClock(strategy.root_device)
+        self.fetching = FetchTimer()
+        self.sums = LateSums[_Asked](SUMMED)
+        self.peak, self.counted = peak, counted
+        self.tells_passes_apart = getattr(strategy, "pipeline", None) is None
+        self.step, self.taken = trainer.global_step, 0
+        self.due: Moment | None = None
+        self._on_gpu = strategy.root_device.type == "cuda"
+        self._sharing = max(1, trainer.world_size // data_parallel_size(trainer))
+        self._traffic = _traffic_of(strategy)
+        self._before = self._traffic() if self._traffic is not None else None
+        self._steps: list[StepFigures] = []
+        self._window = deque[float](maxlen=window)
+        self._samples: int | None = 0
+        self._tokens: int | None = 0
+        self._every = every
+        self._watch_next()
+
+    def count(self, batch: Any, *, tokens: int | None) -> None:
+        """Add a batch to the step."""
+        self._samples, self._tokens = _added(self._samples, samples_in(batch)), _added(self._tokens, tokens)
+
+    def end_step(self, trainer: pl.Trainer) -> None:
+        """End a step, and read those that are there."""
+        for times in self.clock.read():
+            self._keep(times)
+        self.step, self.taken = trainer.global_step, self.taken + 1
+        after = self._traffic() if self._traffic is not None else None
+        note = {
+            "samples": self._samples,
+            "tokens": self._tokens,
+            "flops": self.counted.take(),
+            "fetched": self.fetching.take(),
+            "offload": None if after is None else after - self._before,
+        }
+        self._samples = self._tokens = 0
+        self._before = after
+        self.clock.end_step(self.taken, note)
+        self._watch_next()
+
+    def add_up(self, trainer: pl.Trainer, *, wait: bool = False) -> bool:
+        """Ask for the sums of what is read and was not logged; return whether any can be there.
+
+        A rank that has read nothing asks as well, since others wait for it. One step is always left: the last one.
+        """
+        if self.taken < _FIRST_COUNTED:
+            return False
+        for times in self.clock.read(wait=True) if wait else ():
+            self._keep(times)
+        moment = self.due or Moment.now(trainer)
+        self.due = None
+        own = of_rank(self._steps, sharing=self._sharing, peak_flops=self.peak.flops_per_second if self.peak else None)
+        asked = _Asked(
+            moment=moment,
+            steps=len(self._steps),
+            own={name: own[name] for name in own if name.endswith("_seconds")},
+            percentiles=percentiles(self._window) if self._window else {},
+        )
+        self._steps.clear()
+        self.sums.ask(asked, own)
+        return True
+
+    def _watch_next(self) -> None:
+        """Watch the waits of the next step: of each on a CPU; on a GPU, where that takes events, of those before a log."""
+        following = self.step + 1
+        if not self._on_gpu or following % self._every == 0 or self.taken + 1 == _FIRST_LOGGED:
+            self.clock.watch()
+
+    def _keep(self, times: StepTimes) -> None:
+        if times.number < _FIRST_COUNTED:
+            return
+        fetched, offload = times.note["fetched"], times.note["offload"]
+        phases, idle = times.phases, times.phases.get("between", 0.0)
+        self._window.append(times.seconds)
+        self._steps.append(
+            StepFigures(
+                seconds=times.seconds,
+                data_wait_seconds=min(fetched, idle),
+                forward_seconds=phases.get("forward", 0.0),
+                backward_seconds=phases.get("backward", 0.0),
+                optimizer_seconds=phases.get("optimizer", 0.0),
+                exposed_seconds=times.exposed,
+                offload_forward_seconds=0.0 if offload is None else offload.forward_wait_seconds,
+                offload_step_seconds=0.0 if offload is None else offload.step_wait_seconds,
+                samples=times.note["samples"],
+                tokens=times.note["tokens"],
+                flops=times.note["flops"],
+            )
+        )
+
+
+def _added(so_far: int | None, more: int | None) -> int | None:
+    return None if so_far is None or more is None else so_far + more
+
+
+def _traffic_of(strategy: Any) -> Callable[[], Any] | None:
+    """Return what says how long this rank has waited for offloading; None where nothing is offloaded."""
+    plan = getattr(strategy, "plan", None)
+    if not isinstance(plan, Plan) or not plan.settings.offload.is_used:
+        return None
+    traffic: Callable[[], Any] = strategy.engine.offload_traffic
+    return traffic
+
+
+def _multiplies_in_19_bits() -> bool:
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was set in another of torch's ways
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _ask_for_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        rank_zero_warn(
+            f"What a {torch.cuda.get_device_name(device)} can compute in this run's dtype is not known, and there is no MFU. "
+            "Give its dense peak: ThroughputMonitor(peak_flops=...), in floating-point operations per second."
+        )
+    else:
+        rank_zero_info(
+            f"ThroughputMonitor shows no MFU, as the peak of this {device.type} is not known: give peak_flops=, in "
+            "floating-point operations per second."
+        )

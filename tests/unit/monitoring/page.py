@@ -1,0 +1,97 @@
+"""The page of all metrics, generated from the catalogue: `python -m tests.unit.monitoring.page` writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from meshbolt.monitoring import Metric
+from meshbolt.monitoring.catalogue import KINDS
+from meshbolt.monitoring.peaks import DEVICES
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
+
+HEAD = """\
+# Metrics
+
+Everything that meshbolt's monitors log, by name, unit and formula. This page is generated from `meshbolt.monitoring.CATALOGUE`;
+what is not in it is not logged.
+
+Monitors are callbacks of the Trainer: `Trainer(callbacks=[ThroughputMonitor()])`, from `meshbolt.callbacks`. Each logs every
+`every=` steps of the optimizer, 10 by default, to whatever loggers the Trainer has, or none (`logger=False`), and always to
+records of its own: `meshbolt_records/rank_<rank>.jsonl` in the logger's directory of the run, else in `default_root_dir`, or
+where `directory=` says. A line is a JSON object:
+
+```json
+{"kind": "throughput", "step": 20, "time_seconds": 1764187200.5, "rank": 0, "run": "17641871", "values": {"throughput/mfu": 0.41}}
+```
+
+`meshbolt.monitoring.read_records(directory)` yields the lines of all ranks in the order of their time, and `latest_run` keeps
+those of the last run in a directory. A value that is not known is null; numbers that JSON does not have are the texts "nan",
+"inf" and "-inf". If the module logs a metric of the same name, loggers get the module's, and that is said once.
+"""
+
+ABOUT = {
+    "throughput": """\
+Logged by `ThroughputMonitor`, first after the third step: the first step, which allocates and compiles, is in no number. All
+values but percentiles are of the whole run and the same on every rank; `own` beside them has this rank's times. Ranks that
+share a batch (by `tensor_parallel` or `pipeline_parallel`) count it once, a step is all batches of its window, and validation is
+not in it. For each log there is one sum of some twenty numbers over all ranks, in the background.
+
+On a GPU times are events in its stream, read one step later or when they are there: nothing waits for the device. What other
+work hides does not count as waiting: there, `data_wait_seconds` is time in which the stream was idle, and
+`exposed_communication_seconds` is what the stream waited for others, taken in one step for each log.
+
+**Floating-point operations** are traced on your own `training_step`, forwards and backwards, on tensors without values, once for
+each form of batch (shapes and dtypes), as if one process ran it whole: so that they are the same under every plan. A
+multiplication and an addition are two. Matrix products, convolutions and attention count, and nothing else. *Model* FLOPs
+(MFU) are what the mathematics needs, whatever is recomputed; *hardware* FLOPs (HFU) have recomputation, and the scores that
+fused attention computes again for its backward pass.
+
+**Two conventions for attention** are in use, and both are logged. `mfu` counts all pairs of positions, as torchtitan and most
+papers do; `mfu_causal` counts half of them where attention is called with `is_causal=True`, as Megatron does. Attention that is
+causal by a mask, or written out as products, counts whole in both.
+
+Not traced are steps that read values of parameters or losses (`.item()`, branches on them), communicate by themselves, or
+optimize manually: that is said once, and training goes on. Give the operations of a batch then: `flops=lambda batch: ...`.
+
+**The peak** is of dense matrix products in the dtype of the run (float32 counts as tfloat32 where torch may use it), by the name
+of the device. There is no guess: for a device that is not in the [table](#peaks), give `peak_flops=`; without it no utilisation
+is logged.
+""",
+}
+
+
+def page() -> str:
+    """Return the page as it should be."""
+    parts = [HEAD]
+    for metrics in KINDS:
+        kind = metrics[0].kind
+        parts += [f"## {kind.capitalize()}\n", *([ABOUT[kind]] if kind in ABOUT else []), _metrics(metrics)]
+    return "\n".join([*parts, "## Peaks\n", _peaks()])
+
+
+def _metrics(metrics: Sequence[Metric]) -> str:
+    rows = ([f"`{each.name}`", each.unit, each.meaning, each.formula] for each in metrics)
+    return _table(["name", "unit", "what it means", "formula"], rows)
+
+
+def _peaks() -> str:
+    dtypes = ("float64", "float32", "tfloat32", "float16", "bfloat16")
+    rows = (
+        [f"`{each.names}`", *(f"{each.teraflops[d]:g}" if d in each.teraflops else "" for d in dtypes), each.source]
+        for each in DEVICES
+    )
+    return (
+        "TFLOP/s of dense matrix products, by the name that the driver gives (a regular expression for all of it).\n\n"
+        + _table(["device", *dtypes, "source"], rows)
+    )
+
+
+def _table(head: Sequence[str], rows: Iterator[list[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(page(), encoding="utf-8")
