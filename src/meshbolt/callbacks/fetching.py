@@ -13,10 +13,15 @@ _ACTIONS = (".train_dataloader_next", ".batch_to_device")
 
 
 class FetchTimer:
-    """Adds up the time for which a Trainer's loop gets batches; validation's are left out by whoever takes the time."""
+    """Adds up the time for which a Trainer's loop gets batches; validation's are left out by whoever takes the time.
+
+    Attributes:
+        under_way: whether it gets one now.
+    """
 
     def __init__(self) -> None:
         """Begin with nothing."""
+        self.under_way = False
         self._seconds, self._since = 0.0, 0.0
 
     def take(self) -> float:
@@ -36,11 +41,12 @@ class FetchTimer:
         def start(action_name: str) -> None:
             starts(action_name)
             if action_name.endswith(_ACTIONS):
-                self._since = perf_counter()
+                self._since, self.under_way = perf_counter(), True
 
         def stop(action_name: str) -> None:
             if action_name.endswith(_ACTIONS):
                 self._seconds += perf_counter() - self._since
+                self.under_way = False
             stops(action_name)
 
         with _replaced(profiler, "start", start), _replaced(profiler, "stop", stop):
