@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
@@ -42,7 +43,7 @@ class Look:
     """
 
     def __init__(self, module: pl.LightningModule, plan: Plan | None) -> None:
-        self._pristine = Pristine(module)
+        self._module, self._pristine = module, Pristine(module)
         self._recompute = Recompute() if plan is None else plan.settings.recompute
         is_used = plan is not None and self._recompute.mode != "none"
         self._blocks = list(plan_units(module, plan.settings.zero).blocks.values()) if plan and is_used else []
@@ -52,19 +53,24 @@ class Look:
             for name, each in module.named_parameters(remove_duplicate=False):
                 self._shapes[name] = shapes.setdefault(id(each), _without_memory(each))
 
-    def flops(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Flops:
+    def is_of(self, module: pl.LightningModule) -> bool:
+        """Return whether it is this module that is remembered."""
+        return module is self._module
+
+    def flops(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> Flops:
         """Return the operations of a batch's forward and backward pass; nothing of the run is changed or waited for.
 
         Args:
-            trainer: that trains the module.
-            module: the same as before, by now in whatever form.
+            trainer: that trains the module, which is by now in whatever form.
             batch: as training_step gets it.
             batch_idx: likewise.
 
         Raises:
             UnsupportedError: the step cannot be looked at, with the reason.
         """
-        device = trainer.strategy.root_device
+        device, module = trainer.strategy.root_device, self._module
+        if not module.automatic_optimization:
+            raise UnsupportedError("with manual optimisation, training_step takes steps of its own")
         before = Snapshot.take(device)
         counter = CountFlops()
         try:
@@ -74,7 +80,7 @@ class Look:
                 enter(calls_unseen(module))
                 enter(_eager())
                 buffers = enter(buffers_apart(module, device=device))
-                enter(self._without_values(module, Foreign(may_change=buffers.values()), device=device))
+                enter(self._without_values(Foreign(may_change=buffers.values()), device=device))
                 enter(attributes_kept(module))
                 enter(_alone(module))
                 enter(_recomputing(self._blocks, self._recompute))
@@ -97,16 +103,16 @@ class Look:
         return counter.counted
 
     @contextmanager
-    def _without_values(self, module: nn.Module, mode: Foreign, *, device: torch.device) -> Iterator[None]:
+    def _without_values(self, mode: Foreign, *, device: torch.device) -> Iterator[None]:
         """Put whole tensors without values in the place of parameters, of which this rank may hold a part, or none."""
         made: dict[int, nn.Parameter] = {}
         held: list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]] = []
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for name, parameter in self._module.named_parameters(remove_duplicate=False):
             shape = self._shapes[name]
             if id(shape) not in made:
                 made[id(shape)] = nn.Parameter(mode.like(shape, device=device), requires_grad=parameter.requires_grad)
             owner, _, key = name.rpartition(".")
-            held.append((module.get_submodule(owner), key, parameter, made[id(shape)]))
+            held.append((self._module.get_submodule(owner), key, parameter, made[id(shape)]))
         try:
             for owner_module, key, _, stand_in in held:
                 setattr(owner_module, key, stand_in)
@@ -120,22 +126,21 @@ class FlopsOfBatches:
     """Counts the operations of the batches of a step, looking once at each form of batch.
 
     Args:
-        look: at the module.
+        look: at the module; None: it never was whole here.
         given: returns the operations of a batch, where the user knows better; None: they are counted.
     """
 
-    def __init__(self, look: Look, *, given: Callable[[Any], float] | None) -> None:
+    def __init__(self, look: Look | None, *, given: Callable[[Any], float] | None) -> None:
         self._look, self._given = look, given
         self._forms: dict[tuple[Any, ...], Flops] = {}
         self._step: Flops | None = Flops()
         self._is_unknown = False
 
-    def count(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, around: Any) -> None:
+    def count(self, trainer: pl.Trainer, batch: Any, batch_idx: int, *, around: Any) -> None:
         """Add a batch to the step.
 
         Args:
             trainer: that trains the module.
-            module: in whatever form.
             batch: as training_step gets it.
             batch_idx: likewise.
             around: a clock, which leaves the time of a look out.
@@ -148,7 +153,7 @@ class FlopsOfBatches:
             form = form_of(batch)
             if form not in self._forms and len(self._forms) < MAX_FORMS:
                 around.begin("pause")
-                self._forms[form] = self._first(trainer, module, batch, batch_idx)
+                self._forms[form] = self._first(trainer, batch, batch_idx)
                 around.begin("between")
             self._step = None if self._is_unknown else self._step + self._of(form)
 
@@ -157,11 +162,11 @@ class FlopsOfBatches:
         step, self._step = self._step, Flops()
         return step
 
-    def _first(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Flops:
+    def _first(self, trainer: pl.Trainer, batch: Any, batch_idx: int) -> Flops:
         try:
-            if not module.automatic_optimization:
-                raise UnsupportedError("with manual optimisation, training_step takes steps of its own")
-            counted = self._look.flops(trainer, module, batch, batch_idx)
+            if self._look is None:
+                raise UnsupportedError(f"{type(trainer.strategy).__name__} may hold the module in parts")
+            counted = self._look.flops(trainer, batch, batch_idx)
         except UnsupportedError as error:
             self._say(str(error))
             return Flops()
@@ -201,8 +206,9 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
 def _step(module: pl.LightningModule, batch: Any, batch_idx: int) -> Any:
     # The class's own: what a strategy has put in its place gathers parameters, which are not there.
     step = type(module).training_step
-    arguments = step.__code__.co_argcount - 1 if hasattr(step, "__code__") else 2
-    return step(module, *(batch, batch_idx)[:arguments])
+    if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):  # as Lightning asks
+        return step(module, batch, batch_idx)
+    return step(module, batch)
 
 
 def _loss_of(output: Any) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
@@ -96,7 +97,6 @@ class ThroughputMonitor(Monitor):
         """Open the records, where it is about to train."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
-            self._look = None
 
     @override
     def before_sharding(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -109,11 +109,13 @@ class ThroughputMonitor(Monitor):
         """Begin to measure."""
         self.latest = {}
         device = trainer.strategy.root_device
-        if self._look is None:  # of a strategy that does not shard the module
-            self._look = Look(pl_module, None)
         peak = self._peak(trainer)
         if peak is None:
             _ask_for_peak(device)
+        if not self._look or not self._look.is_of(pl_module):
+            # Other strategies do not say when a module is whole; it is with these.
+            is_whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+            self._look = Look(pl_module, None) if is_whole else None
         counted = FlopsOfBatches(self._look, given=self.flops)
         self._run = run = _Run(trainer, peak=peak, window=self.window, every=self.every, counted=counted)
         self._watching.enter_context(run.fetching.listening(trainer.profiler))  # type: ignore[attr-defined]
@@ -148,7 +150,7 @@ class ThroughputMonitor(Monitor):
         if self._run is None:
             return
         run = self._run
-        run.counted.count(trainer, pl_module, batch, batch_idx, around=run.clock)
+        run.counted.count(trainer, batch, batch_idx, around=run.clock)
         run.count(batch, tokens=self._tokens_of(batch))
         run.clock.begin("forward")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ DIM, LAYERS, LENGTH, BATCH, STEPS = 16, 4, 16, 4, 5
 PEAK = 1e10
 # For each token: matrix products of the blocks and the head, and attention over all pairs, forwards and twice that backwards.
 PER_TOKEN = 6 * (LAYERS * 12 * DIM**2 + DIM * 256) + 12 * LAYERS * DIM * LENGTH
-LATE_SECONDS = 0.05
+LATE_SECONDS = 0.15
 
 
 class CountCollectives(TorchDispatchMode):
@@ -94,7 +95,7 @@ def fit(
 def monitored(directory: str, ranks: int, settings: dict[str, Any], options: dict[str, Any]) -> list[Record]:
     monitor = ThroughputMonitor(every=2, peak_flops=PEAK)
     fit(directory, ranks, settings, options, [monitor])
-    torch.distributed.barrier() if torch.distributed.is_initialized() else None
+    torch.distributed.barrier()
     return list(read_records(Path(directory) / "meshbolt_records"))
 
 
@@ -167,9 +168,40 @@ def test_what_ranks_wait_for_a_late_one_is_not_taken_for_computation(tmp_path: P
     by_rank = {rank: [each for each in records if each["rank"] == rank] for rank in range(2)}
     exposed = [[each["own"]["exposed_seconds"] for each in by_rank[rank]] for rank in range(2)]
 
-    assert min(exposed[0]) > 0.6 * LATE_SECONDS
-    assert max(exposed[1]) < 0.6 * LATE_SECONDS
+    assert statistics.median(exposed[0]) > 0.8 * LATE_SECONDS
+    assert statistics.median(exposed[1]) < 0.5 * LATE_SECONDS
     assert value(records[0], "exposed_communication_seconds") == pytest.approx((exposed[0][0] + exposed[1][0]) / 2)
+
+
+def fit_twice(directory: str) -> list[float]:
+    torch.manual_seed(1)
+    inputs = torch.randint(0, 256, (8 * BATCH, LENGTH))
+    loader = DataLoader(TensorDataset(inputs, inputs), batch_size=BATCH)
+    module, found = ByteGPT(dim=DIM, num_layers=LAYERS, num_heads=2, max_length=LENGTH), []
+    monitor = ThroughputMonitor()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=MeshStrategy(zero=0, tensor_parallel=2),
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=directory,
+        callbacks=[monitor],
+    )
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(module, loader, loader)
+        found.append(monitor.latest["throughput/step_teraflop"])
+    return found
+
+
+def test_a_second_fit_of_a_module_that_is_divided_by_now_counts_the_same(tmp_path: Path) -> None:
+    expected = BATCH * LENGTH * PER_TOKEN / 1e12
+    assert run_ranks(fit_twice, 2, str(tmp_path)) == [pytest.approx([expected] * 2)] * 2
 
 
 class Plain(Monitor):

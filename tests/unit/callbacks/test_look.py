@@ -52,7 +52,7 @@ class Looking(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.found.append(self.look.flops(trainer, pl_module, batch, batch_idx))
+        self.found.append(self.look.flops(trainer, batch, batch_idx))
 
 
 def fit(module: pl.LightningModule, *callbacks: pl.Callback) -> pl.Trainer:
@@ -169,7 +169,7 @@ class Counting(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.counted.count(trainer, pl_module, batch, batch_idx, around=self.clock)
+        self.counted.count(trainer, batch, batch_idx, around=self.clock)
         self.found.append(self.counted.take())
 
 
@@ -187,6 +187,17 @@ def test_a_step_whose_operations_cannot_be_counted_is_said_once_and_trains(modul
     assert not torch.equal(before, fitted.embedding.weight)
 
 
+def test_a_module_that_never_was_whole_here_is_not_looked_at() -> None:
+    class Elsewhere(Counting):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.counted = FlopsOfBatches(None, given=None)
+
+    counting = Elsewhere()
+    with pytest.warns(UserWarning, match="SingleDeviceStrategy may hold the module in parts"):
+        fit(Module(), counting)
+    assert counting.found == [None] * 4
+
+
 def test_what_the_user_gives_is_taken_and_nothing_is_looked_at() -> None:
     counting = Counting(given=lambda batch: 100 * batch[0].numel())
     fit(Manual(), counting)
@@ -200,16 +211,15 @@ def test_each_form_of_batch_is_looked_at_once_and_beyond_many_the_nearest_counts
     looks = 0
 
     class Counted(Look):
-        def flops(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> Flops:
+        def flops(self, trainer: Any, batch: Any, batch_idx: int) -> Flops:
             nonlocal looks
             looks += 1
             return Flops(model=6.0 * batch.numel())
 
-    module = Module()
-    counted = FlopsOfBatches(Counted(module, None), given=None)
+    counted = FlopsOfBatches(Counted(Module(), None), given=None)
     sizes = [*range(1, MAX_FORMS + 11), 3, 3]
     for size in sizes:
-        counted.count(None, module, torch.zeros(size), 0, around=_Clock())  # type: ignore[arg-type]
+        counted.count(None, torch.zeros(size), 0, around=_Clock())  # type: ignore[arg-type]
     step = counted.take()
     assert step is not None
     assert step.model == pytest.approx(6 * sum(sizes))

@@ -50,7 +50,7 @@ fused attention computes again for its backward pass.
 
 **Two conventions for attention** are in use, and both are logged. `mfu` counts all pairs of positions, as torchtitan and most
 papers do; `mfu_causal` counts half of them where attention is called with `is_causal=True`, as Megatron does. Attention that is
-causal by a mask, or written out as products, counts whole in both.
+causal by a mask, or runs as plain products (written out, or on a CPU with dropout), counts whole in both.
 
 Not traced are steps that read values of parameters or losses (`.item()`, branches on them), communicate by themselves, or
 optimize manually: that is said once, and training goes on. Give the operations of a batch then: `flops=lambda batch: ...`.
@@ -58,6 +58,23 @@ optimize manually: that is said once, and training goes on. Give the operations 
 **The peak** is of dense matrix products in the dtype of the run (float32 counts as tfloat32 where torch may use it), by the name
 of the device. There is no guess: for a device that is not in the [table](#peaks), give `peak_flops=`; without it no utilisation
 is logged.
+""",
+    "memory": """\
+Logged by `MemoryMonitor`, by each rank of itself; `least`, `mean` and `most` compare the ranks, and are logged by rank 0 when
+all have told. Parameters, gradients, state, gathered parameters and buffers are counted by their storages, to the byte.
+Activations and the rest are the difference to what is in use: what torch's allocator has on a GPU, the anonymous memory of the
+process on a CPU, which is Python's and its libraries' too. A tier is named in front of what lies elsewhere: `host_`, of a run on
+GPUs, and `file_`.
+
+The peak of a step is read and reset in each of its phases (`between` two steps, `forward`, `backward`, `optimizer`), so that it
+is never an older one's. Nothing is waited for.
+
+On demand, `monitor.snapshot()` writes `memory_rank_<rank>_step_<step>.json` beside the records: bytes by module and category;
+on GPUs also what the allocator holds, for https://pytorch.org/memory_viz. [What a rank says](memory.md) that runs out of memory.
+""",
+    "offload": """\
+Logged by `OffloadMonitor`, by each rank of itself: see [offload.md](offload.md#what-it-costs-while-it-runs). Bytes of a step are
+what updates have taken and put, the same in every step; bytes per second are of what was on its way meanwhile.
 """,
 }
 
