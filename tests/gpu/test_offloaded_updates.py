@@ -182,7 +182,7 @@ def test_state_in_a_file_is_updated_alike(tmp_path: Path) -> None:
                 give_gradients(optimizer.param_groups[0]["params"], step)
             host.step()
             theirs.step()
-        with host.state_in_memory():
+        with host.state_shown():
             assert_close(mine, theirs)
 
 

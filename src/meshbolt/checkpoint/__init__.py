@@ -12,7 +12,7 @@ layout. Read `save.py` first, then `load.py`.
 from meshbolt.checkpoint.background import BackgroundSaver
 from meshbolt.checkpoint.compare import LoadReport
 from meshbolt.checkpoint.links import make_link
-from meshbolt.checkpoint.load import load_objects, load_tensors
+from meshbolt.checkpoint.load import load_objects, load_tensors, open_tensors
 from meshbolt.checkpoint.metadata import TensorInfo, saved_tensors
 from meshbolt.checkpoint.places import is_checkpoint, remove_directory
 from meshbolt.checkpoint.policy import Checkpoint
@@ -28,6 +28,7 @@ __all__ = [
     "load_objects",
     "load_tensors",
     "make_link",
+    "open_tensors",
     "remove_directory",
     "save_directory",
     "saved_tensors",

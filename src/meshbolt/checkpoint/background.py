@@ -3,7 +3,8 @@
 What a checkpoint promises is what `save.py` promises, for the thread calls it. Here stands what comes before: copies in
 host memory, so that what is written is the state at the call; and what comes after: an error that waits until somebody
 raises it, on all ranks the same, and whatever may only happen once the checkpoint is whole, such as deleting another in
-its favour. One checkpoint is written at a time, which bounds the memory to one copy of this rank's part.
+its favour. One checkpoint is written at a time, which bounds the memory to one copy of this rank's part. What is not in memory
+at all, such as state in a file, is not copied: it is written first, and the call waits for that.
 
 The threads of the ranks talk over a process group of their own: messages of the default group, which training uses at
 the same moment, would be taken for theirs.
@@ -26,7 +27,7 @@ from meshbolt.checkpoint.objects import PackedObjects, pack_objects
 from meshbolt.checkpoint.places import name_of, place_of
 from meshbolt.checkpoint.save import save_directory
 from meshbolt.checkpoint.shards import info_of
-from meshbolt.compat import distributed_tensor, local_tensor
+from meshbolt.compat import StoredTensor, distributed_tensor, local_tensor
 from meshbolt.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class HostCopies:
         """Return copies, each in the layout of its original; those of the time before are overwritten.
 
         Args:
-            tensors: by key; of a DTensor this rank's part is copied.
+            tensors: by key; of a DTensor this rank's part is copied. Those whose values are not in memory stay as they are.
         """
         # A validation may call this in inference mode, whose tensors could not be written to after it.
         with torch.inference_mode(False), torch.no_grad():
@@ -57,6 +58,8 @@ class HostCopies:
 
     def _copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         local = local_tensor(tensor.detach())
+        if isinstance(local, StoredTensor):
+            return tensor
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
             # Pinned memory is what a GPU copies to at full speed, and without being waited for.
@@ -104,7 +107,8 @@ class BackgroundSaver:
 
         Args:
             path: as `save_directory` has it.
-            tensors: as `save_directory` has them; they may change as soon as this returns.
+            tensors: as `save_directory` has them; they may change as soon as this returns. Those whose values are not in memory
+                are written by then.
             objects: likewise.
             storage_options: as `save_directory` has them.
             options: all else that `save_directory` takes but the group.
@@ -130,7 +134,9 @@ class BackgroundSaver:
                 packed = pack_objects(objects)
             copies = self._copies.take(tensors)
             # Started here, where it fails for all if it fails for one; it begins to write when all have come so far.
-            flight.start(lambda: save_directory(name, tensors=copies, objects=packed, **options))
+            flight.start(
+                lambda: save_directory(name, tensors=copies, objects=packed, on_stored=flight.let_go, **options)
+            )
 
         try:
             ranks.each(prepare, failing=f"Checkpoint {place.text!r} cannot be saved")
@@ -139,6 +145,9 @@ class BackgroundSaver:
             raise
         self._flight = flight
         flight.release(go=True)
+        # What is not in memory is not copied either: training would change it under the thread that writes.
+        if any(isinstance(local_tensor(tensor), StoredTensor) for tensor in tensors.values()):
+            flight.wait_for_stored()
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is whole, with all that was to follow; without one, do nothing.
@@ -192,6 +201,7 @@ class _Flight:
         self._ranks = ranks
         self._thread: threading.Thread | None = None
         self._may_begin, self._is_wanted = threading.Event(), False
+        self._has_let_go = threading.Event()
         self._followers: list[Callable[[], None]] | None = []
         self._lock = threading.Lock()
 
@@ -209,6 +219,14 @@ class _Flight:
         """Let the thread write, or end."""
         self._is_wanted = go
         self._may_begin.set()
+
+    def let_go(self) -> None:
+        """Tell that tensors whose values are not in memory are written, or will never be."""
+        self._has_let_go.set()
+
+    def wait_for_stored(self) -> None:
+        """Wait until tensors whose values are not in memory are no longer used."""
+        self._has_let_go.wait()
 
     def join(self) -> None:
         """Wait until the thread has ended."""
@@ -235,6 +253,7 @@ class _Flight:
             if self._ranks.first:
                 _log.error("%s", self.error)
         finally:
+            self.let_go()
             self._close()
         self.landed = self.error is None
 

@@ -7,6 +7,7 @@ know where the values begin, and read them straight into the memory where they a
 from __future__ import annotations
 
 import io
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,22 +19,49 @@ import torch
 from meshbolt.checkpoint.agreement import in_words
 from meshbolt.checkpoint.checksum import BLOCK_BYTES, Checksum, Data
 from meshbolt.checkpoint.manifest import Chunk
+from meshbolt.compat import StoredTensor
 from meshbolt.errors import CheckpointError
+
+_MAP_NORESERVE = (
+    0x4000 if sys.platform == "linux" else 0
+)  # which the standard library has no name for before Python 3.13
 
 
 def write_chunk(stream: IO[bytes], tensor: torch.Tensor, *, offset: int) -> Chunk:
-    """Write a tensor to a file that is open at the chunk's offset, and return what the manifest says of it."""
-    # Bare values: torch would write all of the storage that a tensor shows a part of, and leave flags to the pickle.
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    if plain.untyped_storage().nbytes() != plain.nbytes:
-        plain = plain.clone()
-    chunk = _ChunkStream(stream, values=bytes_of(plain))
+    """Write a tensor to a file that is open at the chunk's offset, and return what the manifest says of it.
+
+    Of one whose values are not in memory there is never more there than the run that is being written.
+    """
+    runs: Iterator[torch.Tensor] | None = None
+    if isinstance(tensor, StoredTensor) and tensor.numel():
+        plain, runs = _never_touched(tensor), tensor.runs()
+    else:
+        # Bare values: torch would write all of the storage that a tensor shows a part of, and leave flags to the pickle.
+        plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        if plain.untyped_storage().nbytes() != plain.nbytes:
+            plain = plain.clone()
+    chunk = _ChunkStream(stream, values=bytes_of(plain), runs=runs)
     # torch's own checksums take longer than the rest of the save, and nothing looks at them.
     with _without_torch_checksums():
         torch.save(plain, cast("IO[bytes]", chunk))
     if chunk.values_at is None:
         raise AssertionError("torch.save has not written the values of a tensor in one piece")
     return Chunk(offset, chunk.length, chunk.values_at, chunk.checksum.hexdigest())
+
+
+def _never_touched(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same shape and dtype for `torch.save` to describe, whose memory nobody reads or writes."""
+    return own_pages(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+
+
+def own_pages(num_bytes: int) -> torch.Tensor:
+    """Return memory (uint8, one dim) that the system gives page by page when it is touched, and has back at once in the end.
+
+    Args:
+        num_bytes: at least 1.
+    """
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 @contextmanager
@@ -62,8 +90,7 @@ def read_values(stream: IO[bytes], *, chunk: Chunk, into: memoryview, verify: bo
     if after < 0:
         raise CheckpointError("it holds fewer values than its metadata says: it is damaged")
     if not verify:
-        stream.seek(chunk.offset + chunk.values)
-        _read_into(stream, into)
+        read_bytes(stream, offset=chunk.offset + chunk.values, into=into)
         return
     checksum = Checksum()
     stream.seek(chunk.offset)
@@ -71,6 +98,21 @@ def read_values(stream: IO[bytes], *, chunk: Chunk, into: memoryview, verify: bo
     _fill(stream, into, checksum=checksum)
     checksum.update(_exactly(stream, after))
     _compare(checksum, chunk)
+
+
+def read_bytes(stream: IO[bytes], *, offset: int, into: memoryview) -> None:
+    """Fill memory from a file.
+
+    Args:
+        stream: the file.
+        offset: where to begin.
+        into: as many bytes as are wanted.
+
+    Raises:
+        CheckpointError: the file ends early.
+    """
+    stream.seek(offset)
+    _read_into(stream, into)
 
 
 def check_chunk(stream: IO[bytes], *, chunk: Chunk, num_bytes: int) -> None:
@@ -157,13 +199,14 @@ def _exactly(stream: IO[bytes], num_bytes: int) -> bytes:
 class _ChunkStream(io.RawIOBase):
     """What `torch.save` writes to: passes on to the file, keeps the checksum and notes where the values are."""
 
-    def __init__(self, raw: IO[bytes], *, values: memoryview) -> None:
+    def __init__(self, raw: IO[bytes], *, values: memoryview, runs: Iterator[torch.Tensor] | None) -> None:
         super().__init__()
         self.checksum = Checksum()
         self.length = 0
         self.values_at = None if len(values) else 0
         self._raw = raw
         self._values = values
+        self._runs = runs
 
     def writable(self) -> bool:
         """Return True."""
@@ -172,13 +215,31 @@ class _ChunkStream(io.RawIOBase):
     def write(self, data: Data) -> int:  # type: ignore[override]
         """Write all of the data."""
         view = memoryview(data).cast("B")
-        if self.values_at is None and _same(view, self._values):
+        if self.values_at is None and self._is_values(view):
             self.values_at = self.length
+            if self._runs is not None:
+                self._write_runs(self._runs, len(view))
+                return len(view)
+        self._write(view)
+        return len(view)
+
+    def _is_values(self, view: memoryview) -> bool:
+        if self._runs is not None:
+            return len(view) == len(self._values) and _address(view) == _address(self._values)
+        return _same(view, self._values)
+
+    def _write_runs(self, runs: Iterator[torch.Tensor], num_bytes: int) -> None:
+        end = self.length + num_bytes
+        for run in runs:
+            self._write(bytes_of(run.contiguous()))
+        if self.length != end:
+            raise CheckpointError(f"of {num_bytes} bytes of a tensor {num_bytes - end + self.length} were read")
+
+    def _write(self, view: memoryview) -> None:
         for block in self.checksum.blocks(len(view)):
             self.checksum.update(view[block])
             self._raw.write(view[block])
         self.length += len(view)
-        return len(view)
 
 
 def _same(one: memoryview, other: memoryview) -> bool:

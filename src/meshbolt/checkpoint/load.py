@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import DTensor
 
 from meshbolt.checkpoint.agreement import Ranks, ReplacedError
 from meshbolt.checkpoint.compare import LoadReport, compare, merge
@@ -22,6 +23,7 @@ from meshbolt.checkpoint.objects import read_objects
 from meshbolt.checkpoint.places import place_of
 from meshbolt.checkpoint.shards import info_of, read_shards
 from meshbolt.checkpoint.storage import Found, Place, check_sizes
+from meshbolt.checkpoint.stored import StoredReader
 from meshbolt.errors import CheckpointError
 
 T = TypeVar("T")
@@ -106,6 +108,41 @@ def load_tensors(
     return _once_more_if_replaced(read)
 
 
+def open_tensors(
+    path: str | os.PathLike[str],
+    wanted: Mapping[str, DTensor | None],
+    *,
+    verify: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return tensors of a checkpoint that stay there, and are read when they are used; a collective of all ranks.
+
+    Their values are not in memory (`StoredTensor`; of a DTensor, this rank's part). Used once, each takes two ways through the
+    checkpoint: here what they need is read to compare its checksums. Then nobody compares it again.
+
+    Args:
+        path: the checkpoint's directory, or its URL.
+        wanted: by key, a tensor of the same shape in whose layout each is wanted; None: whole.
+        verify: compare the checksums now.
+        storage_options: what fsspec passes to the file system of a URL, such as credentials.
+        group: the ranks that load, with a CPU backend; None for all, or for a single process.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or has no such tensors; the same on every rank.
+    """
+    ranks, place = Ranks(group), place_of(path, storage_options=storage_options)
+
+    def read() -> dict[str, torch.Tensor]:
+        reading = _open(place, ranks=ranks, verify=verify)
+        metadata = ranks.agree(reading.metadata, failing=reading.failing)
+        opened = ranks.agree(lambda: reading.stored(wanted, metadata=metadata), failing=reading.failing)
+        ranks.each(reading.check_unchanged, failing=reading.failing)
+        return opened
+
+    return _once_more_if_replaced(read)
+
+
 def _once_more_if_replaced(read: Callable[[], T]) -> T:
     try:
         return read()
@@ -175,6 +212,13 @@ class _Reading:
         if strange:
             raise CheckpointError(f"its tensors lie in files that its {FILE_NAME} does not name: {sorted(strange)}")
         return metadata
+
+    def stored(self, wanted: Mapping[str, DTensor | None], *, metadata: Metadata) -> dict[str, torch.Tensor]:
+        """Return tensors that stay where they are, and are not damaged there."""
+        with self.as_long_as_it_is_there():
+            found = self.found
+            reader = StoredReader(found.files, manifest=found.manifest, metadata=metadata, verify=self.verify)
+            return reader.open(wanted)
 
     def fill(self, into: Mapping[str, torch.Tensor], *, metadata: Metadata, fresh: Collection[str]) -> None:
         """Fill tensors that fit; a collective of all ranks."""

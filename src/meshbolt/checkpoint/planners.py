@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 
-from meshbolt.compat import local_tensor, own_pieces
+from meshbolt.compat import StoredTensor, local_tensor, own_pieces
 from meshbolt.errors import CheckpointError
 
 
@@ -79,7 +79,11 @@ def _chunks_of(tensor: torch.Tensor) -> list[tuple[torch.Size, torch.Tensor]]:
     if not isinstance(tensor, DTensor) or not tensor.numel():  # somebody has to write what has no values
         return [(torch.Size([0] * tensor.dim()), local_tensor(tensor))]
     part = local_tensor(tensor)
-    return [(torch.Size(run.start for run in there), part[here]) for here, there in own_pieces(tensor)]
+    return [(torch.Size(run.start for run in there), _part_of(part, here)) for here, there in own_pieces(tensor)]
+
+
+def _part_of(tensor: torch.Tensor, place: tuple[slice, ...]) -> torch.Tensor:
+    return tensor.part(place) if isinstance(tensor, StoredTensor) else tensor[place]
 
 
 def _chunk_of(tensor: torch.Tensor, index: MetadataIndex) -> torch.Tensor:

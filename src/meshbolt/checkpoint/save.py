@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ def save_directory(
     keep_partial: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     group: dist.ProcessGroup | None = None,
+    on_stored: Callable[[], None] | None = None,
 ) -> None:
     """Save a checkpoint; a collective of all ranks, which returns when the checkpoint is whole and on the disk.
 
@@ -53,6 +54,8 @@ def save_directory(
         keep_partial: where the save fails, keep what was written of it, and of earlier ones that failed.
         storage_options: what fsspec passes to the file system of a URL, such as credentials.
         group: the ranks that save, with a CPU backend; None for all, or for a single process.
+        on_stored: called once this rank has written those tensors whose values are not in memory, which comes first; not
+            where the save fails before.
 
     Raises:
         CheckpointError: some rank could not save; the same on every rank that lives.
@@ -77,7 +80,7 @@ def save_directory(
     try:
         own = ranks.each(lambda: save.prepare(tensors, objects=objects), failing=failing)[0]
         files = ranks.agree(lambda: place.files_of(save_id), failing=failing)
-        written = write_shards(files, tensors=tensors, ranks=ranks, failing=failing)
+        written = write_shards(files, tensors=tensors, ranks=ranks, failing=failing, on_stored=on_stored)
         parts = ranks.each(lambda: save.settle(written), failing=failing)
         committing = f"Checkpoint {place.text!r} is the old or the new one, each whole, but its commit failed"
         ranks.each(lambda: save.commit(own, parts=parts, metadata=written.metadata), failing=committing)

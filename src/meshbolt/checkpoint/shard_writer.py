@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Callable
 from typing import IO, Any
 
 import torch
@@ -18,6 +19,7 @@ from meshbolt.checkpoint.chunks import naming_file, write_chunk
 from meshbolt.checkpoint.manifest import Chunk, FileRecord
 from meshbolt.checkpoint.metadata import FILE_NAME
 from meshbolt.checkpoint.storage import Files, write_file
+from meshbolt.compat import StoredTensor
 from meshbolt.errors import CheckpointError
 
 
@@ -29,7 +31,15 @@ class ShardWriter(StorageWriter):
         begun: keys of the tensors whose first element is among it.
     """
 
-    def __init__(self, files: Files, *, rank: int) -> None:
+    def __init__(self, files: Files, *, rank: int, on_stored: Callable[[], None] | None = None) -> None:
+        """Prepare.
+
+        Args:
+            files: where to.
+            rank: of this process.
+            on_stored: called once all is written whose values are not in memory, which comes first.
+        """
+        self._on_stored = on_stored
         self.records: dict[str, FileRecord] = {}
         self.begun: list[str] = []
         self._files = files
@@ -53,10 +63,16 @@ class ShardWriter(StorageWriter):
         """Write this rank's file and have it on the storage."""
         name = f"__{self._rank}_0.distcp"  # as torch names them
         chunks: list[Chunk] = []
+        found = [(item, planner.resolve_data(item)) for item in plan.items]
+        found.sort(key=lambda pair: not isinstance(pair[1], StoredTensor))
+        stored = sum(isinstance(data, StoredTensor) for _, data in found)
         with naming_file(name), self._files.open(name, "wb") as stream:
-            for item in plan.items:
+            for number, (item, data) in enumerate(found):
+                if number == stored:
+                    self._stored_is_written()
                 end = chunks[-1].offset + chunks[-1].length if chunks else 0
-                chunks.append(self.write_item(stream, planner.resolve_data(item), item, offset=end))
+                chunks.append(self.write_item(stream, data, item, offset=end))
+            self._stored_is_written()
         self.records[name] = FileRecord(sum(chunk.length for chunk in chunks), tuple(chunks))
         self.begun = [item.index.fqn for item in plan.items if not any(item.index.offset or ())]
         results = [
@@ -65,11 +81,15 @@ class ShardWriter(StorageWriter):
                 size_in_bytes=chunk.length,
                 storage_data=_StorageInfo(name, chunk.offset, chunk.length),
             )
-            for item, chunk in zip(plan.items, chunks, strict=True)
+            for (item, _), chunk in zip(found, chunks, strict=True)
         ]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
+
+    def _stored_is_written(self) -> None:
+        if self._on_stored is not None:
+            self._on_stored()
 
     def write_item(self, stream: IO[bytes], data: torch.Tensor | io.BytesIO, item: WriteItem, *, offset: int) -> Chunk:
         """Write what the plan has one item for, and return what the manifest says of it.

@@ -73,7 +73,14 @@ def info_of(key: str, tensor: Any) -> TensorInfo:
     return TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
 
 
-def write_shards(files: Path | Files, *, tensors: Mapping[str, torch.Tensor], ranks: Ranks, failing: str) -> Written:
+def write_shards(
+    files: Path | Files,
+    *,
+    tensors: Mapping[str, torch.Tensor],
+    ranks: Ranks,
+    failing: str,
+    on_stored: Callable[[], None] | None = None,
+) -> Written:
     """Write this rank's part of the tensors and have it on the storage; a collective of all ranks.
 
     Args:
@@ -81,6 +88,7 @@ def write_shards(files: Path | Files, *, tensors: Mapping[str, torch.Tensor], ra
         tensors: by key; a plain tensor under a key of several ranks is the same on each.
         ranks: who writes.
         failing: how an error's message begins.
+        on_stored: called once this rank has written what has its values not in memory (`StoredTensor`), which comes first.
 
     Returns:
         What this rank wrote.
@@ -88,7 +96,7 @@ def write_shards(files: Path | Files, *, tensors: Mapping[str, torch.Tensor], ra
     Raises:
         CheckpointError: some rank could not write; the same on every rank that lives.
     """
-    writer = ShardWriter(files_at(files), rank=ranks.rank)
+    writer = ShardWriter(files_at(files), rank=ranks.rank, on_stored=on_stored)
     with _errors_of_dcp(ranks, failing=failing):
         metadata = dcp_save(dict(tensors), storage_writer=writer, planner=PartsToSave(), process_group=ranks.group)
     placements = {key: placement_of(tensors[key]) for key in writer.begun}

@@ -478,7 +478,7 @@ class MeshCore(DataParallelRanks):
 
     def _load(self, path: str, into: LoadInto, *, weights_only: bool | None) -> Loaded:
         if self.settings.offload.optimizer is not None:
-            into = dataclasses.replace(into, state_device=torch.device("cpu"))
+            into = dataclasses.replace(into, state_moves=True)
         return self._saving.load(path, into, weights_only=weights_only, group=self._control_group)
 
     def _take_random_state(self, loaded: Loaded) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, saved_tensors
+from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, open_tensors, saved_tensors
 from meshbolt.checkpoint.agreement import Ranks
 from meshbolt.checkpoint.chunks import bytes_of
 from meshbolt.checkpoint.optimizers import OWN, owners_in
@@ -50,7 +50,8 @@ class LoadInto:
             but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
         resumes: it is read for a run that goes on where the saved one goes back to, such as the beginning of a window.
-        state_device: where the state of optimizers is read to; None: to its parameters.
+        state_moves: the state of optimizers is copied to another place next; it stays in the checkpoint till then, and its
+            tensors are read when they are used.
     """
 
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -58,7 +59,7 @@ class LoadInto:
     check: Callable[[Loaded], object] = _nothing_to_check
     leave_out: frozenset[str] = field(default=frozenset())
     resumes: bool = False
-    state_device: torch.device | None = None
+    state_moves: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,13 +258,23 @@ def load_tree(
     if into.resumes:
         own.insert(0, _prefix(_RESUMED, coordinate if same_ranks else 0))
     places = {key: next((p + key for p in own if p + key in saved), key) for key in markers(objects)}
-    tensors = _room(places, saved, sharded=set(notes.get("sharded", ())), owners=owners_in(objects), into=into)
+    states = owners_in(objects)
+    owners = _owners(places, saved, sharded=set(notes.get("sharded", ())), states=states, into=into)
+    stay = {key for key in states if into.state_moves and _may_stay(saved[places[key]], owners[key])}
+    tensors = {
+        key: empty_like_saved(torch.Size(saved[place].shape), saved[place].dtype, owners[key])
+        for key, place in places.items()
+        if key not in stay
+    }
     random_keys = [key for key in saved if prefix and key.startswith(prefix)]
     random_state = {key: torch.empty(saved[key].shape, dtype=saved[key].dtype) for key in random_keys}
     held = {places[key]: tensor for key, tensor in tensors.items() if not held_elsewhere(tensor)}
     asked = {**held, **random_state}
+    options: dict[str, Any] = {"verify": plan.settings.checkpoint.verify, "group": group}
     # Nothing is unexpected, since the objects name what is read; and all of it was made for this load.
-    load_tensors(path, asked, prefix=(), verify=plan.settings.checkpoint.verify, fresh=asked.keys(), group=group)
+    load_tensors(path, asked, prefix=(), fresh=asked.keys(), **options)
+    if into.state_moves:
+        tensors |= open_tensors(path, {key: _layout(saved[key], owners[key]) for key in sorted(stay)}, **options)
     return Loaded(
         tree=_joined(objects, tensors),
         notes=notes,
@@ -281,36 +292,41 @@ def _joined(objects: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     return {key: join_tensors(value, tensors) for key, value in objects.items()}
 
 
-def _room(
+def _owners(
     places: Mapping[str, str],
     saved: Mapping[str, TensorInfo],
     *,
     sharded: set[str],
-    owners: Mapping[str, str],
+    states: Mapping[str, str],
     into: LoadInto,
-) -> dict[str, torch.Tensor]:
-    """Return tensors to read into, of the shapes and dtypes that were saved, in the layout of what they belong to.
-
-    Of what belongs to a tensor that another stage holds they are placeholders.
+) -> dict[str, torch.Tensor | None]:
+    """Return, by key in the tree, the tensor in whose layout each is read; None: whole.
 
     Args:
         places: the key under which each was saved, by its key in the tree.
         saved: what is known of them.
         sharded: keys of those that were sharded.
-        owners: the name of its parameter, by the key of what is an optimizer's state.
+        states: the name of its parameter, by the key of what is an optimizer's state.
         into: what they belong to.
     """
-    room = {}
+    owners: dict[str, torch.Tensor | None] = {}
     for key, place in places.items():
-        shape = torch.Size(saved[place].shape)
         owner = into.weights.get(key)
         if owner is None:
-            owner = _trained_elsewhere(key, owners.get(key), into.parameters)
+            owner = _trained_elsewhere(key, states.get(key), into.parameters)
         if owner is None and key in sharded:
-            owner = _owner(key, shape, into.parameters)
-        on = into.state_device if key in owners else None
-        room[key] = empty_like_saved(shape, saved[place].dtype, owner, on=on)
-    return room
+            owner = _owner(key, torch.Size(saved[place].shape), into.parameters)
+        owners[key] = owner
+    return owners
+
+
+def _may_stay(info: TensorInfo, owner: torch.Tensor | None) -> bool:
+    """Return whether an optimizer's tensor may stay in the checkpoint for now: this rank needs it, and it is no count."""
+    return bool(info.shape) and not (owner is not None and held_elsewhere(owner))
+
+
+def _layout(info: TensorInfo, owner: torch.Tensor | None) -> DTensor | None:
+    return owner if isinstance(owner, DTensor) and tuple(owner.shape) == info.shape else None
 
 
 def _prefix(kind: str, coordinate: int) -> str:

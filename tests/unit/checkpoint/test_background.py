@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from meshbolt.checkpoint import (
     load_objects,
     load_tensors,
     remove_directory,
+    shard_writer,
     verify_checkpoint,
 )
 from meshbolt.checkpoint.background import HostCopies
+from meshbolt.compat import StoredTensor
 from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 
 
@@ -265,3 +267,50 @@ def test_what_follows_and_fails_is_an_error_too(tmp_path: Path, gate: Gate) -> N
     ):
         saver.wait()
     assert is_checkpoint(tmp_path / "a.ckpt")
+
+
+class InThree:
+    """Values in three runs."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def read(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        yield from (self.values[at : at + 1].clone() for at in range(start, stop))
+
+
+def test_what_is_not_in_memory_is_written_before_the_call_returns_and_all_else_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, write = threading.Event(), shard_writer.write_chunk
+
+    def write_later(stream: Any, tensor: torch.Tensor, **options: Any) -> Any:
+        if not isinstance(tensor, StoredTensor):
+            assert opened.wait(10)
+        return write(stream, tensor, **options)
+
+    monkeypatch.setattr(shard_writer, "write_chunk", write_later)
+    saver, store = BackgroundSaver(), InThree(torch.full((3,), 5.0))
+    tensors = {"a": torch.ones(3), "w": StoredTensor(store, shape=(3,), dtype=torch.float32), "z": torch.ones(3)}
+    saver.save(tmp_path / "a", tensors=tensors, objects={})
+    assert saver.pending
+    store.values.fill_(-1)
+    opened.set()
+    saver.wait()
+    found = {key: torch.zeros(3) for key in tensors}
+    load_tensors(tmp_path / "a", found)
+    assert [float(tensor[0]) for tensor in found.values()] == [1.0, 5.0, 1.0]
+
+
+def test_a_save_that_fails_does_not_wait_for_what_is_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(background, "save_directory", fails)
+    saver = BackgroundSaver()
+    stored = StoredTensor(InThree(torch.ones(3)), shape=(3,), dtype=torch.float32)
+    saver.save(tmp_path / "a", tensors={"w": stored}, objects={})
+    with pytest.raises(CheckpointError, match="No space left"):
+        saver.wait()

@@ -74,8 +74,8 @@ def test_a_file_updates_as_memory_does(name: str, tmp_path: Path) -> None:
         columns = {"exp_avg", "exp_avg_sq", "momentum_buffer", "sum"}
         assert not columns & set(mine.state[params[1]])
         with host.state_shown():
-            written = tier.files[0].traffic.written_bytes
             assert_same(mine, theirs)
+            written = tier.files[0].traffic.written_bytes  # those of the last step among them
         assert not columns & set(mine.state[params[1]])
         assert tier.files[0].traffic.written_bytes == written  # nothing was changed
         other = theirs.param_groups[0]["params"][1]
