@@ -9,16 +9,22 @@ it here, and give it a page in the docs. Read `ema.py` first.
 
 from meshbolt.callbacks.closing_table import ClosingTable
 from meshbolt.callbacks.ema import ExponentialMovingAverage
+from meshbolt.callbacks.memory import MemoryMonitor
 from meshbolt.callbacks.offload import OffloadMonitor
 from meshbolt.callbacks.pipeline_timeline import PipelineTimeline
 from meshbolt.callbacks.progress import LogProgress
+from meshbolt.callbacks.ranks import RankMonitor
 from meshbolt.callbacks.throughput import ThroughputMonitor
+from meshbolt.callbacks.watchdog import Watchdog
 
 __all__ = [
     "ClosingTable",
     "ExponentialMovingAverage",
     "LogProgress",
+    "MemoryMonitor",
     "OffloadMonitor",
     "PipelineTimeline",
+    "RankMonitor",
     "ThroughputMonitor",
+    "Watchdog",
 ]

@@ -19,6 +19,7 @@ from typing_extensions import override
 from meshbolt.callbacks.amount import Amount, amount_in, data_parallel_size
 from meshbolt.callbacks.console import print_table
 from meshbolt.callbacks.describe import describe_ranks, describe_strategy
+from meshbolt.monitoring.memory import peak_before_resets
 from meshbolt.plugins import Onlooker
 from meshbolt.units import format_bytes, format_seconds
 
@@ -147,6 +148,10 @@ def peak_memory_bytes(device: torch.device) -> int:
     Args:
         device: this rank's.
     """
+    return max(_peak_memory_bytes(device), peak_before_resets(device))
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

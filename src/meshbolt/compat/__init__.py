@@ -2,9 +2,9 @@
 
 May import: `errors`. `tensors.py` has what belongs to no unit, `connections.py` what lies between ranks, `exiting.py` what
 threads of torch still do at the end, `halves.py` how torch's pipelines halve a backward pass, `hosted.py` shards in other memory,
-`parts.py` where the parts of a DTensor lie, `recorder.py` the last collectives, `units.py` what FSDP2 knows of a unit, `waits.py`
-where a rank waits for others; everybody
-imports from here. The tests of this folder run on every supported version of torch.
+`memory.py` what FSDP2 and a GPU's allocator hold, `parts.py` where the parts of a DTensor lie, `recorder.py` the last
+collectives, `units.py` what FSDP2 knows of a unit, `waits.py` where a rank waits for others; everybody imports from here. The
+tests of this folder run on every supported version of torch.
 """
 
 import torch
@@ -28,6 +28,8 @@ from meshbolt.compat.memory import (
     cast_dtype,
     dump_allocator,
     gathered_tensors,
+    peak_allocated,
+    reset_peak,
     whole_gradients,
 )
 from meshbolt.compat.parts import divided_placement, own_pieces, sections_of, whole_of
@@ -161,6 +163,7 @@ __all__ = [
     "outdate",
     "own_pieces",
     "part_of_file",
+    "peak_allocated",
     "pin_host_memory",
     "plain_calls",
     "queue_after_backward",
@@ -168,6 +171,7 @@ __all__ = [
     "reduce_gradients",
     "replicate",
     "reset_after_error",
+    "reset_peak",
     "reshard",
     "same_bytes",
     "schedule_class",

@@ -78,6 +78,25 @@ def allocator_figures(device: torch.device) -> AllocatorFigures:
     )
 
 
+# By number of the GPU, the highest peaks that resets of this process have ended.
+_peaks: dict[int, int] = {}
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the allocator's peak of a GPU begin anew, for `allocator_figures`; `peak_allocated` still knows it."""
+    _peaks[_number(device)] = peak_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_allocated(device: torch.device) -> int:
+    """Return the most that tensors of this process have taken on a GPU, whoever has had the peak begin anew by `reset_peak`."""
+    return max(_peaks.get(_number(device), 0), allocator_figures(device).peak_bytes)
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def dump_allocator(path: Path) -> None:
     """Write what the allocators of all GPUs hold, block by block, in the form that https://pytorch.org/memory_viz shows."""
     torch.cuda.memory._dump_snapshot(str(path))

@@ -96,7 +96,9 @@ def held_memory(engine: Engine, optimizers: Iterable[Optimizer]) -> HeldMemory:
 
 def gathered_bytes(engine: Engine) -> int:
     """Return what whole parameters take now that are gathered."""
-    return HeldMemory(_Count(engine).gathered()).total()
+    # Asked often; what passes between ranks is shared by all units.
+    storages = {storage_identity(t): t for unit in units_of(engine).values() for t in compat.gathered_tensors(unit)}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def unit_bytes(engine: Engine) -> Mapping[str, int]:
@@ -133,19 +135,19 @@ class _Count:
         yield from self._gradients()
         for optimizer in optimizers:
             yield from self._optimizer(optimizer)
-        yield from self.gathered()
-        for name, buffer in self._engine.module.named_buffers():
-            yield from self._one("buffers", name, buffer)
-
-    def gathered(self) -> Iterator[Held]:
-        """Yield whole parameters."""
         for name, unit in self._units.items():
             for tensor in compat.gathered_tensors(unit):
                 yield from self._one("gathered", name, tensor)
+        for name, buffer in self._engine.module.named_buffers():
+            yield from self._one("buffers", name, buffer)
 
     def _parameters(self) -> Iterator[Held]:
+        file = self._engine._hosted.file
+        in_file = {p for unit in self._units.values() for p in compat.managed_parameters(unit)} if file else set()
         for parameter, name in self._names.items():
-            yield from self._one("parameters", name, parameter)
+            yield from self._one("parameters", name, parameter, tier="file" if parameter in in_file else None)
+        if file is not None:
+            yield Held("parameters", self._tier("cpu"), "buffers of files", file.buffer_bytes)
 
     def _gradients(self) -> Iterator[Held]:
         for parameter, name in self._names.items():
@@ -162,22 +164,21 @@ class _Count:
             # What `state` shows of it are views.
             self._seen |= column_storages(offloaded)
             for place, owner, num_bytes in held_by(offloaded):
-                tier: Tier = "device" if place == "host" and self._engine.device.type == "cpu" else place
-                yield Held("optimizer", tier, owner, num_bytes)
+                yield Held("optimizer", self._tier("cpu") if place == "host" else place, owner, num_bytes)
         names: Mapping[Any, str] = self._names
         for parameter, state in optimizer.state.items():
             for value in state.values() if isinstance(state, dict) else ():
                 if isinstance(value, torch.Tensor):
                     yield from self._one("optimizer", names.get(parameter, "the optimizer"), value)
 
-    def _one(self, category: Category, owner: str, tensor: torch.Tensor) -> Iterator[Held]:
+    def _one(self, category: Category, owner: str, tensor: torch.Tensor, *, tier: Tier | None = None) -> Iterator[Held]:
         if held_elsewhere(tensor):
             return
         local = local_tensor(tensor)
         storage = local.untyped_storage()
         if storage_identity(local) not in self._seen:
             self._seen.add(storage_identity(local))
-            yield Held(category, self._tier(local.device.type), owner, storage.nbytes())
+            yield Held(category, tier or self._tier(local.device.type), owner, storage.nbytes())
 
     def _tier(self, device_type: str) -> Tier:
         return "host" if device_type == "cpu" and self._engine.device.type != "cpu" else "device"

@@ -28,7 +28,8 @@ def held_by(offloaded: OffloadedOptimizer) -> Iterator[tuple[Place, str, int]]:
         else:
             yield "host", section.unit, section.num_bytes
     if isinstance(tier, FileTier):
-        yield "host", "buffers of files", sum(stream.buffer_bytes for _, _, stream in tier._files)
+        buffers = [buffer for _, _, stream in tier._files for buffer in stream._buffers]
+        yield "host", "buffers of files", sum(buffer.untyped_storage().nbytes() for buffer in buffers)
     for transfers in dict.fromkeys(offloaded._transfers.values()):
         if isinstance(transfers, GpuToHost):
             incoming = [*transfers._free, *transfers._coming.values()]

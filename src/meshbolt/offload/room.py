@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from meshbolt.compat import peak_allocated
 from meshbolt.errors import StorageError
 from meshbolt.offload.planning import Needs
 from meshbolt.offload.scratch import disk_of
@@ -73,7 +74,7 @@ def spare_bytes(device: torch.device, *, ranks: int) -> int:
     if device.type == "cpu":
         return max(0, free_memory_bytes() - psutil.virtual_memory().total // _KEPT) // ranks
     free, total = torch.cuda.mem_get_info(device)
-    spare = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) - total // _KEPT
+    spare = free + torch.cuda.memory_reserved(device) - peak_allocated(device) - total // _KEPT
     return max(0, spare) // -(-ranks // torch.cuda.device_count())
 
 

@@ -185,11 +185,11 @@ def test_a_trace_has_what_ran_in_its_steps_and_loggers_hear_of_the_rest(tmp_path
     assert len(rows) == 1 + 3
 
 
-def refused() -> str:
+def refused(folder: str) -> str:
     with pytest.raises(ValueError, match="nothing is"):
-        fit(Net(), {}, OffloadMonitor())
+        fit(Net(), {}, OffloadMonitor(directory=folder))
     return "refused"
 
 
-def test_nothing_to_measure_is_said() -> None:
-    assert run_ranks(refused, 1) == ["refused"]
+def test_nothing_to_measure_is_said(tmp_path: Path) -> None:
+    assert run_ranks(refused, 1, str(tmp_path)) == ["refused"]

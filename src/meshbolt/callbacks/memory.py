@@ -1,0 +1,341 @@
+"""What a rank's memory holds in a step, by category, and what to do where there is too little of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from meshbolt.callbacks.amount import samples_in
+from meshbolt.callbacks.memory_of_step import MemoryOfStep, Phase
+from meshbolt.callbacks.monitoring import Moment, Monitor
+from meshbolt.callbacks.out_of_memory import Failure, asked_for, is_out_of_memory
+from meshbolt.callbacks.summing import LateSums
+from meshbolt.compat import dump_allocator
+from meshbolt.engine import Engine
+from meshbolt.engine.compose import ROOT
+from meshbolt.engine.memory import CATEGORIES, HeldMemory, Tier, held_memory, unit_bytes
+from meshbolt.engine.savings import Load, savings, state_bytes
+from meshbolt.errors import ConfigError
+from meshbolt.monitoring import Value
+from meshbolt.monitoring.memory import Usage, process_bytes
+
+_IN_WORDS: Mapping[Phase, str] = {
+    "between": "what comes between two steps",
+    "forward": "the forward pass",
+    "backward": "the backward pass",
+    "optimizer": "the step of the optimizer",
+}
+_ELSEWHERE = ("parameters", "gradients", "optimizer")
+
+
+class MemoryMonitor(Monitor):
+    """Log what each rank's memory holds, exact to the byte where meshbolt owns it, with the peak of a step and its phase.
+
+    Parameters, gradients, state of optimizers, gathered parameters and buffers are what their storages take on the device, in
+    host memory and in files; activations and the rest are what is in use beside them: what torch's allocator has on a GPU, the
+    anonymous memory of the process on a CPU. Nothing is waited for. Peaks are reset in each phase, so that
+    `torch.cuda.max_memory_allocated` starts anew with them.
+
+    A rank that runs out of memory says where it was, who holds what, and which settings would save how much; the error goes on.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from meshbolt.callbacks import MemoryMonitor
+        >>> trainer = Trainer(strategy="zero3", accelerator="cpu", devices=2, callbacks=[MemoryMonitor(every=20)])
+    """
+
+    kind = "memory"
+
+    def __init__(self, *, every: int = 10, directory: str | Path | None = None) -> None:
+        """Take the settings.
+
+        Args:
+            every: steps of the optimizer between two logs.
+            directory: of the records, and of what `snapshot` writes; None: "meshbolt_records" in the run's directory.
+        """
+        super().__init__(every=every, directory=directory)
+        self._run: _Run | None = None
+
+    # A run begins and ends ----------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure.
+
+        Raises:
+            ConfigError: the strategy is not meshbolt's.
+        """
+        engine = getattr(trainer.strategy, "engine", None)
+        if not isinstance(engine, Engine):
+            raise ConfigError(
+                f"MemoryMonitor knows what MeshStrategy holds, and the strategy is {type(trainer.strategy).__name__}. Use "
+                "meshbolt's, or leave the callback out."
+            )
+        self._run = _Run(trainer, engine)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop."""
+        if self._run is not None:
+            self._tell_of_all(trainer, wait=True)
+            self._run.sums.close()
+            self._run.step.close()
+        self._run = None
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say what to do, if there was too little memory."""
+        run, self._run = self._run, None
+        if run is not None and is_out_of_memory(exception):
+            text = _failure(trainer, run, exception).text()
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+            if self.records is not None:
+                self.records.write(
+                    "event", step=trainer.global_step, values={"what": "out_of_memory", "text": text.splitlines()[0]}
+                )
+                self._write_snapshot(trainer, run)
+        if run is not None:
+            run.step.close()
+
+    def snapshot(self) -> Path:
+        """Write what this rank holds now, by module and category, to a file beside the records; return its path.
+
+        On GPUs, what torch's allocators hold is written beside it, with the ending ".pickle", for https://pytorch.org/memory_viz.
+        Call `torch.cuda.memory._record_memory_history()` early in the run to have it say who allocated it.
+
+        Raises:
+            ConfigError: no training is under way.
+        """
+        if self._run is None or self.records is None:
+            raise ConfigError(
+                "MemoryMonitor.snapshot() was called outside of training. Call it in a hook of a training step."
+            )
+        return self._write_snapshot(self._run.trainer, self._run)
+
+    # A step -------------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note that a forward pass begins."""
+        if self._run is not None:
+            self._run.samples = samples_in(batch)
+            self._run.step.enter("forward")
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Note what is held between forward and backward."""
+        if (run := self._run) is not None:
+            usage = run.step.enter("backward")
+            if self._is_measured(trainer, run):
+                run.step.note_forward(usage, run.held())
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the backward pass is over."""
+        if self._run is not None:
+            self._run.step.enter("between")
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note what gradients take."""
+        if (run := self._run) is not None:
+            run.step.enter("optimizer")
+            if self._is_measured(trainer, run):
+                run.at_step = run.held()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, where a step was taken and it is time to."""
+        if (run := self._run) is None:
+            return
+        self._tell_of_all(trainer)
+        usage = run.step.enter("between")
+        if trainer.global_step == run.steps:
+            return
+        is_measured = self._is_measured(trainer, run)
+        run.step.end_step(run.steps)
+        run.steps = trainer.global_step
+        if is_measured:
+            held = run.held()
+            run.step.note_rest(usage, held)
+            if self.is_due(trainer.global_step):
+                self._log(trainer, run, usage, held)
+
+    def _is_measured(self, trainer: pl.Trainer, run: _Run) -> bool:
+        """Return whether the step that is taken now is looked at closely: the first one, and those that are logged."""
+        return run.steps == run.first_step or any(self.is_due(run.steps + more) for more in run.optimizers_in_step)
+
+    def _log(self, trainer: pl.Trainer, run: _Run, usage: Usage, held: HeldMemory) -> None:
+        values = {**run.values(usage, held), **run.step.values()}
+        self.report(trainer, values)
+        rank = trainer.global_rank
+        self._tell_of_all(trainer, wait=True)
+        numbers = {name: 0.0 for each in range(run.sums.ranks) for name in _names(each)}
+        numbers.update(zip(_names(rank), (float(usage.used_bytes), float(run.step.peak.peak_bytes)), strict=True))
+        run.sums.ask(Moment.now(trainer), numbers)
+        run.step.begin_interval()
+
+    def _tell_of_all(self, trainer: pl.Trainer, *, wait: bool = False) -> None:
+        """Log what all ranks hold, of the last log, where it is there by now."""
+        found = None if self._run is None else self._run.sums.take(wait=wait)
+        if found is None or self._run is None:
+            return
+        moment, numbers = found
+        ranks = range(self._run.sums.ranks)
+        values: dict[str, Value] = {}
+        for place, name in enumerate(("used", "peak")):
+            each = [numbers[_names(rank)[place]] for rank in ranks]
+            values[f"memory/{name}_least_bytes"] = round(min(each))
+            values[f"memory/{name}_mean_bytes"] = sum(each) / len(each)
+            values[f"memory/{name}_most_bytes"] = round(max(each))
+        peaks = [numbers[_names(rank)[1]] for rank in ranks]
+        values["memory/peak_most_rank"] = peaks.index(max(peaks))
+        if trainer.is_global_zero:
+            self.report(trainer, values, moment=moment)
+
+    def _write_snapshot(self, trainer: pl.Trainer, run: _Run) -> Path:
+        if self.records is None:
+            raise AssertionError("There are no records to write beside.")
+        path = self.records.directory / f"memory_rank_{trainer.global_rank}_step_{trainer.global_step}.json"
+        path.write_text(json.dumps(run.picture(), indent=1) + "\n", encoding="utf-8")
+        if run.engine.device.type == "cuda":
+            dump_allocator(path.with_suffix(".pickle"))
+        return path
+
+
+def _names(rank: int) -> tuple[str, str]:
+    return f"used {rank}", f"peak {rank}"
+
+
+class _Run:
+    """What is known of a run while it trains.
+
+    Args:
+        trainer: that trains.
+        engine: of its module.
+    """
+
+    def __init__(self, trainer: pl.Trainer, engine: Engine) -> None:
+        self.trainer, self.engine = trainer, engine
+        self.step = MemoryOfStep(engine)
+        self.first_step = self.steps = trainer.global_step
+        # How many steps are counted where one batch has several optimizers.
+        self.optimizers_in_step = range(1, len(trainer.optimizers) + 1)
+        self.samples: int | None = None
+        self.at_step: HeldMemory | None = None
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        self.sums: LateSums[Moment] = LateSums([name for rank in range(ranks) for name in _names(rank)])
+        # State that is still to be made may have its room already, which takes no memory before the first step.
+        self.step.note_rest(self.step.gauge.read(), self.held().without("optimizer"))
+
+    def held(self) -> HeldMemory:
+        """Return what this rank holds now."""
+        return held_memory(self.engine, self.trainer.optimizers)
+
+    def values(self, usage: Usage, held: HeldMemory) -> dict[str, Value]:
+        """Return what is logged after a step.
+
+        Args:
+            usage: now.
+            held: now.
+        """
+        at_backward, at_step = self.step.at_backward or held, self.at_step or held
+        is_whole = at_backward.total("gradients") > at_step.total("gradients")
+        moments = {"gradients": at_backward if is_whole else at_step, "gathered": at_backward}
+        values: dict[str, Value] = {f"memory/{name}_bytes": moments.get(name, held).total(name) for name in CATEGORIES}
+        elsewhere: tuple[Tier, ...] = ("host", "file")
+        for tier in elsewhere:
+            sizes = {name: moments.get(name, held).total(name, tier=tier) for name in CATEGORIES if name in _ELSEWHERE}
+            values.update({f"memory/{tier}_{name}_bytes": size for name, size in sizes.items() if size})
+        values["memory/activations_bytes"] = self.step.activations_bytes
+        values["memory/other_bytes"] = usage.used_bytes - held.total()
+        values["memory/used_bytes"] = usage.used_bytes
+        values["memory/limit_bytes"] = self.step.gauge.limit_bytes
+        if usage.reserved_bytes is not None:
+            values["memory/reserved_bytes"] = usage.reserved_bytes
+            values["memory/allocation_retries"] = usage.retries
+            values["memory/host_used_bytes"] = process_bytes()
+        return values
+
+    def load(self, held: HeldMemory) -> Load:
+        """Return what the rank holds in a step, for advice."""
+        units = dict(unit_bytes(self.engine))
+        root, parameters = units.pop(ROOT), held.total("parameters")
+        made = held.total("optimizer")
+        is_offloaded = self.engine.plan.settings.offload.optimizer is not None
+        inputs = self.step.look.inputs.values()
+        return Load(
+            parameters=parameters,
+            gradients=max(parameters, held.total("gradients")),
+            optimizer=made if is_offloaded else max(made, state_bytes(self.trainer.optimizers)),
+            activations=self.step.activations_bytes,
+            units=tuple(units.values()),
+            root=root,
+            block_input=max(inputs, default=0),
+            window=int(self.trainer.accumulate_grad_batches),
+            samples=self.samples,
+        )
+
+    def modules(self, held: HeldMemory) -> Mapping[str, Mapping[str, int]]:
+        """Return what each module holds on the device, with its activations where they were looked at."""
+        found: dict[str, dict[str, int]] = {
+            name: {str(category): size for category, size in sizes.items()}
+            for name, sizes in held.by_owner(unit_bytes(self.engine)).items()
+        }
+        for name, size in self.step.look.kept.items():
+            found.setdefault(name, {})["activations"] = size
+        return dict(sorted(found.items(), key=lambda item: -sum(item[1].values())))
+
+    def picture(self) -> dict[str, Any]:
+        """Return all that is known now, as plain data."""
+        held, usage = self.held(), self.step.gauge.read()
+        places: tuple[Tier, ...] = ("device", "host", "file")
+        tiers = {tier: {name: held.total(name, tier=tier) for name in CATEGORIES} for tier in places}
+        return {
+            "rank": self.trainer.global_rank,
+            "step": self.trainer.global_step,
+            "phase": self.step.phase,
+            "used_bytes": usage.used_bytes,
+            "limit_bytes": self.step.gauge.limit_bytes,
+            "bytes": tiers,
+            "modules": self.modules(held),
+        }
+
+
+def _failure(trainer: pl.Trainer, run: _Run, error: BaseException) -> Failure:
+    held, usage = run.held(), run.step.gauge.read()
+    activations = run.step.activations_at(usage.peak_bytes, held)
+    run.step.activations_bytes = max(run.step.activations_bytes, activations)
+    categories = {str(name): held.total(name) for name in CATEGORIES}
+    known = sum(categories.values())
+    return Failure(
+        rank=trainer.global_rank,
+        step=trainer.global_step,
+        phase=_IN_WORDS[run.step.phase],
+        inside=run.step.look.inside,
+        asked=asked_for(error),
+        used_bytes=usage.peak_bytes,
+        limit_bytes=run.step.gauge.limit_bytes,
+        categories={
+            **categories,
+            "activations": activations,
+            "other": max(0, usage.peak_bytes - known - activations),
+        },
+        modules=run.modules(held),
+        savings=savings(run.engine.plan, run.load(held)),
+    )

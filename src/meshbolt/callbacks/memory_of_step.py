@@ -1,0 +1,195 @@
+"""What memory does in a step: the peak of each phase, and what forward passes keep."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from meshbolt.compat import tree_leaves
+from meshbolt.engine import Engine
+from meshbolt.engine.compose import ROOT
+from meshbolt.engine.memory import HeldMemory, gathered_bytes, units_of
+from meshbolt.monitoring import Value
+from meshbolt.monitoring.memory import Gauge, Usage, gauge_of
+
+Phase = Literal["between", "forward", "backward", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was in use, and when.
+
+    Attributes:
+        peak_bytes: on the device.
+        phase: in which it was.
+        step: likewise, counted from 0.
+    """
+
+    peak_bytes: int
+    phase: Phase
+    step: int
+
+
+class MemoryOfStep:
+    """Follows a run from phase to phase.
+
+    Args:
+        engine: of its module.
+
+    Attributes:
+        gauge: reads what is in use.
+        look: who keeps what in the first forward passes.
+        phase: the one that runs.
+        at_backward: what was held when the last backward pass that was looked at began.
+        activations_bytes: what forward passes keep, by difference.
+        step_peak: of the last step.
+        peak: the highest of the steps since the last log.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.gauge: Gauge = gauge_of(engine.device)
+        self.look = Look(engine, self.gauge)
+        self.phase: Phase = "between"
+        self.at_backward: HeldMemory | None = None
+        self.activations_bytes = 0
+        self.step_peak = self.peak = Peak(0, "between", 0)
+        self._peaks: dict[Phase, int] = {}
+        # The least that was in use beside what is known, between two steps.
+        self._rest_bytes: int | None = None
+        self.gauge.reset_peak()
+
+    def enter(self, phase: Phase) -> Usage:
+        """Begin a phase; return what is in use, with the peak of the one before."""
+        usage = self.gauge.read()
+        self._peaks[self.phase] = max(self._peaks.get(self.phase, 0), usage.peak_bytes)
+        if phase == "forward":
+            self.look.begin()
+        elif self.phase == "forward":
+            self.look.end()
+        self.phase = phase
+        self.gauge.reset_peak()
+        return usage
+
+    def note_forward(self, usage: Usage, held: HeldMemory) -> None:
+        """Note what is held where a backward pass begins."""
+        self.at_backward = held
+        self.activations_bytes = self.activations_at(usage.used_bytes, held)
+
+    def note_rest(self, usage: Usage, held: HeldMemory) -> None:
+        """Note what is held between two steps."""
+        rest = usage.used_bytes - held.total()
+        self._rest_bytes = rest if self._rest_bytes is None else min(self._rest_bytes, rest)
+
+    def activations_at(self, used_bytes: int, held: HeldMemory) -> int:
+        """Return what forward passes keep, where so much is in use and held."""
+        return max(0, used_bytes - held.total() - (self._rest_bytes or 0))
+
+    def end_step(self, step: int) -> None:
+        """Take the peak of a step.
+
+        Args:
+            step: its number.
+        """
+        # Where a process keeps what it has freed, all phases have one peak: that of those that compute.
+        phase = max(self._peaks, key=lambda phase: (self._peaks[phase], phase != "between"))
+        self.step_peak = Peak(self._peaks[phase], phase, step)
+        self.peak = max(self.peak, self.step_peak, key=lambda peak: peak.peak_bytes)
+        self._peaks.clear()
+
+    def begin_interval(self) -> None:
+        """Forget the peaks that are logged."""
+        self.peak = Peak(0, "between", 0)
+
+    def values(self) -> dict[str, Value]:
+        """Return what is logged of peaks."""
+        return {
+            "memory/step_peak_bytes": self.step_peak.peak_bytes,
+            "memory/step_peak_phase": self.step_peak.phase,
+            "memory/peak_bytes": self.peak.peak_bytes,
+            "memory/peak_phase": self.peak.phase,
+            "memory/peak_step": self.peak.step,
+        }
+
+    def close(self) -> None:
+        """Let go of the module."""
+        self.look.close()
+
+
+class Look:
+    """Watches units run forwards: which one runs, what goes into them, and in the first pass what they keep.
+
+    Args:
+        engine: of the module.
+        gauge: reads what is in use.
+
+    Attributes:
+        kept: in bytes, by the unit's name: what was in use more after its forward than before it, without gathered parameters.
+        inputs: bytes of the tensors that go into a unit, by its name.
+    """
+
+    def __init__(self, engine: Engine, gauge: Gauge) -> None:
+        self.kept: dict[str, int] = {}
+        self.inputs: dict[str, int] = {}
+        self._engine, self._gauge = engine, gauge
+        self._running: list[str] = []
+        self._before: defaultdict[str, list[int]] = defaultdict(list)
+        self._is_measuring, self._was_measured = False, False
+        self._hooks: list[Any] = []
+        # Hooks would have compiled blocks compiled again.
+        if not engine.plan.settings.compile:
+            for name, unit in units_of(engine).items():
+                if name != ROOT:
+                    self._watch(name, cast("nn.Module", unit))
+
+    @property
+    def inside(self) -> str | None:
+        """The unit that runs forwards, or did when an exception ended it."""
+        return self._running[-1] if self._running else None
+
+    def begin(self) -> None:
+        """Begin a forward pass of the whole module."""
+        self._running.clear()
+        self._is_measuring = not self._was_measured
+        self._was_measured = True
+
+    def end(self) -> None:
+        """End it."""
+        self._running.clear()
+        self._is_measuring = False
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _watch(self, name: str, module: nn.Module) -> None:
+        self._hooks.append(module.register_forward_pre_hook(self._entering(name), prepend=True))
+        self._hooks.append(module.register_forward_hook(self._leaving(name)))
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def entering(_module: nn.Module, args: Any) -> None:
+            self._running.append(name)
+            if self._is_measuring:
+                self._before[name].append(self._without_gathered())
+                self.inputs[name] = sum(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
+
+        return entering
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leaving(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if self._running and self._running[-1] == name:
+                self._running.pop()
+            if self._is_measuring and self._before[name]:
+                grown = self._without_gathered() - self._before[name].pop()
+                self.kept[name] = self.kept.get(name, 0) + max(0, grown)
+
+        return leaving
+
+    def _without_gathered(self) -> int:
+        return self._gauge.read().used_bytes - gathered_bytes(self._engine)
