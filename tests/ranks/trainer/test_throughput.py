@@ -148,7 +148,7 @@ def test_rates_and_operations_are_what_a_hand_counts(
 
 def with_and_without(directory: str, settings: dict[str, Any]) -> list[Counter[str]]:
     counts = []
-    for monitors in ([], [ThroughputMonitor(every=2)]):
+    for monitors in ([], [ThroughputMonitor(every=100)]):
         counting = WhileTraining()
         fit(directory, 2, settings, {"limit_val_batches": 0}, [*monitors, counting])
         counts.append(counting.collectives.counts)
@@ -158,8 +158,8 @@ def with_and_without(directory: str, settings: dict[str, Any]) -> list[Counter[s
 def test_nothing_is_communicated_but_one_small_sum_for_each_log(tmp_path: Path) -> None:
     for without, with_monitor in run_ranks(with_and_without, 2, str(tmp_path), {"zero": 2}):
         assert without
-        # After steps 2, 3, 4 and 5.
-        assert with_monitor - without == {"c10d.allreduce_": 4}
+        # After the third step and at the end.
+        assert with_monitor - without == {"c10d.allreduce_": 2}
         assert without - with_monitor == {}
 
 
