@@ -14,6 +14,7 @@ from meshbolt.callbacks.offload import OffloadMonitor
 from meshbolt.callbacks.pipeline_timeline import PipelineTimeline
 from meshbolt.callbacks.progress import LogProgress
 from meshbolt.callbacks.ranks import RankMonitor
+from meshbolt.callbacks.report import RunReport
 from meshbolt.callbacks.throughput import ThroughputMonitor
 from meshbolt.callbacks.watchdog import Watchdog
 
@@ -25,6 +26,7 @@ __all__ = [
     "OffloadMonitor",
     "PipelineTimeline",
     "RankMonitor",
+    "RunReport",
     "ThroughputMonitor",
     "Watchdog",
 ]

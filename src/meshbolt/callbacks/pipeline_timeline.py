@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from meshbolt.callbacks.console import write_line
-from meshbolt.config import Plan
 from meshbolt.errors import ConfigError
 from meshbolt.pipeline import Span, Timeline, draw, plan_timeline
 from meshbolt.units import format_seconds
@@ -50,7 +49,8 @@ class PipelineTimeline(pl.Callback):
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ConfigError(f"PipelineTimeline(step={step!r}) is not the number of a step. Use 0 or more.")
         self.path, self.step = Path(path), step
-        self._clock: _Clock | None = None
+        self.timelines: Mapping[str, Timeline] = {}
+        self._measuring: MeasuredBatch | None = None
         self._is_done = False
 
     @override
@@ -71,40 +71,53 @@ class PipelineTimeline(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin to measure, where the step has come."""
-        if self._is_done or self._clock is not None or trainer.global_step < self.step:
-            return
-        steps: Any = trainer.strategy.pipeline  # type: ignore[attr-defined]
-        self._clock = _Clock(trainer.strategy.root_device)
-        steps.observe_passes(self._clock.passing)
-        self._clock.begin()
+        if not self._is_done and self._measuring is None and trainer.global_step >= self.step:
+            self._measuring = MeasuredBatch(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect what all ranks have measured, and draw it on rank 0."""
-        if self._clock is None:
+        if self._measuring is None:
             return
-        steps: Any = trainer.strategy.pipeline  # type: ignore[attr-defined]
-        steps.observe_passes(None)
-        found: list[Any] = [None] * steps.group.size()
-        dist.all_gather_object(found, self._clock.passes(), group=steps.group)
-        self._clock, self._is_done = None, True
+        found = self._measuring.end()
+        self._measuring, self._is_done = None, True
         if trainer.is_global_zero:
-            self._write(found, trainer.strategy.plan)  # type: ignore[attr-defined]
+            self.timelines = found
+            self._write(found)
 
-    def _write(self, found: list[list[_Pass]], plan: Plan) -> None:
-        setting = plan.settings.pipeline_parallel
-        measured = _measured(found, schedule=setting.schedule, stages=setting.stages)
-        planned = _planned(measured)
+    def _write(self, found: Mapping[str, Timeline]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        both = {"measured": measured, "planned": planned}
-        named = {f"{name}, {format_seconds(each.end)}": each for name, each in both.items()}
+        named = {f"{name}, {format_seconds(each.end)}": each for name, each in found.items()}
         self.path.write_text(draw(named), encoding="utf-8")
         write_line(
-            f"pipeline: in step {self.step} ranks waited {measured.bubble:.1%} of the time, and by the schedule "
-            f"{planned.bubble:.1%}: {self.path}"
+            f"pipeline: in step {self.step} ranks waited {found['measured'].bubble:.1%} of the time, and by the schedule "
+            f"{found['planned'].bubble:.1%}: {self.path}"
         )
+
+
+class MeasuredBatch:
+    """Takes the times of all passes of a batch, from where it is made to `end`.
+
+    Args:
+        trainer: about to run a batch through the stages of its strategy; ranks begin it together.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._steps: Any = trainer.strategy.pipeline  # type: ignore[attr-defined]
+        self._setting = trainer.strategy.plan.settings.pipeline_parallel  # type: ignore[attr-defined]
+        self._clock = _Clock(trainer.strategy.root_device)
+        self._steps.observe_passes(self._clock.passing)
+        self._clock.begin()
+
+    def end(self) -> Mapping[str, Timeline]:
+        """Return what all ranks of this pipeline have measured, and the same batch as its schedule has it."""
+        self._steps.observe_passes(None)
+        found: list[Any] = [None] * self._steps.group.size()
+        dist.all_gather_object(found, self._clock.passes(), group=self._steps.group)
+        measured = _measured(found, schedule=self._setting.schedule, stages=self._setting.stages)
+        return {"measured": measured, "planned": _planned(measured)}
 
 
 _Pass = tuple[str, int, int, float, float]

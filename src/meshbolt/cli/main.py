@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "doctor": Command(
             "meshbolt.cli.doctor.main", "look at this machine and its packages, and say what is in the way of training"
         ),
+        "report": Command("meshbolt.cli.report", "write a report of a run from the records it left"),
         "checkpoint": Command("meshbolt.cli.checkpoint.main", "list, inspect, verify, export and import checkpoints"),
     }
 )
