@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-Phase = Literal["between", "forward", "backward", "optimizer", "after", "pause"]
+Phase = Literal["between", "fetch", "forward", "backward", "optimizer", "after", "pause"]
 
 
 @dataclass(frozen=True)

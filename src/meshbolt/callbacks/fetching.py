@@ -15,12 +15,16 @@ _ACTIONS = (".train_dataloader_next", ".batch_to_device")
 class FetchTimer:
     """Adds up the time for which a Trainer's loop gets batches; validation's are left out by whoever takes the time.
 
+    Args:
+        begins: is called when it begins to get one.
+        ends: is called when the batch is there.
+
     Attributes:
         under_way: whether it gets one now.
     """
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, *, begins: Callable[[], None] | None = None, ends: Callable[[], None] | None = None) -> None:
+        self._begins, self._ends = begins, ends
         self.under_way = False
         self._seconds, self._since = 0.0, 0.0
 
@@ -42,10 +46,14 @@ class FetchTimer:
             starts(action_name)
             if action_name.endswith(_ACTIONS):
                 self._since, self.under_way = perf_counter(), True
+                if self._begins is not None:
+                    self._begins()
 
         def stop(action_name: str) -> None:
             if action_name.endswith(_ACTIONS):
                 self._seconds += perf_counter() - self._since
+                if self._ends is not None:
+                    self._ends()
                 self.under_way = False
             stops(action_name)
 

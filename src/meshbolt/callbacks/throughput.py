@@ -258,7 +258,7 @@ class _Run:
     ) -> None:
         strategy = trainer.strategy
         self.clock = StepClock(strategy.root_device)
-        self.fetching = FetchTimer()
+        self.fetching = FetchTimer(begins=self._begin_fetch, ends=self._end_fetch)
         self.sums = LateSums[_Asked](SUMMED)
         self.peak, self.counted = peak, counted
         self.tells_passes_apart = getattr(strategy, "pipeline", None) is None
@@ -289,7 +289,6 @@ class _Run:
             "samples": self._samples,
             "tokens": self._tokens,
             "flops": self.counted.take(),
-            "fetched": self.fetching.take(),
             "offload": None if after is None else after - self._before,
         }
         self._samples = self._tokens = 0
@@ -319,6 +318,14 @@ class _Run:
         self.sums.ask(asked, own)
         return True
 
+    def _begin_fetch(self) -> None:
+        if self.clock.phase != "pause":  # validation gets batches too
+            self.clock.begin("fetch")
+
+    def _end_fetch(self) -> None:
+        if self.clock.phase == "fetch":
+            self.clock.begin("between")
+
     def _watch_next(self) -> None:
         """Watch the waits of the next step: of each on a CPU; on a GPU, where that takes events, of those before a log."""
         following = self.step + 1
@@ -328,13 +335,12 @@ class _Run:
     def _keep(self, times: StepTimes) -> None:
         if times.number < _FIRST_COUNTED:
             return
-        fetched, offload = times.note["fetched"], times.note["offload"]
-        phases, idle = times.phases, times.phases.get("between", 0.0)
+        phases, offload = times.phases, times.note["offload"]
         self._window.append(times.seconds)
         self._steps.append(
             StepFigures(
                 seconds=times.seconds,
-                data_wait_seconds=min(fetched, idle),
+                fetch_seconds=phases.get("fetch", 0.0),
                 forward_seconds=phases.get("forward", 0.0),
                 backward_seconds=phases.get("backward", 0.0),
                 optimizer_seconds=phases.get("optimizer", 0.0),

@@ -6,8 +6,8 @@ What counts: matrix products, convolutions and attention, a multiplication and a
 attention computes again: the numerator of HFU.
 
 Attention is counted whole, over all pairs of positions, as most published figures are; and beside that with half of the pairs
-where it is called with `is_causal=True`, as other figures are. Where a mask makes it causal, or it runs as plain products (written
-out, or on a CPU with dropout), nobody can tell, and it is counted whole in both.
+where it is called with `is_causal=True`, as other figures are. Where a mask makes it causal, or it runs as plain products
+(written out, or on a CPU with dropout), nobody can tell, and it is counted whole in both.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ METRICS = (
         "throughput/data_wait_seconds",
         "seconds",
         "Part of a step: the next batch was not there yet, or on its way to the device.",
-        f"time in the loader and in the transfer; on a GPU at most what its stream was idle meanwhile; {_MEAN}",
+        f"time in the loader and in the transfer - what it waited for other ranks; {_MEAN}",
     ),
     Metric(
         "throughput/compute_seconds",
@@ -164,7 +164,7 @@ class StepFigures:
 
     Attributes:
         seconds: it took.
-        data_wait_seconds: of these, and so on for the others; `forward` and `backward` with what they waited for.
+        fetch_seconds: of these, in getting batches, and so on for the others; all with what they waited for.
         exposed_seconds: by the phase that waited; None where nobody has watched.
         offload_forward_seconds: that passes waited for offloaded parameters.
         offload_step_seconds: that the step waited for offloaded updates.
@@ -174,7 +174,7 @@ class StepFigures:
     """
 
     seconds: float
-    data_wait_seconds: float = 0.0
+    fetch_seconds: float = 0.0
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
     optimizer_seconds: float = 0.0
@@ -243,21 +243,21 @@ def of_rank(steps: Sequence[StepFigures], *, sharing: int, peak_flops: float | N
 
 def _mean_times(steps: Sequence[StepFigures]) -> dict[str, float]:
     watched = [step.exposed_seconds for step in steps if step.exposed_seconds is not None]
-    in_passes, in_optimizer, in_all = (
-        _mean([sum(each.get(phase, 0.0) for phase in phases) for each in watched])
-        for phases in (("forward", "backward"), ("optimizer",), ("forward", "backward", "optimizer"))
-    )
+
+    def exposed(*phases: str) -> float:
+        return _mean([sum(each.get(phase, 0.0) for phase in phases) for each in watched])
+
     passes = _mean([step.forward_seconds + step.backward_seconds - step.offload_forward_seconds for step in steps])
     optimizer = _mean([step.optimizer_seconds - step.offload_step_seconds for step in steps])
     return {
         "step_seconds": _mean([step.seconds for step in steps]),
-        "data_wait_seconds": _mean([step.data_wait_seconds for step in steps]),
+        "data_wait_seconds": max(0.0, _mean([step.fetch_seconds for step in steps]) - exposed("fetch")),
         "forward_seconds": _mean([step.forward_seconds for step in steps]),
         "backward_seconds": _mean([step.backward_seconds for step in steps]),
-        "compute_seconds": max(0.0, passes - in_passes),
-        "optimizer_seconds": max(0.0, optimizer - in_optimizer),
+        "compute_seconds": max(0.0, passes - exposed("forward", "backward")),
+        "optimizer_seconds": max(0.0, optimizer - exposed("optimizer")),
         "offload_wait_seconds": _mean([step.offload_forward_seconds + step.offload_step_seconds for step in steps]),
-        "exposed_seconds": in_all,
+        "exposed_seconds": _mean([sum(each.values()) for each in watched]),
     }
 
 

@@ -39,8 +39,8 @@ share a batch (by `tensor_parallel` or `pipeline_parallel`) count it once, a ste
 not in it. For each log there is one sum of some twenty numbers over all ranks, in the background.
 
 On a GPU times are events in its stream, read one step later or when they are there: nothing waits for the device. What other
-work hides does not count as waiting: there, `data_wait_seconds` is time in which the stream was idle, and
-`exposed_communication_seconds` is what the stream waited for others, taken in one step for each log.
+work hides does not count as waiting: `data_wait_seconds` is time in which the stream was idle while a batch was not there, or
+copied it, and `exposed_communication_seconds` what the stream waited for others, taken in one step for each log.
 
 **Floating-point operations** are traced on your own `training_step`, forwards and backwards, on tensors without values, once for
 each form of batch (shapes and dtypes), as if one process ran it whole: so that they are the same under every plan. A
@@ -67,7 +67,7 @@ process on a CPU, which is Python's and its libraries' too. A tier is named in f
 GPUs, and `file_`.
 
 The peak of a step is read and reset in each of its phases (`between` two steps, `forward`, `backward`, `optimizer`), so that it
-is never an older one's. Nothing is waited for.
+is never an older one's; under `pipeline_parallel` all passes are in `forward`. Nothing is waited for.
 
 On demand, `monitor.snapshot()` writes `memory_rank_<rank>_step_<step>.json` beside the records: bytes by module and category;
 on GPUs also what the allocator holds, for https://pytorch.org/memory_viz. [What a rank says](memory.md) that runs out of memory.

@@ -44,11 +44,11 @@ def test_ranks_that_share_a_batch_count_it_once() -> None:
 
 
 def test_parts_add_up_to_the_step() -> None:
-    waits = {"forward": 0.1, "backward": 0.2, "optimizer": 0.05, "between": 9.0}
+    waits = {"forward": 0.1, "backward": 0.2, "optimizer": 0.05, "fetch": 0.06, "between": 0.01}
     values = run(
         [
             step(
-                data_wait_seconds=0.2,
+                fetch_seconds=0.2,
                 forward_seconds=0.5,
                 backward_seconds=0.7,
                 optimizer_seconds=0.3,
@@ -58,11 +58,12 @@ def test_parts_add_up_to_the_step() -> None:
             )
         ]
     )
-    assert values["exposed_communication_seconds"] == pytest.approx(0.35)
+    assert values["exposed_communication_seconds"] == pytest.approx(0.42)
+    assert values["data_wait_seconds"] == pytest.approx(0.14)
     assert values["compute_seconds"] == pytest.approx(1.2 - 0.3 - 0.04)
     assert values["optimizer_seconds"] == pytest.approx(0.3 - 0.1 - 0.05)
     assert values["offload_wait_seconds"] == pytest.approx(0.14)
-    assert values["other_seconds"] == pytest.approx(2.0 - 0.2 - 1.2 - 0.3)
+    assert values["other_seconds"] == pytest.approx(2.0 - 0.2 - 1.2 - 0.3 - 0.01)
     parts = ("data_wait", "compute", "exposed_communication", "optimizer", "offload_wait", "other")
     assert sum(values[f"{part}_seconds"] for part in parts) == pytest.approx(values["step_seconds"])
 
