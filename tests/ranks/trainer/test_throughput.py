@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.rows import full
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from meshbolt import MeshStrategy
 from meshbolt.callbacks import ThroughputMonitor
@@ -66,10 +66,25 @@ class Late(ByteGPT):
         return super().training_step(batch, batch_idx)
 
 
+class SlowOnOneRank(Dataset[tuple[Tensor, Tensor]]):
+    """On rank 1, samples are long in coming."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        self.inputs = inputs
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if torch.distributed.get_rank() == 1:
+            time.sleep(LATE_SECONDS / BATCH)
+        return self.inputs[index], self.inputs[index]
+
+
 def fit(
     directory: str, ranks: int, settings: dict[str, Any], options: dict[str, Any], callbacks: list[pl.Callback]
 ) -> None:
-    kind = options.pop("module", ByteGPT)
+    kind, data = options.pop("module", ByteGPT), options.pop("data", lambda inputs: TensorDataset(inputs, inputs))
     windows = options.get("accumulate_grad_batches", 1)
     torch.manual_seed(1)
     inputs = torch.randint(0, 256, (BATCH * windows * STEPS * ranks, LENGTH))
@@ -88,7 +103,7 @@ def fit(
         **options,
     )
     module = kind(dim=DIM, num_layers=LAYERS, num_heads=2, max_length=LENGTH)
-    loader = DataLoader(TensorDataset(inputs, inputs), batch_size=BATCH)
+    loader = DataLoader(data(inputs), batch_size=BATCH)
     trainer.fit(module, loader, DataLoader(TensorDataset(inputs[:8], inputs[:8]), batch_size=BATCH))
 
 
@@ -171,6 +186,17 @@ def test_what_ranks_wait_for_a_late_one_is_not_taken_for_computation(tmp_path: P
     assert statistics.median(exposed[0]) > 0.8 * LATE_SECONDS
     assert statistics.median(exposed[1]) < 0.5 * LATE_SECONDS
     assert value(records[0], "exposed_communication_seconds") == pytest.approx((exposed[0][0] + exposed[1][0]) / 2)
+
+
+@pytest.mark.parametrize("settings", [{"zero": 2}, {"zero": 0, "pipeline_parallel": 2}])
+def test_a_rank_waits_for_its_own_data_and_the_others_for_the_rank(tmp_path: Path, settings: dict[str, Any]) -> None:
+    records = run_ranks(monitored, 2, str(tmp_path), 2, settings, {"data": SlowOnOneRank})[0]
+    data, ranks = (
+        [statistics.median(each["own"][name] for each in records if each["rank"] == rank) for rank in range(2)]
+        for name in ("data_wait_seconds", "exposed_seconds")
+    )
+    assert data[1] > 0.9 * LATE_SECONDS > 0.5 * LATE_SECONDS > data[0]
+    assert ranks[0] > 0.7 * LATE_SECONDS > 0.5 * LATE_SECONDS > ranks[1]
 
 
 def fit_twice(directory: str) -> list[float]:
