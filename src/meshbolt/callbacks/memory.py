@@ -128,16 +128,18 @@ class MemoryMonitor(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note that a forward pass begins."""
-        if self._run is not None:
-            self._run.samples = samples_in(batch)
-            self._run.step.enter("forward")
+        if (run := self._run) is not None:
+            run.samples = samples_in(batch)
+            run.step.enter("forward")
+            # In a pipeline, backward passes are between the forward passes of one call.
+            run.step.follow(run.held if self._is_measured(trainer, run) else None)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Note what is held between forward and backward."""
         if (run := self._run) is not None:
             usage = run.step.enter("backward")
-            if self._is_measured(trainer, run):
+            if self._is_measured(trainer, run) and not run.engine.spans_stages:
                 run.step.note_forward(usage, run.held())
 
     @override

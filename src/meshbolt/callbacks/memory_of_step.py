@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from meshbolt.compat import tree_leaves
 from meshbolt.engine import Engine
 from meshbolt.engine.compose import ROOT
 from meshbolt.engine.memory import HeldMemory, gathered_bytes, units_of
+from meshbolt.engine.pipelined import PipelinedEngine
 from meshbolt.monitoring import Value
 from meshbolt.monitoring.memory import Gauge, Usage, gauge_of
 
@@ -45,13 +47,14 @@ class MemoryOfStep:
         gauge: reads what is in use.
         look: who keeps what in the first forward passes.
         phase: the one that runs.
-        at_backward: what was held when the last backward pass that was looked at began.
+        at_backward: what was held when the last backward pass that was looked at began; in a pipeline, when most was in use.
         activations_bytes: what forward passes keep, by difference.
         step_peak: of the last step.
         peak: the highest of the steps since the last log.
     """
 
     def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.gauge: Gauge = gauge_of(engine.device)
         self.look = Look(engine, self.gauge)
         self.phase: Phase = "between"
@@ -74,6 +77,25 @@ class MemoryOfStep:
         self.phase = phase
         self.gauge.reset_peak()
         return usage
+
+    def follow(self, held: Callable[[], HeldMemory] | None) -> None:
+        """In a pipeline, look at what is held wherever a microbatch has passed forwards, and keep where most was in use.
+
+        Args:
+            held: returns what is held now; None: look no more.
+        """
+        if not isinstance(self._engine, PipelinedEngine):
+            return
+        highest = 0
+
+        def passed(held: Callable[[], HeldMemory]) -> None:
+            nonlocal highest
+            usage = self.gauge.read()
+            if usage.used_bytes > highest:
+                highest = usage.used_bytes
+                self.note_forward(usage, held())
+
+        self._engine.after_forward = None if held is None else functools.partial(passed, held)
 
     def note_forward(self, usage: Usage, held: HeldMemory) -> None:
         """Note what is held where a backward pass begins."""
@@ -117,6 +139,7 @@ class MemoryOfStep:
 
     def close(self) -> None:
         """Let go of the module."""
+        self.follow(None)
         self.look.close()
 
 

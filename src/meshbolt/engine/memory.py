@@ -166,8 +166,9 @@ class _Count:
             for place, owner, num_bytes in held_by(offloaded):
                 yield Held("optimizer", self._tier("cpu") if place == "host" else place, owner, num_bytes)
         names: Mapping[Any, str] = self._names
-        for parameter, state in optimizer.state.items():
-            for value in state.values() if isinstance(state, dict) else ():
+        # Another thread may be updating, and put state there.
+        for parameter, state in list(optimizer.state.items()):
+            for value in list(state.values()) if isinstance(state, dict) else ():
                 if isinstance(value, torch.Tensor):
                     yield from self._one("optimizer", names.get(parameter, "the optimizer"), value)
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -49,6 +49,8 @@ class PipelinedEngine(Engine):
         self._unreduced: set[FSDPModule] = set()
         self._delayed: list[tuple[int, list[FSDPModule]]] = []
         self._quiet = False
+        self.after_forward: Callable[[], None] | None = None
+        """Called when a microbatch has passed forwards through a stage, to look at what is held."""
         self._keeps_parts = plan.stage.reduces_every_batch and plan.mesh.dp_replicate > 1
         self._frees_each_batch = plan.stage.reshards_after_forward
         kept = dataclasses.replace(plan.stage, reshards_after_forward=False)
@@ -92,9 +94,12 @@ class PipelinedEngine(Engine):
         # The pass backwards of the last one reduces gradients.
         self._quiet = self._can_be_quiet and not is_last
         try:
-            return self._root(functools.partial(self._run, function))  # type: ignore[no-any-return, operator]
+            result = self._root(functools.partial(self._run, function))  # type: ignore[operator]
         finally:
             self._inside = self._quiet = False
+        if self.after_forward is not None:
+            self.after_forward()
+        return cast("T", result)
 
     def leaving(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return what leaves a stage, whole over the ranks that share layers."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meshbolt import MeshStrategy, Offload
 from meshbolt.callbacks import MemoryMonitor
+from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.monitoring import Record, find_metric, read_records
 from meshbolt.monitoring.memory import process_bytes
 from meshbolt.testing import run_ranks
@@ -66,10 +67,12 @@ class Net(pl.LightningModule):
 
 def fit(module: Net, folder: str, *, zero: int = 2, batch: int = 2, every: int = 1, **settings: Any) -> pl.Trainer:
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    loader = torch.utils.data.DataLoader(torch.randn(16 * batch, module.width)[rank::ranks], batch_size=batch)
+    rows = torch.randn(16 * batch, module.width)
+    # Ranks of a pipeline see the same samples.
+    loader = torch.utils.data.DataLoader(rows if "strategy" in settings else rows[rank::ranks], batch_size=batch)
     offload = settings.pop("offload", None)
     trainer = pl.Trainer(
-        strategy=MeshStrategy(zero=zero, offload=offload),
+        strategy=settings.pop("strategy", None) or MeshStrategy(zero=zero, offload=offload),
         accelerator="cpu",
         devices=ranks,
         max_epochs=-1,
@@ -150,6 +153,25 @@ def test_parameters_in_a_file_are_not_in_memory(tmp_path: Path) -> None:
         assert values["memory/file_parameters_bytes"] == MODEL_BYTES // 2
         assert 0 < values["memory/parameters_bytes"] <= 3 * BLOCK_BYTES  # what is read ahead
         assert values["memory/file_optimizer_bytes"] >= 3 * MODEL_BYTES // 2  # with a copy to update
+
+
+def in_stages(folder: str) -> int:
+    trainer = fit(Net(), folder, strategy=MeshStrategy(zero=1, pipeline_parallel=2), batch=64)
+    own = trainer.strategy.engine.parameters_by_name.values()  # type: ignore[attr-defined]
+    return sum(p.numel() * 4 for p in own if not held_elsewhere(p))
+
+
+@pytest.mark.parametrize("ranks", [2, full(4)])
+def test_a_stage_has_its_own_part_gathered_for_the_whole_step(ranks: int, tmp_path: Path) -> None:
+    sizes = run_ranks(in_stages, ranks, str(tmp_path), timeout=60)
+    assert sum(sizes) == MODEL_BYTES * ranks // 2
+    for record in of_ranks(tmp_path):
+        values, own = record["values"], sizes[record["rank"]]
+        assert values["memory/parameters_bytes"] == own * 2 // ranks
+        # Those of microbatches add up whole, which may be seen or not where most is in use.
+        assert own * 2 // ranks <= values["memory/gradients_bytes"] <= own
+        # With one rank for each stage nothing is shared, and nothing gathered.
+        assert values["memory/gathered_bytes"] == (own if ranks == 4 else 0)
 
 
 def grown(folder: str, zero: int, place: str | None) -> int:
