@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -15,8 +16,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from meshbolt.callbacks.progress import LogProgress
+from meshbolt.callbacks.report import RunReport
 from meshbolt.cli.building import Around, ModelMaker, plainly, typed_errors
 from meshbolt.cli.deferral import HELP, Building, CannotDeferError, check_strategy, insist
+from meshbolt.cli.origins import origins_of
 from meshbolt.cli.strategy import check_strategy_name
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
 
@@ -88,7 +91,11 @@ class MeshCLI(LightningCLI):
         callbacks = as_list(trainer["callbacks"])
         if trainer["enable_progress_bar"] is not False and not any(isinstance(each, ProgressBar) for each in callbacks):
             kwargs["callbacks"] = [LogProgress(), *callbacks]
-        return super().instantiate_trainer(**kwargs)
+        made = super().instantiate_trainer(**kwargs)
+        for callback in made.callbacks if made.is_global_zero else ():  # type: ignore[attr-defined]
+            if isinstance(callback, RunReport):
+                callback.origins = origins_of(sys.argv[2:])
+        return made
 
     def _options(self, config: Any) -> Any:
         return config if self.subcommand is None else config[self.subcommand]
