@@ -1,4 +1,4 @@
-"""A small GPT three times: its optimizer's state with the parameters, in host memory, and in a file on a disk.
+"""A small GPT four times: its optimizer's state with the parameters, in host memory, in a file, and the parameters there too.
 
     python examples/offload.py
 
@@ -39,7 +39,7 @@ def train(offload: Offload | None) -> list[float]:
     losses, text = Losses(), PydocText()
     text.setup("fit")
     trainer = pl.Trainer(
-        strategy=MeshStrategy(zero=2, offload=offload),
+        strategy=MeshStrategy(zero=3, offload=offload),
         accelerator="auto",
         devices=1,
         max_steps=10,
@@ -59,6 +59,7 @@ if __name__ == "__main__":
             "with the parameters": train(None),
             "in host memory": train(Offload("cpu")),
             "in a file": train(Offload("nvme", path=disk)),
+            "all in files": train(Offload("nvme", parameters="nvme", path=disk)),
         }
     for place, losses in runs.items():
         print(f"{place:20}", " ".join(f"{loss:.4f}" for loss in losses))

@@ -6,6 +6,7 @@ python program.py STRATEGY PRECISION ACCELERATOR DEVICES: exit code 0 and one "e
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -14,11 +15,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-import meshbolt  # noqa: F401  registers zero0 ... zero3
+from meshbolt import MeshStrategy, Offload
 from meshbolt.compat import whole_of
 from meshbolt.plugins import MixedPrecision
 
 STEPS, BATCH, WIDTH = 5, 8, 13
+OFFLOADED: dict[str, Callable[[], MeshStrategy]] = {
+    "hosted": lambda: MeshStrategy(zero=3, offload=Offload("cpu", parameters="cpu")),
+    "hosted_unlocked": lambda: MeshStrategy(zero=3, offload=Offload("cpu", parameters="cpu", pin_memory=False)),
+    "hosted_nvme": lambda: MeshStrategy(zero=3, offload=Offload("nvme", parameters="cpu", path="$MESHBOLT_NVME_PATH")),
+    "auto": lambda: MeshStrategy(zero=2, offload=Offload("cpu", fraction="auto")),
+    "auto_nvme": lambda: MeshStrategy(zero=3, offload=Offload("nvme", fraction="auto", path="$MESHBOLT_NVME_PATH")),
+}
 
 
 class Regression(L.LightningModule):
@@ -61,7 +69,7 @@ def train_sharded(strategy: str, precision: str, accelerator: str, devices: int)
         flags = {"plugins": [MixedPrecision("16-mixed", "cuda" if accelerator == "gpu" else "cpu", init_scale=2.0**8)]}
     trainer = L.Trainer(
         **flags,
-        strategy=strategy,
+        strategy=OFFLOADED[strategy]() if strategy in OFFLOADED else strategy,
         accelerator=accelerator,
         devices=devices,
         max_epochs=1,

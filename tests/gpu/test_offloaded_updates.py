@@ -207,3 +207,24 @@ def test_bytes_travel_in_locked_memory_and_at_a_rate() -> None:
         assert free - torch.cuda.mem_get_info()[0] < 400 * 2**20
     print({"elements": elements, "seconds": [round(value, 4) for value in seconds], **vars(host.counters)})
     assert min(seconds) < 5.0
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "foreach"])
+def test_what_somebody_changes_on_the_gpu_is_trained_on(change: str) -> None:
+    params, others = parameters(), parameters()
+    mine, theirs = (torch.optim.AdamW(each, lr=0.01, fused=True) for each in (params, others))
+    with offloaded(mine) as host:
+        for step in range(4):
+            for each in (params, others):
+                give_gradients(each, step)
+            host.step()
+            theirs.step()
+            for each in (params, others) if step == 1 else ():
+                with torch.no_grad():
+                    if change == "in place":
+                        each[1].mul_(0.5)
+                    elif change == "data":
+                        each[1].data.mul_(0.5)
+                    else:
+                        torch._foreach_mul_(list(each), 0.5)
+        assert_close(mine, theirs)

@@ -31,8 +31,10 @@ _LANES = (
     "to the device",
     "file: read",
     "file: write",
+    "gathers: wait",
+    "file: read parameters",
 )
-_SECONDS = ("busy", "not_hidden", "step_wait", "forward_wait", "other_wait", "read_wait", "room_wait")
+_SECONDS = ("busy", "not_hidden", "step_wait", "forward_wait", "other_wait", "read_wait", "room_wait", "gather_wait")
 _WAYS = {
     "state_to_host": "copied to the host",
     "state_to_device": "copied to the device",
@@ -189,7 +191,12 @@ def summary(moved: OffloadTraffic, steps: int) -> str:
     if moved.hidden_fraction is None:
         return text
     hidden = f"{moved.hidden_fraction:.0%} of {format_seconds(moved.busy_seconds)} of updates was hidden"
-    return f"{text}; {hidden}, {format_seconds(moved.not_hidden_seconds)} were waited for"
+    return f"{text}; {hidden}, {format_seconds(moved.not_hidden_seconds)} were waited for{_gathers(moved)}"
+
+
+def _gathers(moved: OffloadTraffic) -> str:
+    waited = moved.gather_wait_seconds
+    return f", and {format_seconds(waited)} for parameters to be read" if waited else ""
 
 
 def _part(way: Moved, what: str) -> str:

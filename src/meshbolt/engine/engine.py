@@ -256,6 +256,14 @@ class Engine:
         self._free()
         self._hosted.settle()
 
+    def require_whole(self) -> None:
+        """Wait for updates of offloaded state, and refuse to save it where one has failed: what is left of it is of two steps.
+
+        Raises:
+            BaseException: what an update raised, if nobody has seen it yet; else a MeshboltError.
+        """
+        self._offloaded.require_whole()
+
     @contextmanager
     def settled(self, *, restores: bool = False) -> Iterator[None]:
         """Hold parameters as shards for a while; inside a call, the root is gathered again after it for the code that goes on.

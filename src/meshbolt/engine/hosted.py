@@ -19,6 +19,7 @@ from meshbolt.offload.parameters import AHEAD, ParameterFile
 from meshbolt.offload.planning import Needs
 from meshbolt.offload.room import Room, check_room, room_of
 from meshbolt.offload.setting import NVME, Offload
+from meshbolt.offload.traffic import OffloadTraffic
 
 
 class HostedParameters:
@@ -102,11 +103,25 @@ class HostedParameters:
         if self.file is not None:
             agree_on_error(self._raise)
 
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Return where a unit begins and ends in the file of shards, in bytes.
+
+        Args:
+            name: of the unit.
+        """
+        return (0, 0) if self.file is None else self.file.place_of_unit(name)
+
     def needs(self) -> Needs:
         """Return what shards take, with the buffers on their way."""
         if self.file is None:
             return Needs(host_bytes=self._host_bytes, device_bytes=0, file_bytes=0)
         return Needs(host_bytes=self.file.buffer_bytes, device_bytes=0, file_bytes=self.file.num_bytes)
+
+    def traffic(self) -> OffloadTraffic:
+        """Return what parameters have moved so far from their file and to it, and how long gathers waited for them."""
+        if self.file is None:
+            return OffloadTraffic()
+        return OffloadTraffic(parameters=self.file.moved(), gather_wait_seconds=self.file.waited_seconds)
 
     def settle(self) -> None:
         """Forget what was read ahead: parameters may be changed now."""

@@ -70,6 +70,8 @@ class OffloadedSteps:
         self._due: dict[str, set[nn.Parameter]] = {}
         self._torn: Exception | None = None
         # Optimizers some of whose state is to come back when it is known how much memory training leaves.
+        # Of parameters whose updates may go on after their step, until they are waited for.
+        self._versions: dict[nn.Parameter, int] = {}
         self._returning: set[int] = set()
         self._neighbours = 1
         self.on_return: Callable[[str], None] = lambda _: None
@@ -134,7 +136,8 @@ class OffloadedSteps:
     def _is_changing(self, unit: str) -> bool:
         """Return whether updates of a unit are under way, or anything is being written to the file of shards."""
         parameters = self._parameters(unit)
-        return any(offloaded.is_updating(parameters) for offloaded in self._by_optimizer.values())
+        place = self._hosted.place_of(unit)
+        return any(offloaded.is_updating(parameters, place=place) for offloaded in self._by_optimizer.values())
 
     def _chosen(self, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
         """Return the optimizer's parameters by what gathers them."""
@@ -154,12 +157,14 @@ class OffloadedSteps:
 
     def traffic(self) -> OffloadTraffic:
         """Return what this rank has moved so far, and waited for; nothing is waited for."""
-        return sum((each.traffic() for each in self._by_optimizer.values()), OffloadTraffic())
+        return sum((each.traffic() for each in self._by_optimizer.values()), self._hosted.traffic())
 
     def observe(self, observer: Observer | None) -> None:
         """Tell somebody what is done, and when; see `OffloadedOptimizer.observe`."""
         for each in self._by_optimizer.values():
             each.observe(observer)
+        if self._hosted.file is not None:
+            self._hosted.file.observer = observer
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return list(compat.managed_parameters(self._units[name]))
@@ -196,6 +201,7 @@ class OffloadedSteps:
             offloaded.close()
         self._needs.clear()
         self._returning.clear()
+        self._torn = None
         self.overlap(early=False, late=False)
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -231,16 +237,31 @@ class OffloadedSteps:
         Args:
             reduces: afterwards gradients are final, and a step follows.
         """
-        if self._torn is not None:
-            raise MeshboltError(
-                "An exception has ended a backward pass in which some parameters had been updated and others not. Start again "
-                "from the last checkpoint; with Offload(overlap=False) no update begins before a step."
-            ) from self._torn
+        self._refuse_torn()
         self._is_stepping = self._early and reduces
         if self._is_stepping:
             optimizer = next(iter(self._by_optimizer.values())).optimizer
             own = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
             self._due = {name: own.intersection(self._parameters(name)) for name in self._units}
+
+    def _refuse_torn(self) -> None:
+        if self._torn is not None:
+            raise MeshboltError(
+                "An exception has ended a step in which some parameters had been updated and others not. Start again "
+                "from the last checkpoint; with Offload(overlap=False) no update begins before a step."
+            ) from self._torn
+
+    def require_whole(self) -> None:
+        """Wait for updates, and refuse to go on where one of them has failed or has reached some parameters only.
+
+        Raises:
+            BaseException: what an update raised, if nobody has seen it yet; else a MeshboltError.
+        """
+        for offloaded in self._by_optimizer.values():
+            offloaded.wait()
+        if self._hosted.file is not None:
+            pass  # MUT
+        self._refuse_torn()
 
     def after_error(self, error: Exception) -> None:
         """Note that a pass was cut short.
@@ -271,13 +292,20 @@ class OffloadedSteps:
             optimizer: that was added.
             kwargs: further arguments of its `step`.
         """
+        has_begun = self._is_stepping and self.of(optimizer).has_submitted
         try:
             with torch.enable_grad():
                 result = self.of(optimizer).step(waits=not self._late, **kwargs)
+        except Exception as error:
+            self._torn = error if has_begun else self._torn
+            raise
         finally:
             self._is_stepping = False
         if id(optimizer) in self._returning:
             self._bring_back(optimizer)
+        if self._late:
+            own = (p for group in optimizer.param_groups for p in group["params"])
+            self._versions = {parameter: parameter._version for parameter in own}
         return result
 
     def _bring_back(self, optimizer: Optimizer) -> None:
@@ -307,6 +335,24 @@ class OffloadedSteps:
             return
         for offloaded in self._by_optimizer.values():
             offloaded.wait(parameters)
+        if self._versions:
+            self._refuse_changes(list(self._versions) if parameters is None else parameters)
+
+    def _refuse_changes(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Refuse that the user's step changes parameters whose update may not have been over.
+
+        Raises:
+            MeshboltError: it did.
+        """
+        versions = [(p, self._versions.pop(p, None)) for p in parameters]
+        changed = next((p for p, version in versions if version not in (None, p._version)), None)
+        if changed is not None:
+            self._versions.clear()
+            raise MeshboltError(
+                f"A sharded parameter of shape {tuple(changed.shape)} was changed in training_step before its layer ran, while "
+                "updates of the step before were still under way. Change it in a hook, such as on_train_batch_start, which is "
+                "waited for; or use Offload(overlap=False)."
+            )
 
 
 def _say_nothing(_text: str) -> None:

@@ -94,4 +94,10 @@ METRICS = (
         "How long updates waited for room: for a buffer that was still being written to a file; a part of busy_seconds.",
         "time in the waiting for writes / steps",
     ),
+    Metric(
+        "offload/gather_wait_seconds",
+        "seconds",
+        "How long gathers waited for parameters to be read from their file.",
+        "time in the waiting of all gathers / steps",
+    ),
 )

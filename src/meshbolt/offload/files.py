@@ -191,6 +191,15 @@ class StateFile:
         """
         self._unusable = self._unusable or reason
 
+    def require_usable(self) -> None:
+        """Refuse to go on where something written has not arrived, whoever has been told.
+
+        Raises:
+            StorageError: it has not, or the file is closed.
+        """
+        if self._closed or self._unusable:
+            raise StorageError(f"{self.path!r} is out of use. {self._unusable or 'It was closed.'}")
+
     def close(self) -> None:
         """Wait for what is under way, end the threads, and give the space back; again, it does nothing."""
         if self._closed:

@@ -162,14 +162,10 @@ class OffloadedOptimizer:
         """Whether the update of some parameters has begun before the step."""
         return bool(self._submitted)
 
-    def is_updating(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Return whether updates of some parameters have been submitted and are not over.
-
-        Args:
-            parameters: that count.
-        """
+    def is_updating(self, parameters: Iterable[nn.Parameter], *, place: tuple[int, int]) -> bool:
+        """Return whether updates of some parameters, at a place in the file of shards, have been submitted and are not over."""
         leaving = self._transfers[False]
-        if isinstance(leaving, HostToFile) and leaving.is_writing:
+        if isinstance(leaving, HostToFile) and leaving.is_writing(*place):
             return True
         with self._change:
             return any(self._left[self._number(parameter)] for parameter in parameters)
@@ -187,12 +183,7 @@ class OffloadedOptimizer:
         with self.counters.waiting("other" if parameters is None else "forward"):
             self._wait(parameters)
 
-    def step(
-        self,
-        closure: Callable[[], Any] | None = None,
-        *,
-        waits: bool = True,
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, waits: bool = True) -> Any:
         """Take the optimizer's step: call its hooks, and update what was not submitted since the last step.
 
         Args:
@@ -206,10 +197,12 @@ class OffloadedOptimizer:
         def update_instead() -> Any:
             loss = None if closure is None else closure()
             rest = [p for p in self._all() if p not in self._submitted]
-            self.submit(rest, **self._scaling())
             if waits:
-                with self.counters.waiting("step"):
+                with self.counters.waiting("step"), self._line.here(self._device.type == "cpu"):
+                    self.submit(rest, **self._scaling())
                     self._wait(None)
+            else:
+                self.submit(rest, **self._scaling())
             hidden.update((p, p.grad) for p in self._all() if p.grad is not None)
             for parameter in hidden:
                 parameter.grad = None

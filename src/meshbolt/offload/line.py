@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -23,6 +24,24 @@ class UpdateLine:
         """
         self.threads = max(1, threads)
         self._thread: ThreadPoolExecutor | None = None
+        self._last: Future[None] | None = None
+        self._is_here = False
+
+    @contextmanager
+    def here(self, wanted: bool) -> Iterator[None]:
+        """Work jobs off in the caller's thread for a while, in `submit`, unless others are still worked off.
+
+        Who waits for a job loses nothing, and a kernel begins earlier: OpenMP's threads look for work for a while after each
+        kernel, before they sleep, only as long as there are no more of them than processors. Those of a second thread are.
+
+        Args:
+            wanted: False: do nothing.
+        """
+        before, self._is_here = self._is_here, wanted
+        try:
+            yield
+        finally:
+            self._is_here = before
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Call a function behind all those that were submitted before it.
@@ -30,15 +49,33 @@ class UpdateLine:
         Args:
             job: may compute.
         """
+        if self._is_here and (self._last is None or self._last.done()):
+            return self._done_here(job)
         if self._thread is None:
             self._thread = self._start()
-        return self._thread.submit(job)
+        self._last = self._thread.submit(job)
+        return self._last
 
     def close(self) -> None:
         """End the thread, when the jobs have ended."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
         self._thread = None
+
+    def _done_here(self, job: Callable[[], None]) -> Future[None]:
+        before = torch.get_num_threads()
+        if before != self.threads:
+            torch.set_num_threads(self.threads)
+        future: Future[None] = Future()
+        try:
+            job()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+        finally:
+            if before != self.threads:
+                torch.set_num_threads(before)
+        return future
 
     def _start(self) -> ThreadPoolExecutor:
         def begin() -> None:

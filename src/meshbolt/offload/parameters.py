@@ -22,6 +22,7 @@ from meshbolt.offload.buffers import aligned_bytes, aligned_empty
 from meshbolt.offload.counters import Traffic
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.requests import Request
+from meshbolt.offload.traffic import Moved, Observer, Ways
 
 AHEAD = 2
 """How many units are read before they are asked for."""
@@ -115,6 +116,7 @@ class ParameterFile:
         self._file: StateFile | None = None
         self._largest = 0
         self._is_written = False
+        self._asked_bytes = self._put_bytes = 0
         self._units: dict[str, _Unit] = {}
         self._offsets: dict[int, int] = {}
         self._free: list[torch.Tensor] = []
@@ -124,6 +126,8 @@ class ParameterFile:
         self._order = _Order()
         self.is_changing: Callable[[str], bool] = lambda _: False
         """Asked whether a unit, by name, may be changed meanwhile, so that it is not to be read ahead."""
+        self.observer: Observer | None = None
+        """Told of reads, and of waiting for them; None: nobody is."""
         self.waited_seconds = 0.0
         """How long gathers had to wait for the file."""
 
@@ -170,6 +174,15 @@ class ParameterFile:
         offset = self._offsets.get(tensor.untyped_storage().data_ptr())
         return None if offset is None else offset + int(tensor.storage_offset()) * tensor.element_size()
 
+    def place_of_unit(self, name: str) -> tuple[int, int]:
+        """Return where a unit begins and ends in the file, in bytes.
+
+        Args:
+            name: of the unit.
+        """
+        unit = self._units[name]
+        return unit.offset, unit.offset + unit.num_bytes
+
     def write(self, data: torch.Tensor, place: int) -> Request:
         """Begin to write a part of a shard past the page cache, as `StateFile.write` does.
 
@@ -178,6 +191,7 @@ class ParameterFile:
             place: as `place_of` tells.
         """
         self._is_written = True
+        self._put_bytes += data.nbytes
         return self.file.write(data, place)
 
     def was_touched(self) -> bool:
@@ -193,6 +207,15 @@ class ParameterFile:
         if self._is_written:
             self._is_written = False
             self.file.clean(flushes=False)
+
+    def require_usable(self) -> None:
+        """Refuse to go on where shards have not arrived in the file, in which the mapped memory shows those of before.
+
+        Raises:
+            StorageError: they have not.
+        """
+        if self._file is not None:
+            self._file.require_usable()
 
     @property
     def file(self) -> StateFile:
@@ -214,6 +237,14 @@ class ParameterFile:
     def buffer_bytes(self) -> int:
         """Of host memory, for units on their way."""
         return self._largest * (1 + AHEAD)
+
+    def moved(self) -> Ways:
+        """Return what gathers have asked for and updates have written, and what has come and gone."""
+        traffic = self.traffic
+        return Ways(
+            read=Moved(self._asked_bytes, traffic.read_bytes, traffic.read_seconds),
+            written=Moved(self._put_bytes, traffic.written_bytes, traffic.write_seconds),
+        )
 
     @property
     def traffic(self) -> Traffic:
@@ -267,16 +298,26 @@ class ParameterFile:
         if read is not None and not is_clean:
             self._put_back(read)
             read = None
+        self._asked_bytes += unit.num_bytes
         start = time.perf_counter()
         self._current = read or self._begin(unit, self._buffer(keep=following))
         self._current.request.wait()
-        self.waited_seconds += time.perf_counter() - start
+        self._note(self._current, start)
         for name in dict.fromkeys(following) if is_clean else ():
             if name not in self._ahead and name != unit.name and not self.is_changing(name):
                 self._ahead[name] = self._begin(self._units[name], self._buffer(keep=following))
 
+    def _note(self, read: _Read, start: float) -> None:
+        """Count how long a read was waited for, and tell who observes it."""
+        end = time.perf_counter()
+        self.waited_seconds += end - start
+        if self.observer is not None:
+            self.observer("file: read parameters", read.unit.name, read.request.submitted, read.request.ended)
+            self.observer("gathers: wait", f"wait for {read.unit.name}", start, end)
+
     def _is_clean(self) -> bool:
-        return not self._is_written and not self.file.was_touched()
+        """Return whether nobody else has changed shards: while updates write, nobody is to, see `is_changing`."""
+        return self._is_written or not self.file.was_touched()
 
     def _leave(self) -> None:
         current, self._current = self._current, None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meshbolt.offload.layout import StateChunk
+from meshbolt.offload.requests import Request
 from meshbolt.offload.rules import Rule
 from meshbolt.offload.tiers import Columns, FileTier, Tier
 from meshbolt.offload.traffic import Moved, Observer, OffloadTraffic, Ways
@@ -153,7 +154,7 @@ class Pass:
         self._tier, self._counters = tier, counters
         tier.visit([visit.chunk for visit in self._visits.values()], self._update, then=self._then)
 
-    def _update(self, chunk: StateChunk, columns: Columns) -> None:
+    def _update(self, chunk: StateChunk, columns: Columns) -> Sequence[Request]:
         visit = self._visits[chunk.number]
         self._begin(visit)
         while self._to_begin and len(self._begun) < 1 + AHEAD:
@@ -170,9 +171,10 @@ class Pass:
                 writes_shards=self._transfers.writes_shards,
             ).run(threads=self._threads if on_host else 1)
         self._counters.note_update(chunk, start)
-        self._transfers.end(visit, columns, resident=self._tier.resident)
+        reading = self._transfers.end(visit, columns, resident=self._tier.resident)
         self._begun.discard(chunk.number)
         self._done(visit)
+        return reading
 
     def _begin(self, visit: Visit) -> None:
         if visit.chunk.number not in self._begun:

@@ -44,12 +44,21 @@ class Chunk:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A chunk that is being read or written, in the buffer that belongs to it meanwhile."""
+    """A chunk that is being read or written, in the buffer that belongs to it meanwhile.
+
+    Attributes:
+        chunk: it.
+        number: in its pass.
+        buffer: its memory.
+        request: the transfer.
+        others: transfers of somebody else that read the buffer too.
+    """
 
     chunk: Chunk
     number: int
     buffer: torch.Tensor
     request: Request
+    others: Sequence[Request] = ()
 
 
 class ChunkStream:
@@ -109,7 +118,8 @@ class ChunkStream:
         Args:
             chunks: parts of the file that do not overlap.
             update: is called in this thread with each chunk's number and bytes (uint8, one dim), which it changes; it may wait
-                for what it needs, while the next chunks are read. It keeps no reference to the bytes.
+                for what it needs, while the next chunks are read. It keeps no reference to the bytes, but may return a
+                sequence of transfers that read them until they end.
             reads: False: chunks are only written, and `update` gets bytes of any value to fill.
             writes: False: chunks are only read, and changes are lost.
             then: what the next pass begins with, if that is known: it is read while this pass ends, and the last chunks of
@@ -136,8 +146,9 @@ class ChunkStream:
                     begun += 1
                 buffer = self._finish_read() if reads else self._take_buffer()
                 with self._span("update", number):
-                    update(number, buffer[: chunks[number].num_bytes])
-                self._put_back(chunks[number], number, buffer, writes=writes)
+                    others = update(number, buffer[: chunks[number].num_bytes])
+                others = others if isinstance(others, Sequence) else ()
+                self._put_back(chunks[number], number, buffer, writes=writes, others=others)
             if not then:
                 self._finish_writes()
         return report
@@ -203,9 +214,10 @@ class ChunkStream:
         """Cut short what is under way, wait for it and raise nothing."""
         under_way = [*self._ahead, *self._writing]
         for flight in under_way:
-            flight.request.abandon()
+            for each in (flight.request, *flight.others):
+                each.abandon()
         # A stuck disk may write to its buffer at any time, so there is no further pass.
-        self._stuck = not all(flight.request.settle() for flight in under_way)
+        self._stuck = not all(each.settle() for flight in under_way for each in (flight.request, *flight.others))
         self._ahead.clear()
         self._writing.clear()
         self._free = list(self._buffers)
@@ -246,12 +258,14 @@ class ChunkStream:
         self._report.read_bytes += flight.chunk.num_bytes
         return self._ahead.popleft().buffer
 
-    def _put_back(self, chunk: Chunk, number: int, buffer: torch.Tensor, *, writes: bool) -> None:
+    def _put_back(
+        self, chunk: Chunk, number: int, buffer: torch.Tensor, *, writes: bool, others: Sequence[Request]
+    ) -> None:
         if not writes:
             self._free.append(buffer)
             return
         request = self._file.write(buffer[: chunk.num_bytes], chunk.offset)
-        self._writing.append(_Flight(chunk, number, buffer, request))
+        self._writing.append(_Flight(chunk, number, buffer, request, others))
 
     def _take_buffer(self) -> torch.Tensor:
         if not self._free:
@@ -265,7 +279,8 @@ class ChunkStream:
     def _finish_write(self) -> None:
         flight = self._writing[0]
         with self._span("wait_write", flight.number):
-            flight.request.wait()
+            for request in (flight.request, *flight.others):
+                request.wait()
         self._note(flight)
         self._report.written_bytes += flight.chunk.num_bytes
         self._free.append(self._writing.popleft().buffer)

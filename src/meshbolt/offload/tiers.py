@@ -16,12 +16,13 @@ from meshbolt.offload.counters import Traffic
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.layout import Layout, Section, StateChunk
 from meshbolt.offload.reports import StreamReport
+from meshbolt.offload.requests import Request
 from meshbolt.offload.stream import BUFFERS, Chunk, ChunkStream
 from meshbolt.offload.traffic import Moved, Observer, Ways
 from meshbolt.units import format_bytes
 
 Columns = Mapping[str, torch.Tensor]
-Work = Callable[[StateChunk, Columns], None]
+Work = Callable[[StateChunk, Columns], "Sequence[Request] | None"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,8 @@ class Tier(Protocol):
 
         Args:
             chunks: of sections that were added; each only once.
-            work: takes a chunk and its columns, tensors of the chunk's elements, which it may change.
+            work: takes a chunk and its columns, tensors of the chunk's elements, which it may change; it may return transfers
+                that read them until they end.
             writes: False: it changes nothing.
             then: what the next visit probably begins with.
         """
@@ -297,10 +299,11 @@ class FileTier:
         writes: bool,
         then: Sequence[StateChunk],
     ) -> None:
-        def update(number: int, run: torch.Tensor) -> None:
+        def update(number: int, run: torch.Tensor) -> Sequence[Request] | None:
             self._taken_bytes += chunks[number].num_bytes
-            work(chunks[number], chunks[number].columns_in(run))
+            reading = work(chunks[number], chunks[number].columns_in(run))
             self._put_bytes += chunks[number].num_bytes if writes else 0
+            return reading
 
         places, later = (
             [Chunk(chunk.file_offset - start, chunk.num_bytes) for chunk in some] for some in (chunks, then)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,16 +18,15 @@ from meshbolt.offload.layout import Piece
 from meshbolt.offload.parameters import ParameterFile
 from meshbolt.offload.requests import Request
 from meshbolt.offload.tiers import Columns
-from meshbolt.offload.traffic import Moved, Observer, Ways
+from meshbolt.offload.traffic import Observer, Ways
 from meshbolt.offload.transfers import GpuToHost, Gradients, SameDevice, Transfers, Visit
+
+# Of how many chunks writes are remembered: whose memory is another one's again, they have ended.
+_KEPT = 3
 
 
 class HostToFile:
-    """Gradients are in host memory, updated parameters go to the file of shards; chunks are laid out in pages for that.
-
-    A chunk's writes end before its memory is another one's: a stream has three buffers, and of these the chunk before the last
-    one is overwritten next.
-    """
+    """Gradients are in host memory, updated parameters go to the file of shards; chunks are laid out in pages for that."""
 
     writes_shards = False
 
@@ -38,15 +37,18 @@ class HostToFile:
             parameters: that has the shards of all parameters with a copy in the columns.
         """
         self._parameters = parameters
-        # Of the last chunk, and of the one before it.
-        self._writing: deque[list[Request]] = deque()
+        self._writing: deque[list[tuple[int, Request]]] = deque()
         self._lock = threading.Lock()
-        self._written_bytes = 0
 
-    @property
-    def is_writing(self) -> bool:
-        """Whether something is on its way to the file."""
-        return bool(self._writing)
+    def is_writing(self, start: int, stop: int) -> bool:
+        """Return whether something is on its way to a part of the file.
+
+        Args:
+            start: its first byte.
+            stop: behind its last one.
+        """
+        with self._lock:
+            return any(start <= place < stop and not each.done for some in self._writing for place, each in some)
 
     def begin(self, visit: Visit) -> None:
         """Do nothing: gradients are there."""
@@ -59,16 +61,17 @@ class HostToFile:
         """Run what is inside as it is: it computes on the host."""
         return contextlib.nullcontext()
 
-    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
-        """Start to write the chunk's parameters, and wait for those of the one before it."""
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> Sequence[Request]:
+        """Start to write the chunk's parameters."""
         requests = []
         for piece in visit.pieces if MASTER in columns else ():
             if piece.start < piece.stop:
                 requests.append(self._write(visit, piece, columns))
         with self._lock:
             self._writing.append(requests)
-        while len(self._writing) > 1:
+        while len(self._writing) > _KEPT:
             self._wait_for_one()
+        return [request for _, request in requests]
 
     def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
         """Run what is inside as it is."""
@@ -105,14 +108,13 @@ class HostToFile:
                 self._wait_for_one()
 
     def moved(self) -> Ways:
-        """Return the parameters that were written; their times are those of the file, which reads others meanwhile."""
-        traffic = self._parameters.traffic
-        return Ways(written=Moved(self._written_bytes, traffic.written_bytes, traffic.write_seconds))
+        """Return that nothing of the state has moved: parameters are in the counts of their file."""
+        return Ways()
 
     def observe(self, observer: Observer | None) -> None:
         """Do nothing: writes are in the file's own counters."""
 
-    def _write(self, visit: Visit, piece: Piece, columns: Columns) -> Request:
+    def _write(self, visit: Visit, piece: Piece, columns: Columns) -> tuple[int, Request]:
         shard, column = visit.live[piece.slot].shard, columns[MASTER]
         place = self._parameters.place_of(shard)
         if place is None or shard.dtype != column.dtype:
@@ -123,15 +125,15 @@ class HostToFile:
         itemsize = column.element_size()
         num_bytes = aligned_bytes((piece.stop - piece.start) * itemsize)
         data = column[piece.offset : piece.offset + num_bytes // itemsize]
-        self._written_bytes += num_bytes
-        return self._parameters.write(data, place + piece.start * itemsize)
+        place += piece.start * itemsize
+        return place, self._parameters.write(data, place)
 
     def _wait_for_one(self) -> None:
         # The thread of updates and the caller may wait for the same ones; they stay here until they have ended.
         with self._lock:
             requests = self._writing[0] if self._writing else []
         try:
-            for request in requests:
+            for _, request in requests:
                 request.wait()
         finally:
             with self._lock:

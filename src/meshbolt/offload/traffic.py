@@ -81,6 +81,7 @@ class OffloadTraffic(_Totals):
         other_wait_seconds: that somebody else waited: a checkpoint, a norm, an average.
         read_wait_seconds: of the busy ones, that updates waited for a file to be read.
         room_wait_seconds: of the busy ones, that updates waited for a buffer which was still being written.
+        gather_wait_seconds: that gathers waited for parameters to be read from their file.
     """
 
     state: Ways = Ways()
@@ -92,6 +93,7 @@ class OffloadTraffic(_Totals):
     other_wait_seconds: float = 0.0
     read_wait_seconds: float = 0.0
     room_wait_seconds: float = 0.0
+    gather_wait_seconds: float = 0.0
 
     @property
     def not_hidden_seconds(self) -> float:

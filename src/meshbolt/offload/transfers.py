@@ -21,6 +21,7 @@ import torch
 
 from meshbolt.offload.entries import MASTER, Entry
 from meshbolt.offload.layout import Piece, StateChunk
+from meshbolt.offload.requests import Request
 from meshbolt.offload.rules import Settings
 from meshbolt.offload.tiers import Columns, MemoryTier
 from meshbolt.offload.traffic import Moved, Observer, Ways
@@ -96,13 +97,16 @@ class Transfers(Protocol):
     def computing(self) -> AbstractContextManager[Any]:
         """Return a context for the update, which puts it on the right stream."""
 
-    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> Sequence[Request]:
         """Bring updated parameters back.
 
         Args:
             visit: the chunk.
             columns: of the chunk.
             resident: they stay as they are until the chunk is updated again.
+
+        Returns:
+            Transfers that read the columns until they end.
         """
 
     def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
@@ -164,11 +168,12 @@ class SameDevice:
         """Run what is inside on the stream."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> Sequence[Request]:
         """Keep gradients until they are used."""
         if self._stream is not None:
             for live in visit.live.values():
                 live.gradient.record_stream(self._stream)
+        return ()
 
     def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
         """Look at parameters on the stream of updates."""
@@ -352,7 +357,7 @@ class GpuToHost:
         """Run what is inside as it is: it computes on the host."""
         return contextlib.nullcontext()
 
-    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> None:
+    def end(self, visit: Visit, columns: Columns, *, resident: bool) -> Sequence[Request]:
         """Start the copy of the parameters to the GPU, which casts them there."""
         self._free.append(self._coming.pop(visit.chunk.number))
         pieces = visit.pieces
@@ -367,6 +372,7 @@ class GpuToHost:
             self._sent.record()
         if not resident:
             self._sent.synchronize()  # the columns' memory is another chunk's next
+        return ()
 
     def looking(self, ready: torch.cuda.Event | None) -> AbstractContextManager[Any]:
         """Look at parameters on the stream that brings gradients to the host."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -38,6 +39,16 @@ def register_presets(trainer_strategy: type, fabric_strategy: type) -> None:
         fabric_strategy: the class for Fabric.
     """
     for name, arguments in PRESETS.items():
-        written = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        written = ", ".join(f"{key}={_written(value)}" for key, value in arguments.items())
         for registry, strategy in ((StrategyRegistry, trainer_strategy), (FABRIC_REGISTRY, fabric_strategy)):
             registry.register(name, strategy, description=f"MeshStrategy({written})", override=True, **arguments)
+
+
+def _written(value: Any) -> str:
+    """Return a setting as a user writes it, without what is default."""
+    if not is_dataclass(value):
+        return repr(value)
+    given = {
+        each.name: getattr(value, each.name) for each in fields(value) if getattr(value, each.name) != each.default
+    }
+    return f"{type(value).__name__}({', '.join(f'{key}={item!r}' for key, item in given.items())})"

@@ -15,7 +15,7 @@ from tests.ranks.trainer.test_offload import WARNING, Net, fit
 from tests.rows import full
 
 from meshbolt import Offload
-from meshbolt.errors import StorageError, UnsupportedError
+from meshbolt.errors import MeshboltError, StorageError, UnsupportedError
 from meshbolt.testing import run_ranks
 
 pytestmark = pytest.mark.filterwarnings(WARNING)
@@ -190,3 +190,29 @@ def test_updates_overlap_where_nobody_could_notice(
     if LearningRateMonitor in callbacks:
         settings = {**settings, "logger": pl.loggers.CSVLogger(str(tmp_path)), "log_every_n_steps": 1}
     assert run_ranks(overlap, 2, kind(fused=True), made, {"zero": 1, **settings}, timeout=60) == [expected] * 2
+
+
+class ChangesInStep(Net):
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        if index == 2:
+            with torch.no_grad():
+                self.blocks[1].up.weight.clamp_(-0.1, 0.1)
+        return super().training_step(batch, index)
+
+
+def changed_in_step(overlap: bool) -> str:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MESHBOLT_FAST_PATH", "0")
+        try:
+            fit(ChangesInStep(fused=True), Offload("cpu", overlap=overlap), zero=3)
+        except MeshboltError as error:
+            return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("overlap", "words"), [(True, "was changed in training_step.*overlap=False"), (False, "trained")]
+)
+def test_a_step_that_changes_what_is_being_updated_is_refused(overlap: bool, words: str) -> None:
+    for said in run_ranks(changed_in_step, 2, overlap, timeout=60):
+        assert re.search(words, said, re.DOTALL), said

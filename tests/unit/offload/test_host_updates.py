@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from tests.unit.offload.hosts import FUSED, OWN_CLASS, Make, assert_same, give_gradients, offloaded, parameters, train
 from torch import nn
 from torch.optim import Optimizer
+
+from meshbolt.offload.tiers import MemoryTier
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -249,3 +253,49 @@ def test_hooks_closures_and_schedulers_see_the_optimizers_own_step() -> None:
     assert seen == [f"before True {start:.4f}", "closure", f"after {params[0].sum():.4f}"]
     assert params[0].sum() != start
     assert params[0].grad is not None
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "foreach", "numpy"])
+def test_however_a_parameter_is_changed_its_copy_follows(change: str) -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = torch.optim.AdamW(params, lr=1e-6, fused=True)
+    with offloaded(optimizer) as host:
+        for step in range(2):
+            give_gradients(params, step)
+            host.step()
+        with torch.no_grad():
+            if change == "in place":
+                params[1].add_(1.0)
+            elif change == "data":
+                params[1].data.add_(1.0)
+            elif change == "foreach":
+                torch._foreach_add_([p.data for p in params], 1.0)
+            else:
+                params[1].data.view(torch.int16).numpy()[:] = params[1].detach().add(1.0).view(torch.int16).numpy()
+        expected = params[1].detach().float()
+        give_gradients(params, 2)
+        host.step()
+        master = host.master_of(params[1])
+        assert master is not None
+        # One step moves it by the learning rate.
+        torch.testing.assert_close(master, expected, rtol=0.0, atol=2e-6)
+
+
+def test_a_step_that_is_waited_for_runs_in_the_callers_thread_with_as_many_threads_as_asked() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Looks(MemoryTier):
+        def visit(self, *args: Any, **kwargs: Any) -> None:
+            seen.append((threading.current_thread().name, torch.get_num_threads()))
+            super().visit(*args, **kwargs)
+
+    mine, before, caller = FUSED["adamw"](parameters()), torch.get_num_threads(), threading.current_thread().name
+    with offloaded(mine, make_tier=lambda _: Looks(), threads=before + 1) as host:
+        give_gradients(mine.param_groups[0]["params"], 0)
+        host.step()
+        host.step(waits=False)
+        host.wait()
+        assert torch.get_num_threads() == before
+    assert seen[0] == (caller, before + 1)
+    assert seen[1][0].startswith("meshbolt-update")
+    assert seen[1][1] == before + 1
