@@ -22,7 +22,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,10 +75,14 @@ def ours(params: list[nn.Parameter], threads: int) -> Callable[[], Any]:
     return OffloadedOptimizer(optimizer, units={"all": params}, threads=threads).step
 
 
-def ours_in_layers(elements: int, threads: int) -> Callable[[], Any]:
+def layer_shapes(elements: int) -> list[tuple[int, ...]]:
+    """Return the shapes of the parameters of layers, which have about so many elements together."""
     shapes = [(4 * WIDTH, WIDTH), (4 * WIDTH,), (WIDTH, 4 * WIDTH), (WIDTH,), (WIDTH,), *[(WIDTH, WIDTH)] * 4]
-    layers = max(1, round(elements / sum(torch.Size(shape).numel() for shape in shapes)))
-    return ours([nn.Parameter(torch.randn(shape)) for _ in range(layers) for shape in shapes], threads)
+    return shapes * max(1, round(elements / sum(torch.Size(shape).numel() for shape in shapes)))
+
+
+def ours_in_layers(shapes: Sequence[tuple[int, ...]], threads: int) -> Callable[[], Any]:
+    return ours([nn.Parameter(torch.randn(shape)) for shape in shapes], threads)
 
 
 def ours_with_masters(elements: int, threads: int) -> Callable[[], Any]:
@@ -102,12 +106,13 @@ def measure(contenders: Mapping[str, Callable[[], Any]], rounds: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--millions", type=int, default=64, help="of elements")
+    parser.add_argument("--millions", type=int, default=64, help="of elements, about")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--deepspeed", action="store_true", help="measure DeepSpeed's CPUAdam too")
     arguments = parser.parse_args()
-    elements = arguments.millions * 10**6
+    shapes = layer_shapes(arguments.millions * 10**6)
+    elements = sum(torch.Size(shape).numel() for shape in shapes)
     others = {
         "torch fused AdamW": flat(elements, fused),
         "torch fused AdamW, huge pages": flat_in_huge_pages(elements, fused),
@@ -120,7 +125,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         own = {
             "ours, in place": ours([nn.Parameter(torch.randn(elements))], threads),
-            "ours, in layers": ours_in_layers(elements, threads),
+            "ours, in layers": ours_in_layers(shapes, threads),
             "ours, masters": ours_with_masters(elements, threads),
         }
         report(measure({**others, **own}, arguments.rounds), elements=elements, threads=threads)
