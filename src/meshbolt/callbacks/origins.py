@@ -41,6 +41,8 @@ def settings_of(trainer: pl.Trainer, known: Mapping[str, str]) -> list[Row]:
     rows = [] if not isinstance(plan, Plan) else _rows_of(plan, known)
     for flag, default in _FLAGS.items():
         value = getattr(trainer, flag, default)
+        if flag == "max_epochs" and value == -1:  # what Lightning makes of None beside max_steps
+            value = default
         key = f"trainer.{flag}"
         rows.append((key, _written(value), known.get(key, DEFAULT if value == default else f"Trainer({flag}=...)")))
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from meshbolt.monitoring.report.charts import Series, Span, Title, area_chart, line_chart, share_bar
@@ -41,6 +41,11 @@ _OWNER_COLOURS = {
     "other": 7,
 }
 _ENDS = re.compile(r"_(bytes(?=_per_second$)|bytes$|seconds$)")
+_TIMES_OF_RANKS = {
+    "own_seconds": "What each rank does by itself in a step",
+    "data_seconds": "What each rank waits for data",
+}
+_MOST_NAMED = 8
 _OVER_RANKS = re.compile(r"_(least|mean|most)_(bytes|rank)$|/peak_step$")
 _CAPITALS = re.compile(r"\b(mfu|hfu|flops?|gpu|cpu|io)\b")
 
@@ -225,9 +230,7 @@ def _some(ranks: Sequence[int], owners: Sequence[str], measured: Mapping[str, Cu
             if (envelope := measured[f"memory/{owner}_bytes"].ranks.get(rank)) is not None
         )
 
-    by_size = sorted(ranks, key=held)
-    places = {round(number * (len(by_size) - 1) / (MOST_RANKS - 1)) for number in range(MOST_RANKS)}
-    return sorted(by_size[place] for place in places)
+    return _spread(sorted(ranks, key=held))
 
 
 def _by_rank(measured: Mapping[str, Curves]) -> str:
@@ -274,7 +277,43 @@ def texts(found: Gathered, kind: str) -> str:
     rows = [
         (_short(name), text, meaning_of(name)) for name, text in found.texts.items() if name.partition("/")[0] == kind
     ]
+    rows += [
+        (_short(name), _often(counts), meaning_of(name))
+        for name, counts in found.named.items()
+        if name.partition("/")[0] == kind and not _OVER_RANKS.search(name)
+    ]
     return pairs(rows) if rows else ""
+
+
+def of_ranks(found: Gathered, span: Span) -> list[str]:
+    """Return charts with a line for each rank, where one of them has collected the times of all.
+
+    Args:
+        found: of the run.
+        span: steps.
+    """
+    charts = []
+    for name, ranks in found.of_ranks.items():
+        kept = _spread([rank for _, rank in sorted((_mean(each), rank) for rank, each in ranks.items())])
+        series = [Series(f"rank {rank}", ranks[rank], number) for number, rank in enumerate(kept)]
+        words = f"{len(kept)} of {len(ranks)} ranks, from the fastest to the slowest." if len(kept) < len(ranks) else ""
+        charts.append(line_chart(Title(_TIMES_OF_RANKS[name], "seconds", words), series, span, from_zero=True))
+    return charts
+
+
+def _often(counts: Counter[int]) -> str:
+    whole = sum(counts.values())
+    some = counts.most_common(_MOST_NAMED)
+    rest = f", {len(counts) - len(some)} others" if len(counts) > len(some) else ""
+    return ", ".join(f"rank {rank}: {count} of {whole}" for rank, count in some) + rest
+
+
+def _spread(ranks: Sequence[int]) -> list[int]:
+    """Return some of many ranks, the first and the last among them, in the order of their numbers."""
+    if len(ranks) <= MOST_RANKS:
+        return sorted(ranks)
+    places = {round(number * (len(ranks) - 1) / (MOST_RANKS - 1)) for number in range(MOST_RANKS)}
+    return sorted(ranks[place] for place in places)
 
 
 def over_ranks(measured: Mapping[str, Curves]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from meshbolt.monitoring.records import Record
 from meshbolt.monitoring.report.envelope import Envelope
 from meshbolt.monitoring.report.runs import Run, step_of
+from meshbolt.monitoring.report.wording import unit_of
 
 # Kinds that are no metrics of a step.
 _OTHERS = ("run", "rank", "event", "pipeline")
@@ -18,6 +19,8 @@ METRICS = "metrics"
 MOST_EVENTS = 200
 # Curves of single ranks, beyond the one of all.
 _CURVES_OF_A_RANK = 200
+# Of the record of a kind that compares ranks.
+_OF_RANKS = ("own_seconds", "data_seconds")
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -81,7 +84,9 @@ class Gathered:
         ceilings: bytes per second that an axis was measured to move at most.
         pipeline: the last step of a pipeline that was measured, if any.
         texts: the last text of metrics that are no numbers.
+        named: how often a metric named each rank, of metrics whose numbers are ranks.
         own: times of each rank's own steps, by name, where records tell them apart from those of the run.
+        of_ranks: times of all ranks, by name and rank, as one of them has collected them.
         num_records: that count.
     """
 
@@ -97,7 +102,9 @@ class Gathered:
     ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
     pipeline: Record | None = None
     texts: dict[str, str] = field(default_factory=dict)
+    named: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     own: dict[str, dict[int, Envelope]] = field(default_factory=lambda: defaultdict(dict))
+    of_ranks: dict[str, dict[int, Envelope]] = field(default_factory=dict)
     num_records: int = 0
 
     @property
@@ -141,6 +148,7 @@ def _take(found: Gathered, record: Record) -> None:
         found.pipeline = record
     elif kind not in _OTHERS:
         own = record.get("own")
+        _take_of_ranks(found, record, step)
         if isinstance(own, Mapping):
             _take_own(found, own, rank, step)
         # Where a record has a part that is the rank's own, the rest is of the run, and the same on all ranks.
@@ -157,6 +165,9 @@ def _take_numbers(found: Gathered, values: Mapping[str, Any], kind: str, rank: i
                 found.texts[name] = str(value)
         elif not isinstance(number, (int, float)):
             continue
+        elif unit_of(name) == "rank":
+            # The mean of two ranks is no rank.
+            found.named[name][int(number) if math.isfinite(number) else 0] += 1
         elif kind != METRICS:
             found.measured[name].add(rank, step, float(number))
         elif rank == 0:
@@ -167,6 +178,16 @@ def _take_own(found: Gathered, own: Mapping[str, Any], rank: int, step: int) -> 
     for name, value in own.items():
         if isinstance(value, (int, float)):
             found.own[name].setdefault(rank, Envelope(_CURVES_OF_A_RANK)).add(step, float(value))
+
+
+def _take_of_ranks(found: Gathered, record: Record, step: int) -> None:
+    """Take lists with a number for each rank, which one rank has written for all."""
+    for name in _OF_RANKS:
+        values = record.get(name)
+        for rank, value in enumerate(values if isinstance(values, list) else ()):
+            if isinstance(value, (int, float)):
+                curves = found.of_ranks.setdefault(name, {})
+                curves.setdefault(rank, Envelope(_CURVES_OF_A_RANK)).add(step, float(value))
 
 
 def _take_communication(found: Gathered, rows: Any, rank: int) -> None:

@@ -98,7 +98,8 @@ def page(found: Gathered) -> str:
 
 def _sections(found: Gathered) -> list[Section]:
     span = _span(found)
-    kinds = {name.partition("/")[0] for name in found.measured} - {*_SECTIONS}
+    names = (*found.measured, *found.texts, *found.named)
+    kinds = {name.partition("/")[0] for name in names if "/" in name and name not in found.logged} - {*_SECTIONS}
     parts = [
         Section("training", "Training", curves.losses(found, span)),
         Section("time", "Time and speed", curves.times(found, span)),

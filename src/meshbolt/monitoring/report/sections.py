@@ -8,11 +8,11 @@ from html import escape
 from typing import Any
 
 from meshbolt.monitoring.report.charts import Span, legend
-from meshbolt.monitoring.report.curves import by_unit, cards, over_ranks, texts
+from meshbolt.monitoring.report.curves import by_unit, cards, of_ranks, over_ranks, texts
 from meshbolt.monitoring.report.facts import status_of
 from meshbolt.monitoring.report.gather import MOST_EVENTS, Event, Gathered
 from meshbolt.monitoring.report.tables import missing, note, pairs, table
-from meshbolt.monitoring.report.wording import format_date, format_duration, write
+from meshbolt.monitoring.report.wording import NOTHING, format_date, format_duration, write
 
 _PASSES = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, parameters"}
 _COLOURS = {"F": 0, "B": 1, "I": 1, "W": 2}
@@ -91,7 +91,8 @@ def others(found: Gathered, span: Span, kinds: Sequence[str]) -> str:
         kinds: which.
     """
     measured = {name: curves for name, curves in found.measured.items() if name.partition("/")[0] in kinds}
-    drawn = cards(by_unit(measured, span)) + "".join(texts(found, kind) for kind in kinds)
+    charts = of_ranks(found, span) if "ranks" in kinds else []
+    drawn = cards([*charts, *by_unit(measured, span)]) + "".join(texts(found, kind) for kind in kinds)
     return (over_ranks(measured) if drawn else "") + drawn
 
 
@@ -123,7 +124,13 @@ def all_events(found: Gathered) -> list[Event]:
     Args:
         found: of the run.
     """
-    happened = list(found.events)
+    said = {(event.step, event.text) for event in found.events if event.what != "warning"}
+    happened = [
+        event
+        for event in found.events
+        # What is an event by itself is often a warning as well, with its class before it.
+        if event.what != "warning" or (event.step, event.text.partition(": ")[2]) not in said
+    ]
     for number, attempt in enumerate(found.run.attempts):
         what = "restart" if number else "start"
         whence = f"from step {attempt.first_step:,}" if attempt.first_step else "from the beginning"
@@ -155,10 +162,10 @@ def settings(found: Gathered) -> str:
     rows = _settings_of(found.run.start)
     if not rows:
         return missing("The settings were not recorded.", "Trainer(callbacks=[RunReport()])")
-    given = [row for row in rows if row[2] != _DEFAULT]
-    defaults = [(name, value, "") for name, value, origin in rows if origin == _DEFAULT]
+    given = [row for row in rows if row[2] != _DEFAULT and row[1] != NOTHING]
+    defaults = [(name, value, "") for name, value, origin in rows if origin == _DEFAULT or value == NOTHING]
     rest = (
-        f"<details><summary>{len(defaults)} settings by default</summary>{pairs(defaults)}</details>"
+        f"<details><summary>{len(defaults)} settings by default, or without a value</summary>{pairs(defaults)}</details>"
         if defaults
         else ""
     )
@@ -240,7 +247,7 @@ def _settings_of(start: Mapping[str, Any], key: str = "settings") -> list[tuple[
     for row in start.get(key) or ():
         if isinstance(row, (list, tuple)) and row:
             name, value, origin = (*row, "", "")[:3]
-            rows.append((str(name), "–" if value is None else str(value), str(origin or "")))
+            rows.append((str(name), NOTHING if value is None else str(value), str(origin or "")))
     return rows
 
 

@@ -8,6 +8,7 @@ import time
 from meshbolt.monitoring.catalogue import CATALOGUE
 from meshbolt.units import format_bytes, format_seconds
 
+NOTHING = "–"
 _DAY_SECONDS = 86_400
 
 
@@ -41,7 +42,7 @@ def write(value: float | None, unit: str = "") -> str:
         ('2.0 MiB', '12.0 ms', '50.0 %', '1,234')
     """
     if value is None:
-        return "–"
+        return NOTHING
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if unit == "bytes":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.monitoring.report.made_up import Writer, make_run
+from tests.unit.monitoring.report.made_up import BEGUN, Writer, make_run
 
 from meshbolt.monitoring.report import find_runs, summary_of, write_report
 
@@ -65,7 +65,7 @@ def test_a_page_has_every_section_with_its_figures(whole: str) -> None:
 
     assert ids == [
         *("training", "time", "memory", "communication", "pipeline", "offload"),
-        *("events", "settings", "environment"),
+        *("ranks", "events", "settings", "environment"),
     ]
     assert 'class="missing"' not in whole
     for expected in (
@@ -166,6 +166,32 @@ def test_a_failed_run_tells_its_error_at_the_top(tmp_path: Path) -> None:
 
     assert page.index("ValueError: boom") < page.index('id="training"')
     assert "in step" in page
+
+
+def test_ranks_are_counted_and_not_averaged(whole: str) -> None:
+    assert re.search(r"rank 1: 161 of 200, rank 3: 39 of 200", whole)
+    assert "What each rank does by itself in a step" in whole
+    assert ">rank 3</li>" in whole
+
+
+def test_a_restart_is_marked_in_the_charts(tmp_path: Path) -> None:
+    make_run(tmp_path, ranks=1, steps=90, run="1")
+    make_run(tmp_path, ranks=1, steps=120, first=50, run="2", begun=BEGUN + 1000)
+    page = written(tmp_path)
+
+    assert page.count('data-tip="restart from step 50"') == page.count('class="chart"')
+    assert "in 2 attempts" in page
+
+
+def test_a_warning_about_an_event_is_told_once(tmp_path: Path) -> None:
+    with Writer(tmp_path, 0) as writer:
+        writer.write("event", 3, {"what": "slow rank", "text": "Rank 1 is slow."})
+        writer.write("event", 3, {"what": "warning", "text": "UserWarning: Rank 1 is slow."})
+        writer.write("event", 3, {"what": "warning", "text": "UserWarning: another"})
+    page = written(tmp_path)
+
+    assert page.count("Rank 1 is slow.") == 1
+    assert "UserWarning: another" in page
 
 
 def test_a_loss_that_is_no_number_is_an_event_and_a_gap(tmp_path: Path) -> None:
