@@ -8,6 +8,7 @@ from time import perf_counter
 
 from lightning.pytorch.profilers import Profiler
 
+_LISTENERS = "_meshbolt_listeners"
 # What a Trainer tells its profiler of: the loader's next batch, and its way to the device.
 _ACTIONS = (".train_dataloader_next", ".batch_to_device")
 
@@ -40,34 +41,46 @@ class FetchTimer:
         Args:
             profiler: the Trainer's; it is told everything, as before.
         """
-        starts, stops = profiler.start, profiler.stop
-
-        def start(action_name: str) -> None:
-            starts(action_name)
-            if action_name.endswith(_ACTIONS):
-                self._since, self.under_way = perf_counter(), True
-                if self._begins is not None:
-                    self._begins()
-
-        def stop(action_name: str) -> None:
-            if action_name.endswith(_ACTIONS):
-                self._seconds += perf_counter() - self._since
-                if self._ends is not None:
-                    self._ends()
-                self.under_way = False
-            stops(action_name)
-
-        with _replaced(profiler, "start", start), _replaced(profiler, "stop", stop):
+        listeners: list[FetchTimer] = vars(profiler).setdefault(_LISTENERS, [])
+        if not listeners:
+            _let_listen(profiler, listeners)
+        listeners.append(self)
+        try:
             yield
+        finally:
+            listeners.remove(self)
+            if not listeners:
+                for name in ("start", "stop", _LISTENERS):
+                    delattr(profiler, name)
+
+    def begin(self) -> None:
+        """Note that it begins to get a batch."""
+        self._since, self.under_way = perf_counter(), True
+        if self._begins is not None:
+            self._begins()
+
+    def end(self) -> None:
+        """Note that the batch is there."""
+        self._seconds += perf_counter() - self._since
+        self.under_way = False
+        if self._ends is not None:
+            self._ends()
 
 
-@contextmanager
-def _replaced(profiler: Profiler, name: str, function: Callable[[str], None]) -> Iterator[None]:
-    held = vars(profiler).get(name)
-    setattr(profiler, name, function)
-    try:
-        yield
-    finally:
-        delattr(profiler, name)
-        if held is not None:
-            setattr(profiler, name, held)
+def _let_listen(profiler: Profiler, listeners: list[FetchTimer]) -> None:
+    """Replace a profiler's methods, so that listeners hear of batches; several come and go in any order."""
+    starts, stops = profiler.start, profiler.stop
+
+    def start(action_name: str) -> None:
+        starts(action_name)
+        if action_name.endswith(_ACTIONS):
+            for each in listeners:
+                each.begin()
+
+    def stop(action_name: str) -> None:
+        if action_name.endswith(_ACTIONS):
+            for each in listeners:
+                each.end()
+        stops(action_name)
+
+    vars(profiler).update(start=start, stop=stop)
