@@ -51,6 +51,16 @@ def test_nothing_is_wider_than_the_window(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
 
 
+@pytest.mark.parametrize("width", [390, 640, 800, 1000, 1100, 1440, 2200])
+def test_figures_fill_their_rows(width: int, browser: Browser, address: str) -> None:
+    page = browser.open(address, width=width)
+    size = "(e => e.offsetWidth * e.offsetHeight)"
+    boxes = page.evaluate(f"[...document.querySelectorAll('.figure')].map({size})")
+    frame = page.evaluate(f"{size}(document.querySelector('.figures'))")
+
+    assert sum(boxes) / frame > 0.96
+
+
 def test_every_chart_is_drawn_with_its_axes(page: Page) -> None:
     empty = page.evaluate(
         "[...document.querySelectorAll('.chart')].filter(c => !c.querySelector('path.line, path.area') || "
@@ -92,6 +102,8 @@ def test_a_pointer_on_a_chart_is_told_the_exact_values_of_a_step(page: Page) -> 
     assert "val_loss" in told
     inside = "(b => b.left >= 0 && b.right <= innerWidth && b.top >= 0)(document.getElementById('tip').getBoundingClientRect())"
     assert page.evaluate(inside)
+    lines = "[...document.querySelectorAll('#tip tr')].map(row => row.getBoundingClientRect().height)"
+    assert max(page.evaluate(lines)) < 30, "a name and its values stand on one line"
     assert page.evaluate("document.querySelectorAll('.hair').length") > 10, "the same step is marked in all charts"
 
 
