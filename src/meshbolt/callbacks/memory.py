@@ -41,7 +41,7 @@ class MemoryMonitor(Monitor):
 
     Parameters, gradients, state of optimizers, gathered parameters and buffers are what their storages take on the device, in
     host memory and in files; activations and the rest are what is in use beside them: what torch's allocator has on a GPU, the
-    anonymous memory of the process on a CPU. Nothing is waited for. Peaks are reset in each phase, so that
+    anonymous memory of the process on a CPU. Nothing is waited for. Peaks are reset in each step, so that
     `torch.cuda.max_memory_allocated` starts anew with them.
 
     A rank that runs out of memory says where it was, who holds what, and which settings would save how much; the error goes on.
@@ -132,7 +132,7 @@ class MemoryMonitor(Monitor):
             run.samples = samples_in(batch)
             run.step.enter("forward")
             # In a pipeline, backward passes are between the forward passes of one call.
-            run.step.follow(run.held if self._is_measured(trainer, run) else None)
+            run.step.follow(run.held_in_step if self._is_measured(trainer, run) else None)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
@@ -140,13 +140,7 @@ class MemoryMonitor(Monitor):
         if (run := self._run) is not None:
             usage = run.step.enter("backward")
             if self._is_measured(trainer, run) and not run.engine.spans_stages:
-                run.step.note_forward(usage, run.held())
-
-    @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note that the backward pass is over."""
-        if self._run is not None:
-            self._run.step.enter("between")
+                run.step.note_forward(usage, run.held_in_step())
 
     @override
     def on_before_optimizer_step(
@@ -156,7 +150,7 @@ class MemoryMonitor(Monitor):
         if (run := self._run) is not None:
             run.step.enter("optimizer")
             if self._is_measured(trainer, run):
-                run.at_step = run.held()
+                run.at_step = run.held_in_step()
 
     @override
     def on_train_batch_end(
@@ -173,7 +167,7 @@ class MemoryMonitor(Monitor):
         run.step.end_step(run.steps)
         run.steps = trainer.global_step
         if is_measured:
-            held = run.held()
+            held = run.held_before = run.held()
             run.step.note_rest(usage, held)
             if self.is_due(trainer.global_step):
                 self._log(trainer, run, usage, held)
@@ -243,11 +237,16 @@ class _Run:
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.sums: LateSums[Moment] = LateSums([name for rank in range(ranks) for name in _names(rank)])
         # State that is still to be made may have its room already, which takes no memory before the first step.
-        self.step.note_rest(self.step.gauge.read(), self.held().without("optimizer"))
+        self.held_before = self.held()
+        self.step.note_rest(self.step.gauge.read(), self.held_before.without("optimizer"))
 
     def held(self) -> HeldMemory:
         """Return what this rank holds now."""
         return held_memory(self.engine, self.trainer.optimizers)
+
+    def held_in_step(self) -> HeldMemory:
+        """Return what this rank holds in the middle of a step."""
+        return held_memory(self.engine, self.trainer.optimizers, before=self.held_before)
 
     def values(self, usage: Usage, held: HeldMemory) -> dict[str, Value]:
         """Return what is logged after a step.

@@ -61,21 +61,24 @@ class MemoryOfStep:
         self.at_backward: HeldMemory | None = None
         self.activations_bytes = 0
         self.step_peak = self.peak = Peak(0, "between", 0)
-        self._peaks: dict[Phase, int] = {}
+        # The highest of this step so far, and the phase at whose end that was seen.
+        self._reached = Peak(0, "between", 0)
         # The least that was in use beside what is known, between two steps.
         self._rest_bytes: int | None = None
         self.gauge.reset_peak()
 
     def enter(self, phase: Phase) -> Usage:
-        """Begin a phase; return what is in use, with the peak of the one before."""
+        """Begin a phase; return what is in use, with the peak of the step so far."""
         usage = self.gauge.read()
-        self._peaks[self.phase] = max(self._peaks.get(self.phase, 0), usage.peak_bytes)
+        reached, before = usage.peak_bytes, self._reached.peak_bytes
+        # Where a process keeps what it has freed, all phases have one peak: that of those that compute.
+        if reached > before or (reached == before and self._reached.phase == "between"):
+            self._reached = Peak(reached, self.phase, 0)
         if phase == "forward":
             self.look.begin()
         elif self.phase == "forward":
             self.look.end()
         self.phase = phase
-        self.gauge.reset_peak()
         return usage
 
     def follow(self, held: Callable[[], HeldMemory] | None) -> None:
@@ -112,16 +115,15 @@ class MemoryOfStep:
         return max(0, used_bytes - held.total() - (self._rest_bytes or 0))
 
     def end_step(self, step: int) -> None:
-        """Take the peak of a step.
+        """Take the peak of a step, and begin that of the next.
 
         Args:
             step: its number.
         """
-        # Where a process keeps what it has freed, all phases have one peak: that of those that compute.
-        phase = max(self._peaks, key=lambda phase: (self._peaks[phase], phase != "between"))
-        self.step_peak = Peak(self._peaks[phase], phase, step)
+        self.step_peak = Peak(self._reached.peak_bytes, self._reached.phase, step)
         self.peak = max(self.peak, self.step_peak, key=lambda peak: peak.peak_bytes)
-        self._peaks.clear()
+        self._reached = Peak(0, "between", 0)
+        self.gauge.reset_peak()
 
     def begin_interval(self) -> None:
         """Forget the peaks that are logged."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -26,8 +25,10 @@ CATEGORIES: tuple[Category, ...] = ("parameters", "gradients", "optimizer", "gat
 Tier = Literal["device", "host", "file"]
 
 
-@dataclass(frozen=True)
-class Held:
+_PASSING: tuple[Category, ...] = ("gradients", "gathered")
+
+
+class Held(NamedTuple):
     """Something that takes memory.
 
     Attributes:
@@ -84,14 +85,18 @@ class HeldMemory:
         return dict(sorted(found.items(), key=lambda item: -sum(item[1].values())))
 
 
-def held_memory(engine: Engine, optimizers: Iterable[Optimizer]) -> HeldMemory:
+def held_memory(engine: Engine, optimizers: Iterable[Optimizer], *, before: HeldMemory | None = None) -> HeldMemory:
     """Return what a rank holds now, each storage once; nothing is waited for.
 
     Args:
         engine: of its module.
         optimizers: of the run.
+        before: what it held when the step began; what does not come and go in a step is taken from there.
     """
-    return HeldMemory(_Count(engine).all(optimizers))
+    count = _Count(engine)
+    if before is None:
+        return HeldMemory([*count.passing(), *count.lasting(optimizers)])
+    return HeldMemory([*count.passing(), *(each for each in before.held if each.category not in _PASSING)])
 
 
 def gathered_bytes(engine: Engine) -> int:
@@ -129,15 +134,18 @@ class _Count:
         self._names: dict[nn.Parameter, str] = {p: name for name, p in engine.parameters_by_name.items()}
         self._seen: set[int] = set()
 
-    def all(self, optimizers: Iterable[Optimizer]) -> Iterator[Held]:
-        """Yield everything."""
-        yield from self._parameters()
+    def passing(self) -> Iterator[Held]:
+        """Yield what comes and goes in a step."""
         yield from self._gradients()
-        for optimizer in optimizers:
-            yield from self._optimizer(optimizer)
         for name, unit in self._units.items():
             for tensor in compat.gathered_tensors(unit):
                 yield from self._one("gathered", name, tensor)
+
+    def lasting(self, optimizers: Iterable[Optimizer]) -> Iterator[Held]:
+        """Yield everything else."""
+        yield from self._parameters()
+        for optimizer in optimizers:
+            yield from self._optimizer(optimizer)
         for name, buffer in self._engine.module.named_buffers():
             yield from self._one("buffers", name, buffer)
 
@@ -177,8 +185,9 @@ class _Count:
             return
         local = local_tensor(tensor)
         storage = local.untyped_storage()
-        if storage_identity(local) not in self._seen:
-            self._seen.add(storage_identity(local))
+        identity = storage._cdata
+        if identity not in self._seen:
+            self._seen.add(identity)
             yield Held(category, tier or self._tier(local.device.type), owner, storage.nbytes())
 
     def _tier(self, device_type: str) -> Tier:

@@ -224,10 +224,13 @@ METRICS = (
         "memory/step_peak_bytes",
         "bytes",
         "The most that was in use in this step.",
-        "highest peak of the step's phases: torch's peak of allocated bytes, or VmHWM without mapped files",
+        "torch's peak of allocated bytes, or VmHWM without mapped files, since the step before",
     ),
     Metric(
-        "memory/step_peak_phase", "text", "The phase of the step in which that was.", "the phase with the highest peak"
+        "memory/step_peak_phase",
+        "text",
+        "The phase of the step in which that was.",
+        "the phase at whose end the peak was seen first",
     ),
     Metric(
         "memory/peak_bytes",

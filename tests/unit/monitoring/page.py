@@ -66,8 +66,8 @@ Activations and the rest are the difference to what is in use: what torch's allo
 process on a CPU, which is Python's and its libraries' too. A tier is named in front of what lies elsewhere: `host_`, of a run on
 GPUs, and `file_`.
 
-The peak of a step is read and reset in each of its phases (`between` two steps, `forward`, `backward`, `optimizer`), so that it
-is never an older one's; under `pipeline_parallel` all passes are in `forward`. Nothing is waited for.
+The peak begins anew in each step, and is read at the end of its phases (`between` two steps, `forward`, `backward`, `optimizer`);
+under `pipeline_parallel` all passes are in `forward`. Nothing is waited for.
 
 On demand, `monitor.snapshot()` writes `memory_rank_<rank>_step_<step>.json` beside the records: bytes by module and category;
 on GPUs also what the allocator holds, for https://pytorch.org/memory_viz. [What a rank says](memory.md) that runs out of memory.
