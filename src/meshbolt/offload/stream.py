@@ -123,7 +123,8 @@ class ChunkStream:
             reads: False: chunks are only written, and `update` gets bytes of any value to fill.
             writes: False: chunks are only read, and changes are lost.
             then: what the next pass begins with, if that is known: it is read while this pass ends, and the last chunks of
-                this one are written while that one begins, or until `finish`. Those that overlap `chunks` are read later.
+                this one are written while that one begins, or until `finish`. Those that overlap one of `chunks` are read once
+                that is updated and written.
 
         Returns:
             What was done, and when.
@@ -136,12 +137,13 @@ class ChunkStream:
         self._require_fitting(chunks)
         self._require_fitting(then)
         with self._one_pass(writes=writes) as report:
+            # One buffer is updated and one is written; all others read ahead.
+            ahead = max(0, len(self._buffers) - 2)
             order = [*chunks, *then] if reads else []
-            order = order[: self._readable(chunks, order)]
+            order = order[: self._readable(chunks, order, ahead=ahead)]
             begun = self._adopt(order)
             for number in range(len(chunks)):
-                # One buffer is updated and one is written; all others read ahead.
-                while begun < len(order) and begun <= number + max(0, len(self._buffers) - 2):
+                while begun < len(order) and begun <= number + ahead:
                     self._begin_read(order[begun], begun)
                     begun += 1
                 buffer = self._finish_read() if reads else self._take_buffer()
@@ -223,10 +225,12 @@ class ChunkStream:
         self._free = list(self._buffers)
 
     @staticmethod
-    def _readable(chunks: Sequence[Chunk], order: Sequence[Chunk]) -> int:
+    def _readable(chunks: Sequence[Chunk], order: Sequence[Chunk], *, ahead: int) -> int:
         """Return how many chunks of an order may be read in this pass: all of its own, and some of those that follow."""
         for number in range(len(chunks), len(order)):
-            if any(order[number].overlaps(chunk) for chunk in chunks):
+            # When it is read, chunks up to this one are updated.
+            updated = max(0, number - ahead)
+            if any(order[number].overlaps(chunk) for chunk in chunks[updated:]):
                 return number
         return len(order)
 

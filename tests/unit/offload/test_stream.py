@@ -426,6 +426,17 @@ def test_what_the_next_pass_begins_with_is_read_while_this_one_ends_and_the_last
     assert report.written_bytes == 4 * PAGE
 
 
+def test_a_pass_over_the_same_chunks_begins_with_one_that_was_read_ahead(tmp_path: Path) -> None:
+    with make_file(tmp_path, 6 * PAGE) as file:
+        expected, stream = fill(file), ChunkStream(file, chunk_bytes=PAGE)
+        chunks = stream.chunks(6 * PAGE)
+        for number in range(3):
+            report = stream.run(chunks, lambda number, chunk: chunk.add_(1), then=chunks)
+            assert number == 0 or only(report.spans, "read", 0).start_seconds < 0
+        stream.finish()
+        assert torch.equal(whole(file), expected + 3)
+
+
 def test_a_chunk_that_is_still_written_is_read_afterwards(tmp_path: Path) -> None:
     slow = FaultyFace(lambda what, offset, size: (time.sleep(0.05) if what == "write" else None) or size)
     with make_file(tmp_path, 2 * PAGE, face=slow) as file:
