@@ -2,7 +2,8 @@
 
 May import: `config` and everything below it; never Lightning. `compose.py` is the order in which a module is transformed;
 `engine.py` is what a loop calls; `optimizer.py` decides which optimizers run on shards; `state.py` names what a checkpoint
-holds. To add a transformation, add a step to `compose`. Read `compose.py` first.
+holds; `memory.py` counts what a rank holds, and `savings.py` knows what would save it. To add a transformation, add a step to
+`compose`. Read `compose.py` first.
 """
 
 from meshbolt.engine.compose import gathered_in
