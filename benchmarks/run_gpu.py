@@ -29,7 +29,11 @@ CONTENDERS: dict[str, dict[str, Any] | None] = {
     **{f"zero{stage}_cpu": {"zero": stage, "offload": {"optimizer": "cpu"}} for stage in (1, 3)},
     "zero1_cpu_in_step": {"zero": 1, "offload": {"optimizer": "cpu", "overlap": False}},
     "zero1_cpu_half": {"zero": 1, "offload": {"optimizer": "cpu", "fraction": 0.5}},
+    "zero1_cpu_auto": {"zero": 1, "offload": {"optimizer": "cpu", "fraction": "auto"}},
     "zero1_nvme": {"zero": 1, "offload": {"optimizer": "nvme", "path": "/tmp"}},
+    "zero3_all_cpu": {"zero": 3, "offload": {"optimizer": "cpu", "parameters": "cpu"}},
+    "zero3_cpu_nvme": {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "cpu", "path": "/tmp"}},
+    "zero3_all_nvme": {"zero": 3, "offload": {"optimizer": "nvme", "parameters": "nvme", "path": "/tmp"}},
 }
 USUAL = ["lightning", "zero0", "zero1", "zero2", "zero3"]
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshbolt import compat
@@ -259,8 +260,6 @@ class OffloadedSteps:
         """
         for offloaded in self._by_optimizer.values():
             offloaded.wait()
-        if self._hosted.file is not None:
-            pass  # MUT
         self._refuse_torn()
 
     def after_error(self, error: Exception) -> None:
@@ -305,7 +304,8 @@ class OffloadedSteps:
             self._bring_back(optimizer)
         if self._late:
             own = (p for group in optimizer.param_groups for p in group["params"])
-            self._versions = {parameter: parameter._version for parameter in own}
+            # An update changes the version of a plain parameter too.
+            self._versions = {parameter: parameter._version for parameter in own if isinstance(parameter, DTensor)}
         return result
 
     def _bring_back(self, optimizer: Optimizer) -> None:
