@@ -80,7 +80,7 @@ class Gathered:
         events: in the order of time.
         num_events: with those beyond the most that are kept.
         machines: what each rank said of itself.
-        communication: by axis, collective and rank: calls, bytes, seconds.
+        communication: by axis, collective and rank: calls, bytes, seconds, and of these the waits; NaN where not known.
         ceilings: bytes per second that an axis was measured to move at most.
         pipeline: the last step of a pipeline that was measured, if any.
         texts: the last text of metrics that are no numbers.
@@ -97,7 +97,7 @@ class Gathered:
     num_events: int = 0
     machines: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     communication: dict[tuple[str, str, int], list[float]] = field(
-        default_factory=lambda: defaultdict(lambda: [0.0] * 3)
+        default_factory=lambda: defaultdict(lambda: [0.0] * 4)
     )
     ceilings: dict[tuple[str, str], float] = field(default_factory=dict)
     pipeline: Record | None = None
@@ -196,8 +196,10 @@ def _take_communication(found: Gathered, rows: Any, rank: int) -> None:
             continue
         axis, collective = str(row["axis"]), str(row["collective"])
         sums = found.communication[axis, collective, rank]
-        for place, name in enumerate(("calls", "bytes", "seconds")):
-            sums[place] += float(row[name] or 0)
+        for place, name in enumerate(("calls", "bytes", "seconds", "exposed_seconds")):
+            # Under NCCL nobody knows a time; a sum with such a row is not known either.
+            value = row.get(name)
+            sums[place] += math.nan if value is None else float(value)
         if row.get("ceiling_bytes_per_second"):
             found.ceilings[axis, collective] = float(row["ceiling_bytes_per_second"])
 

@@ -27,7 +27,7 @@
     if (unit === "seconds") return seconds(v);
     if (unit === "fraction") return (v * 100).toFixed(2) + " %";
     if (unit === "rank") return "rank " + plain(v);
-    return unit === "number" || unit === "text" ? plain(v) : (plain(v) + " " + unit).trim();
+    return ["number", "count", "text"].includes(unit) ? plain(v) : (plain(v) + " " + unit).trim();
   };
 
   const put = (x, y) => {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -28,19 +29,21 @@ def communication(found: Gathered, span: Span) -> str:
     """
     measured = found.kind("communication")
     if not found.communication and not measured:
-        return missing(
-            "No monitor recorded what each collective moved. What steps waited for other ranks is part of their time, above."
-        )
+        return missing("Nobody measured communication.", "Trainer(callbacks=[RunReport(), CommunicationMonitor()])")
     rows = defaultdict[tuple[str, str], list[list[float]]](list)
     for (axis, collective, _rank), sums in found.communication.items():
         rows[axis, collective].append(sums)
     lines = [
         _of_collective(axis, collective, sums, found.ceilings.get((axis, collective)))
-        for (axis, collective), sums in sorted(rows.items(), key=lambda item: -sum(each[2] for each in item[1]))
+        for (axis, collective), sums in sorted(rows.items(), key=lambda item: -sum(each[1] for each in item[1]))
     ]
-    heads = ["axis", "collective", "calls", "bytes", "time", "bytes/s", "of this machine's"]
-    drawn = table(heads, lines, numbers=range(2, 7), name="communication") if lines else ""
-    said = note("Of one rank, as the mean over ranks, in the whole run.") if lines else ""
+    heads = ["axis", "collective", "calls", "bytes", "time", "of it waits", "bytes/s", "of the ceiling"]
+    drawn = table(heads, lines, numbers=range(2, 8), name="communication") if lines else ""
+    words = (
+        "Of one rank, as the mean over ranks, in all steps that were recorded. Time goes from a call to the end of its wait; "
+        "the ceiling is what the same collective had on this machine with nothing beside it."
+    )
+    said = note(words) if lines else ""
     return said + drawn + cards(by_unit(measured, span))
 
 
@@ -210,15 +213,17 @@ def ended(found: Gathered) -> str:
 
 
 def _of_collective(axis: str, collective: str, sums: list[list[float]], ceiling: float | None) -> list[str]:
-    calls, num_bytes, seconds = (sum(each[place] for each in sums) / len(sums) for place in range(3))
-    speed = num_bytes / seconds if seconds > 0 else None
+    means = [sum(each[place] for each in sums) / len(sums) for place in range(4)]
+    calls, num_bytes, seconds, waits = (None if math.isnan(mean) else mean for mean in means)
+    speed = num_bytes / seconds if num_bytes is not None and seconds else None
     part = speed / ceiling if speed is not None and ceiling else None
     return [
         axis,
         collective,
-        f"{calls:,.0f}",
+        NOTHING if calls is None else f"{calls:,.0f}",
         write(num_bytes, "bytes"),
         write(seconds, "seconds"),
+        write(waits, "seconds"),
         write(speed, "bytes/s"),
         write(part, "fraction"),
     ]

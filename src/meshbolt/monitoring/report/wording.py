@@ -55,7 +55,7 @@ def write(value: float | None, unit: str = "") -> str:
         return f"{value * 100:.1f} %"
     if unit == "rank":
         return f"rank {plain(value)}"
-    return plain(value) if unit in ("number", "text") else f"{plain(value)} {unit}".rstrip()
+    return plain(value) if unit in ("number", "count", "text") else f"{plain(value)} {unit}".rstrip()
 
 
 def plain(value: float) -> str:

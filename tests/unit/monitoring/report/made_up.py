@@ -142,9 +142,23 @@ def _of_step(
     yield "throughput", throughput, {"own": own, "steps": every}
     yield "memory", _memory(rank, step, noise), {}
     rows = [
-        {"axis": "dp_shard", "collective": "all_gather", "calls": 12, "bytes": 3e8, "seconds": 0.011},
-        {"axis": "dp_shard", "collective": "reduce_scatter", "calls": 12, "bytes": 3e8, "seconds": 0.014},
-        {"axis": "pp", "collective": "send", "calls": 64, "bytes": 5e7, "seconds": 0.003},
+        {
+            "axis": "dp_shard",
+            "collective": "all_gather",
+            "calls": 12,
+            "bytes": 3e8,
+            "seconds": 0.011,
+            "exposed_seconds": 0.002,
+        },
+        {
+            "axis": "dp_shard",
+            "collective": "reduce_scatter",
+            "calls": 12,
+            "bytes": 3e8,
+            "seconds": 0.014,
+            "exposed_seconds": 0.006,
+        },
+        {"axis": "pp", "collective": "send", "calls": 64, "bytes": 5e7, "seconds": None, "exposed_seconds": None},
     ]
     yield "communication", {}, {"rows": [{**row, "ceiling_bytes_per_second": 4.2e10} for row in rows]}
     moved = {"to_host": 1.1e9, "to_device": 0.6e9}

@@ -137,7 +137,7 @@ def test_a_page_of_nothing_says_how_to_have_more(tmp_path: Path) -> None:
         writer.write("event", 0, {"what": "warning", "text": "lonely"})
     page = written(tmp_path)
 
-    for call in ("RunReport()", "ThroughputMonitor()", "MemoryMonitor()"):
+    for call in ("RunReport()", "ThroughputMonitor()", "MemoryMonitor()", "CommunicationMonitor()"):
         assert call in page
     assert "no end recorded" in page
     assert "lonely" in page
@@ -166,6 +166,14 @@ def test_a_failed_run_tells_its_error_at_the_top(tmp_path: Path) -> None:
 
     assert page.index("ValueError: boom") < page.index('id="training"')
     assert "in step" in page
+
+
+def test_a_time_that_nobody_knows_is_no_time(whole: str) -> None:
+    rows = re.findall(r"<tr><td>([a-z_]+)</td><td>([a-z_]+)</td>(.*?)</tr>", whole)
+    cells = {row[1]: re.findall(r">([^<]+)</td>", row[2]) for row in rows}
+
+    assert cells["send"] == ["12,800", "9.3 GiB", "–", "–", "–", "–"]
+    assert cells["reduce_scatter"] == ["2,400", "55.9 GiB", "2.8 s", "1.2 s", "20.0 GiB/s", "51.0 %"]
 
 
 def test_ranks_are_counted_and_not_averaged(whole: str) -> None:
