@@ -25,7 +25,7 @@ from meshbolt.engine.memory import CATEGORIES, HeldMemory, Tier, held_memory, un
 from meshbolt.engine.savings import Load, savings, state_bytes
 from meshbolt.errors import ConfigError
 from meshbolt.monitoring import Value
-from meshbolt.monitoring.memory import Usage, process_bytes
+from meshbolt.monitoring.memory import Usage, address_limit_bytes, process_bytes
 
 _IN_WORDS: Mapping[Phase, str] = {
     "between": "what comes between two steps",
@@ -94,17 +94,23 @@ class MemoryMonitor(Monitor):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say what to do, if there was too little memory."""
         run, self._run = self._run, None
-        if run is not None and is_out_of_memory(exception):
-            text = _failure(trainer, run, exception).text()
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+        if run is None:
+            return
+        if is_out_of_memory(exception):
+            self._advise(trainer, run, exception)
+        run.step.close()
+
+    def _advise(self, trainer: pl.Trainer, run: _Run, exception: BaseException) -> None:
+        """Say what to do, and write what is held; whatever goes wrong here, the exception is the error to be seen."""
+        head = f"rank {trainer.global_rank} has run out of memory"
+        try:
+            _say(text := _failure(trainer, run, exception).text())
             if self.records is not None:
-                self.records.write(
-                    "event", step=trainer.global_step, values={"what": "out_of_memory", "text": text.splitlines()[0]}
-                )
+                first, *_ = text.splitlines()
+                self.records.write("event", step=trainer.global_step, values={"what": "out_of_memory", "text": first})
                 self._write_snapshot(trainer, run)
-        if run is not None:
-            run.step.close()
+        except Exception as error:
+            _say(f"{head}; not all could be told or written of what it holds: {error!r}")
 
     def snapshot(self) -> Path:
         """Write what this rank holds now, by module and category, to a file beside the records; return its path.
@@ -318,6 +324,11 @@ class _Run:
         }
 
 
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 def _failure(trainer: pl.Trainer, run: _Run, error: BaseException) -> Failure:
     held, usage = run.held(), run.step.gauge.read()
     activations = run.step.activations_at(usage.peak_bytes, held)
@@ -332,6 +343,7 @@ def _failure(trainer: pl.Trainer, run: _Run, error: BaseException) -> Failure:
         asked=asked_for(error),
         used_bytes=usage.peak_bytes,
         limit_bytes=run.step.gauge.limit_bytes,
+        addresses_bytes=address_limit_bytes() if run.engine.device.type == "cpu" else None,
         categories={
             **categories,
             "activations": activations,

@@ -52,6 +52,7 @@ class Failure:
         asked: how much was asked for, in words.
         used_bytes: the most that was in use when it failed.
         limit_bytes: how much there is.
+        addresses_bytes: how much the process may reserve (`ulimit -v`); None: no limit, or on a GPU.
         categories: what it held, in bytes by name.
         modules: who held it: bytes by category, by the module's name, the largest first.
         savings: what to try.
@@ -64,6 +65,7 @@ class Failure:
     asked: str | None
     used_bytes: int
     limit_bytes: int
+    addresses_bytes: int | None
     categories: Mapping[str, int]
     modules: Mapping[str, Mapping[str, int]]
     savings: Sequence[Saving]
@@ -75,9 +77,11 @@ class Failure:
     def _head(self) -> str:
         where = f"in {self.phase}" + (f", in {self.inside}" if self.inside else "")
         asked = f"; {self.asked} more were asked for" if self.asked else ""
+        limit = self.addresses_bytes
+        may = "" if limit is None else f"; this process may reserve {format_bytes(limit)} in all (ulimit -v)"
         return (
             f"rank {self.rank} has run out of memory in step {self.step}, {where}: {format_bytes(self.used_bytes)} of "
-            f"{format_bytes(self.limit_bytes)} were in use{asked}"
+            f"{format_bytes(self.limit_bytes)} were in use{asked}{may}"
         )
 
     def _holders(self) -> Iterator[str]:

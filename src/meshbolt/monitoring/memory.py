@@ -17,6 +17,11 @@ from typing import Protocol
 import psutil
 import torch
 
+try:
+    import resource
+except ImportError:  # of Unix only
+    resource = None  # type: ignore[assignment]
+
 from meshbolt.compat import allocator_figures, peak_allocated, reset_peak
 from meshbolt.monitoring.metric import Metric
 
@@ -143,6 +148,14 @@ def memory_limit_bytes() -> int:
         limit = _LIMIT.read_text().strip()
         return min(total, int(limit)) if limit.isdigit() else total
     return total
+
+
+def address_limit_bytes() -> int | None:
+    """Return how much this process may reserve, in use or not; None: as much as it likes, or the system has no such limit."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else int(limit)
 
 
 _WHAT = {

@@ -302,6 +302,7 @@ def test_a_rank_without_memory_says_where_who_holds_it_and_what_to_try(
     for rank in range(2):
         assert f"rank {rank} has run out of memory in step 1, in {phase}: " in said
     assert "more were asked for" in said
+    assert ("ulimit -v" in said) == limited
     assert "held: parameters" in said
     assert "blocks.0: " in said
     assert "what to try" in said

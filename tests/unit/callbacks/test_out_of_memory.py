@@ -70,6 +70,7 @@ def test_the_advice_says_where_who_and_what_next() -> None:
         asked="2.00 GiB",
         used_bytes=78 * GIB,
         limit_bytes=80 * GIB,
+        addresses_bytes=None,
         categories={"parameters": 7 * GIB, "gathered": 0, "activations": 60 * GIB},
         modules=modules,
         savings=[Saving("recompute='full'", 50 * GIB, "7 blocks keep their inputs only"), Saving("zero=3", MIB, "why")],
@@ -94,10 +95,14 @@ def test_a_rank_that_has_tried_all_is_told_so() -> None:
         asked=None,
         used_bytes=1,
         limit_bytes=2,
+        addresses_bytes=3 * GIB,
         categories={},
         modules={},
         savings=[],
     )
     first, last = failure.text().splitlines()
-    assert first == "rank 0 has run out of memory in step 0, in the forward pass, in layers.4: 1 B of 2 B were in use"
+    assert first == (
+        "rank 0 has run out of memory in step 0, in the forward pass, in layers.4: 1 B of 2 B were in use; this process may "
+        "reserve 3.0 GiB in all (ulimit -v)"
+    )
     assert "more ranks" in last
