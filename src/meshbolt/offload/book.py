@@ -368,6 +368,7 @@ class Book:
             start: the first element, in the order of the parameter's memory.
             stop: behind the last one.
         """
+        entry = self._now(entry)
         found = []
         for chunk in self._layout.chunks_of([entry.number]):
             for piece in chunk.pieces:
@@ -387,7 +388,12 @@ class Book:
             name: of the column.
             values: of the parameter's shape.
         """
+        entry = self._now(entry)
         self._put({entry.number: {name: entry.flat(values)}})
+
+    def _now(self, entry: Entry) -> Entry:
+        """Return what is kept for a parameter now: it may have been moved since somebody asked for its columns."""
+        return self._entries[self._numbers[entry.parameter]]
 
     def put_master(self, entry: Entry, values: torch.Tensor) -> None:
         """Set a parameter's master copy, and the parameter with it.

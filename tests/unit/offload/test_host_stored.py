@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,39 @@ def test_a_parameter_in_another_order_of_memory_is_shown_as_it_is(tmp_path: Path
             for optimizer in (mine, theirs):
                 optimizer.state[optimizer.param_groups[0]["params"][0]]["exp_avg"].add_(torch.arange(30.0))
         both()
+        with host.state_shown():
+            own, other = (optimizer.state[optimizer.param_groups[0]["params"][0]] for optimizer in (mine, theirs))
+            assert_same(mine, theirs)
+            new = torch.randn(50, 30)
+            own["exp_avg"] = StoredTensor(Elsewhere(new), shape=(50, 30), dtype=torch.float32)
+            other["exp_avg"].copy_(new)
+        both()
+        with host.state_shown():
+            assert_same(mine, theirs)
+
+
+class Elsewhere:
+    """Values of a checkpoint, in row-major order."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    def read(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        yield self.values.reshape(-1)[start:stop]
+
+
+def test_it_follows_state_that_comes_back_to_memory(tmp_path: Path) -> None:
+    context, mine, theirs = trained(Files(tmp_path))
+    with context as host:
+        step(host, theirs, 0)
+        with host.state_shown():
+            shown = mine.state[large(mine)]["exp_avg"]
+        assert host.bring_back(10**9) > 0
+        step(host, theirs, 1)
+        assert torch.equal(shown.value(), theirs.state[large(theirs)]["exp_avg"])
+        for value in (shown, theirs.state[large(theirs)]["exp_avg"]):
+            value.mul_(2)
+        step(host, theirs, 2)
         with host.state_shown():
             assert_same(mine, theirs)
 
