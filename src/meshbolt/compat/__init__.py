@@ -1,10 +1,10 @@
 """Every touch of what torch keeps private, in one place, so that a new version of torch is checked by reading one folder.
 
-May import: `errors`. `tensors.py` has what belongs to no unit, `connections.py` what lies between ranks, `exiting.py` what
-threads of torch still do at the end, `halves.py` how torch's pipelines halve a backward pass, `hosted.py` shards in other memory,
-`memory.py` what FSDP2 and a GPU's allocator hold, `parts.py` where the parts of a DTensor lie, `recorder.py` the last
-collectives, `units.py` what FSDP2 knows of a unit, `waits.py` where a rank waits for others; everybody imports from here. The
-tests of this folder run on every supported version of torch.
+May import: `errors`. `tensors.py` has what belongs to no unit, `calls.py` the collectives that are started, `connections.py`
+what lies between ranks, `exiting.py` what threads of torch still do at the end, `halves.py` how torch's pipelines halve a
+backward pass, `hosted.py` shards in other memory, `memory.py` what FSDP2 and a GPU's allocator hold, `parts.py` where the parts
+of a DTensor lie, `recorder.py` the last collectives, `units.py` what FSDP2 knows of a unit, `waits.py` where a rank waits for
+others; everybody imports from here. The tests of this folder run on every supported version of torch.
 """
 
 import torch
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from meshbolt.compat.calls import collectives_observed
 from meshbolt.compat.connections import end_connections, is_broken_connection
 from meshbolt.compat.exiting import settle_before_exit
 from meshbolt.compat.hosted import move_shards, shards_on_host
@@ -93,7 +94,7 @@ from meshbolt.compat.units import (
     whole_copies,
 )
 from meshbolt.compat.updates import fused_adagrad_, fused_adam_, fused_sgd_, pin_host_memory, unpin_host_memory
-from meshbolt.compat.waits import waits_observed
+from meshbolt.compat.waits import waits_observed, works_observed
 
 __all__ = [
     "COMPILES_DIVIDED_LAYERS",
@@ -119,6 +120,7 @@ __all__ = [
     "boxes_of",
     "cast_dtype",
     "casts",
+    "collectives_observed",
     "copies_by_shard",
     "copy_runs",
     "current_pass",
@@ -197,6 +199,7 @@ __all__ = [
     "whole_of",
     "will_accumulate",
     "without_compiling",
+    "works_observed",
     "written_arguments",
 ]
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-Begin = Callable[[], Any]
+Begin = Callable[[Any], Any]
 End = Callable[[Any], None]
 
 
 @contextmanager
-def waits_observed(device: torch.device, begin: Begin, end: End) -> Iterator[None]:
+def waits_observed(device: torch.device, begin: Callable[[], Any], end: End) -> Iterator[None]:
     """Surround each wait of this thread's computation for other ranks, while this is entered.
 
     On a GPU, where nobody waits but its stream, they are those of the current stream for the end of work in others. Several may
@@ -28,13 +28,22 @@ def waits_observed(device: torch.device, begin: Begin, end: End) -> Iterator[Non
         begin: called before a wait.
         end: called after it, with what `begin` has returned.
     """
-    waits = _waits_of(device)
-    added = [(wait, wait.add(begin, end)) for wait in waits]
-    try:
+    with ExitStack() as stack:
+        for wait, when in _waits_of(device):
+            stack.enter_context(wait.observed(when, lambda _: begin(), end))
         yield
-    finally:
-        for wait, observer in added:
-            wait.remove(observer)
+
+
+@contextmanager
+def works_observed(begin: Begin, end: End) -> Iterator[None]:
+    """Surround each wait of this thread for the end of a collective or a message, while this is entered.
+
+    Args:
+        begin: called before a wait, with the work that is waited for.
+        end: called after it, with what `begin` has returned.
+    """
+    with _WORK.observed(_in_thread(threading.get_ident()), begin, end):
+        yield
 
 
 class _Wait:
@@ -47,34 +56,41 @@ class _Wait:
 
     def __init__(self, owner: Any, name: str) -> None:
         self._owner, self._name = owner, name
-        self._plain: Any = None
-        self._had_own = False
+        self._own: Any = None  # as it stands in the owner: what is bound by being read there would not be any more
         self._observers: list[tuple[Callable[[Any], bool], Begin, End]] = []
 
-    def add(self, when: Callable[[Any], bool], begin: Begin, end: End) -> Any:
-        """Add an observer; return what removes it."""
+    @contextmanager
+    def observed(self, when: Callable[[Any], bool], begin: Begin, end: End) -> Iterator[None]:
+        """Have somebody observe calls for a while.
+
+        Args:
+            when: whether a call is to be observed, by what is waited for.
+            begin: called before it, with that.
+            end: called after it, with what `begin` has returned.
+        """
+        observer = (when, begin, end)
         if not self._observers:
             self._replace()
-        self._observers.append((when, begin, end))
-        return self._observers[-1]
+        self._observers = [*self._observers, observer]
+        try:
+            yield
+        finally:
+            self._observers = [each for each in self._observers if each is not observer]
+            if not self._observers:
+                self._put_back()
 
-    def remove(self, observer: Any) -> None:
-        """Remove an observer."""
-        self._observers = [each for each in self._observers if each is not observer]
-        if self._observers:
-            return
-        if self._had_own:
-            setattr(self._owner, self._name, self._plain)
+    def _put_back(self) -> None:
+        if self._own is not None:
+            setattr(self._owner, self._name, self._own)
         else:
             delattr(self._owner, self._name)
 
     def _replace(self) -> None:
-        plain = self._plain = getattr(self._owner, self._name)
-        self._had_own = self._name in vars(self._owner)
+        plain, self._own = getattr(self._owner, self._name), vars(self._owner).get(self._name)
 
         @functools.wraps(plain)
         def wait(waited: Any, *args: Any, **kwargs: Any) -> Any:
-            begun = [(end, begin()) for when, begin, end in self._observers if when(waited)]
+            begun = [(end, begin(waited)) for when, begin, end in self._observers if when(waited)]
             try:
                 return plain(waited, *args, **kwargs)
             finally:
@@ -84,33 +100,18 @@ class _Wait:
         setattr(self._owner, self._name, wait)
 
 
-class _Chosen:
-    """A wait, and which of its calls are of a computation."""
-
-    def __init__(self, wait: _Wait, when: Callable[[Any], bool]) -> None:
-        self._wait, self._when = wait, when
-
-    def add(self, begin: Begin, end: End) -> Any:
-        """Add an observer of these calls; return what removes it."""
-        return self._wait.add(self._when, begin, end)
-
-    def remove(self, observer: Any) -> None:
-        """Remove an observer."""
-        self._wait.remove(observer)
-
-
 _WORK, _FUNCTIONAL = _Wait(dist.Work, "wait"), _Wait(functional, "wait_tensor")
 # Streams wait for streams by way of an event too.
 _EVENT = _Wait(torch.cuda.Stream, "wait_event")
 
 
-def _waits_of(device: torch.device) -> list[_Chosen]:
+def _waits_of(device: torch.device) -> list[tuple[_Wait, Callable[[Any], bool]]]:
     if device.type != "cuda":
         when = _in_thread(threading.get_ident())
-        return [_Chosen(_WORK, when), _Chosen(_FUNCTIONAL, when)]
+        return [(_WORK, when), (_FUNCTIONAL, when)]
     stream = torch.cuda.current_stream(device)
     when = _in_stream(stream)
-    return [_Chosen(_EVENT, lambda waiting: waiting == stream), _Chosen(_WORK, when), _Chosen(_FUNCTIONAL, when)]
+    return [(_EVENT, lambda waiting: waiting == stream), (_WORK, when), (_FUNCTIONAL, when)]
 
 
 def _in_stream(stream: Any) -> Callable[[Any], bool]:

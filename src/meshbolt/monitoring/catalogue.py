@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from meshbolt.errors import ConfigError, did_you_mean
-from meshbolt.monitoring import memory, offload, ranks, throughput
+from meshbolt.monitoring import communication, memory, offload, ranks, throughput
 from meshbolt.monitoring.metric import Metric
 
 # One tuple for each kind, in the order of the page that lists them.
-KINDS: tuple[tuple[Metric, ...], ...] = (throughput.METRICS, memory.METRICS, ranks.METRICS, offload.METRICS)
+KINDS: tuple[tuple[Metric, ...], ...] = (
+    throughput.METRICS,
+    memory.METRICS,
+    communication.METRICS,
+    ranks.METRICS,
+    offload.METRICS,
+)
 
 
 def _by_name(kinds: tuple[tuple[Metric, ...], ...]) -> Mapping[str, Metric]:

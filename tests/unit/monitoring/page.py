@@ -76,6 +76,17 @@ on GPUs also what the allocator holds, for https://pytorch.org/memory_viz. [What
 Logged by `OffloadMonitor`, by each rank of itself: see [offload.md](offload.md#what-it-costs-while-it-runs). Bytes of a step are
 what updates have taken and put, the same in every step; bytes per second are of what was on its way meanwhile.
 """,
+    "communication": """\
+Logged by `CommunicationMonitor`: of this rank, per step of the optimizer, without validation; loggers get rank 0's. `rows` beside
+them is a table of what came since the last log (`steps` of them): for each axis of the mesh and collective its calls, `bytes` of
+the larger side (what a gather returns, what a scatter is given, else what is sent), `seconds` from the call to the end of the
+wait for it, `exposed_seconds` of these in the wait, `bytes_per_second`, and `ceiling_bytes_per_second`: what the same collective
+had over this axis with nothing beside it, measured before the first step (`ceiling=False` leaves that out). What is hidden behind
+computation takes up to its wait, so that its bytes per second are a lower bound.
+
+An axis that all ranks stand along also has what the Trainer, meshbolt and other monitors tell each other; groups that are no
+axis are `other`. Under NCCL no rank waits but its device: calls and bytes are known, times are not.
+""",
 }
 
 
