@@ -317,20 +317,18 @@ class _Waiting:
 
     def __init__(self, step: int, metrics: Mapping[str, torch.Tensor]) -> None:
         self.step = step
-        self._names = list(metrics)
-        with torch.no_grad():
-            flat = [value.detach().reshape(-1)[:1].to(torch.float64) for value in metrics.values()]
-        self._on_device = [value for value in flat if value.device.type != "cpu"]
-        self._event: Any = None
-        self._values = flat
-        if self._on_device:
-            device = self._on_device[0].device
-            self._values = [
-                torch.cat([value.to(device, non_blocking=True) for value in flat]).to("cpu", non_blocking=True)
-            ]
-            if device.type == "cuda":
-                self._event = torch.cuda.Event()
-                self._event.record()
+        self._metrics, self._event = metrics, None
+        device = next((value.device for value in metrics.values() if value.device.type == "cuda"), None)
+        if device is not None:
+            self._event = torch.cuda.Event()
+            with torch.no_grad():
+                # One copy for all of them, in the order of the stream.
+                flat = [
+                    value.detach().reshape(()).to(device, torch.float64, non_blocking=True)
+                    for value in metrics.values()
+                ]
+                self._copied = torch.stack(flat).to("cpu", non_blocking=True)
+            self._event.record()
 
     @property
     def is_there(self) -> bool:
@@ -339,9 +337,10 @@ class _Waiting:
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers by their names."""
-        if self._event is not None:
-            self._event.synchronize()
-        return dict(zip(self._names, torch.cat(self._values).tolist(), strict=True))
+        if self._event is None:
+            return {name: float(value.item()) for name, value in self._metrics.items()}
+        self._event.synchronize()
+        return dict(zip(self._metrics, self._copied.tolist(), strict=True))
 
 
 def _drawn(name: str, timeline: Timeline) -> dict[str, Any]:
