@@ -14,7 +14,8 @@ class Checkpoint:
 
     Attributes:
         asynchronous: write in the background while training goes on, instead of waiting until the files are on the
-            disk. What is written is the state at the call. It takes the memory of one copy of each rank's state.
+            disk. What is written is the state at the call. It takes the memory of one copy of each rank's state, but for
+            optimizer state that lies in a file: the call waits until that is written.
         verify: compare the checksum of everything that is read, while it is read. False saves little time, and damaged
             values are then loaded as they are. The sizes of the files are compared in any case.
         keep_partial: keep the files of a save that failed, in a hidden directory beside the checkpoint, to look at
