@@ -207,7 +207,8 @@ class Phases(Net):
         self.phase = phase
 
     def much(self) -> None:
-        torch.ones(64 * MIB // 4)
+        # More in the first step, which is no other one's peak.
+        torch.ones((128 if self.trainer.global_step == 0 else 64) * MIB // 4)
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         if self.phase == "forward":
@@ -234,9 +235,10 @@ def peaks(folder: str, phase: str) -> None:
 @pytest.mark.parametrize("phase", ["forward", "backward", "optimizer"])
 def test_a_peak_is_that_of_its_own_step_and_has_its_phase(phase: str, tmp_path: Path) -> None:
     run_ranks(peaks, 1, str(tmp_path), phase)
-    for values in (each["values"] for each in of_ranks(tmp_path)):
+    for number, values in enumerate(each["values"] for each in of_ranks(tmp_path)):
         assert values["memory/step_peak_phase"] == values["memory/peak_phase"] == phase
-        assert 60 * MIB <= values["memory/step_peak_bytes"] - values["memory/used_bytes"] <= 80 * MIB
+        taken = (128 if number == 0 else 64) * MIB
+        assert taken - 4 * MIB <= values["memory/step_peak_bytes"] - values["memory/used_bytes"] <= taken + 16 * MIB
         assert values["memory/step_peak_bytes"] <= values["memory/peak_bytes"]
 
 
