@@ -1,8 +1,8 @@
 """Heartbeats of ranks: who is late or silent is found out, and what every rank is doing is collected.
 
 A thread of each rank writes a beat into the store through which the ranks once found each other, over a connection of its own,
-and looks at that of the next rank: whatever holds up the main thread, and however many ranks there are, three small requests a
-second. A rank that is late by its own clock, or whose neighbour is silent, sounds the alarm; then all answer with their stacks,
+and looks at that of the next rank: three small requests at a time, however many ranks there are, and whatever holds up the main
+thread. A rank that is late by its own clock, or whose neighbour is silent, sounds the alarm; then all answer with their stacks,
 the one that sounded it judges, and all end. Clocks are never compared.
 """
 
@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshbolt.compat import Collective, recorded_collectives
 from meshbolt.monitoring.interrupt import stacks_of_other
@@ -27,14 +27,13 @@ from meshbolt.monitoring.verdict import Report, Verdict, judge, report_lines
 from meshbolt.units import format_seconds
 
 # How long ranks have to answer an alarm, and how long those that have answered wait for the verdict.
-ANSWER_SECONDS, VERDICT_SECONDS = 8.0, 20.0
+ANSWER_SECONDS, VERDICT_SECONDS = 12.0, 30.0
 _REQUEST = timedelta(seconds=10)
 _GONE = "gone"
 _TICK_SECONDS = 0.05
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """A point of the run that the main thread has reached.
 
     Attributes:

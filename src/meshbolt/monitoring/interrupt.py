@@ -27,7 +27,7 @@ class Interrupt:
     Attributes:
         works: whether it can interrupt.
         has_raised: set when the error has been raised in the main thread.
-        stacks_file: into which this process writes the stacks of its threads when it gets the signal.
+        stacks_file: into which this process writes the stack of its main thread when it gets the signal.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,9 @@ class Interrupt:
             self._before = signal.signal(_SIGNAL, self._handle)
             descriptor, self.stacks_file = tempfile.mkstemp(prefix="meshbolt-stacks-")
             self._file = os.fdopen(descriptor, "w")
-            # It needs no lock of Python's, and hands the signal on to the handler above.
-            faulthandler.register(_SIGNAL, file=self._file, all_threads=True, chain=True)
+            # It needs no lock of Python's, and hands the signal on to the handler above. Of other threads it must not read
+            # the stacks, which change meanwhile.
+            faulthandler.register(_SIGNAL, file=self._file, all_threads=False, chain=True)
 
     def raise_in_main(self, error: BaseException) -> None:
         """Raise an error in the main thread, as soon as that runs Python or is in a call that a signal ends, such as a sleep.
@@ -76,7 +77,7 @@ class Interrupt:
 
 
 def stacks_of_other(pid: int, stacks_file: str) -> str:
-    """Return the stacks of another process of this machine, which may hold Python's lock; empty where it gives none.
+    """Return the stack of another process of this machine, which may hold Python's lock; empty where it gives none.
 
     Args:
         pid: of the process.

@@ -23,6 +23,7 @@ from torch import Tensor
 from meshbolt import MeshStrategy, PipelineParallel
 from meshbolt.callbacks import Watchdog, watchdog
 from meshbolt.errors import ConfigError, StuckError
+from meshbolt.monitoring import heartbeats
 from meshbolt.testing import RankFailure, run_ranks
 
 pytestmark = [
@@ -53,7 +54,15 @@ def wait_in_code_that_signals_do_not_end() -> None:
 
 
 def hold_pythons_lock() -> None:
-    ctypes.PyDLL(None).sleep(12)
+    """Wait in C for 8 seconds, signals or not, without letting other threads run Python."""
+    mutex, until = ctypes.create_string_buffer(64), (ctypes.c_long * 2)(int(time.time()) + 8, 0)
+    ctypes.PyDLL(None).pthread_mutex_lock(mutex)
+    ctypes.PyDLL(None).pthread_mutex_timedlock(mutex, until)
+
+
+def lock_held() -> tuple[str, str, float]:
+    heartbeats.ANSWER_SECONDS = 3.0
+    return late("step", hold_pythons_lock)
 
 
 class Late(Regressor):
@@ -164,8 +173,8 @@ def test_a_rank_that_dies_is_named_by_the_others(capfd: Any) -> None:
 
 @pytest.mark.full
 def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(capfd: Any) -> None:
-    (_, words, seconds), (kind, _, _) = run_ranks(late, 2, "step", hold_pythons_lock)
-    assert seconds < TIMEOUT_SECONDS + SLACK_SECONDS + 8
+    (_, words, seconds), (kind, _, _) = run_ranks(lock_held, 2)
+    assert seconds < TIMEOUT_SECONDS + SLACK_SECONDS + 3
     assert "rank 1 does not answer, as it holds Python's lock" in words
     assert "in hold_pythons_lock" in words
     assert kind == StuckError.__name__  # as soon as it has let go

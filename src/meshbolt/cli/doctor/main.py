@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "what was found; for what is not green there is a command. It works where torch or Lightning cannot be imported. "
         "Exit code 1 where something is red.",
         epilog="It writes a nameless file of up to 512 MiB to the disk, which is gone afterwards, and takes some 10 seconds. "
-        "example: meshbolt doctor --path /mnt/nvme --ranks 4",
+        "example: meshbolt doctor --path scratch --ranks 4",
         allow_abbrev=False,
     )
     parser.add_argument(

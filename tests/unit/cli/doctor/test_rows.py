@@ -118,4 +118,4 @@ def test_a_number_of_ranks_below_zero_is_refused() -> None:
 def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run(["doctor", "--help"])
-    assert "meshbolt doctor --path /mnt/nvme" in " ".join(capsys.readouterr().out.split())
+    assert "meshbolt doctor --path scratch" in " ".join(capsys.readouterr().out.split())
