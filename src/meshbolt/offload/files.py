@@ -1,7 +1,7 @@
 """A file that holds state while a run lasts, read and written in the background past the page cache.
 
 Blocks of a few MiB, several at once, are what a disk is fastest with: on the machine this was written on 2 MiB from four
-threads, and `io_uring` was not faster (`benchmarks/run_file_engine.py` measures both bandwidth and overlap).
+threads. Where the package liburing is installed, io_uring moves them instead (`benchmarks/run_file_engine.py` measures both).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from meshbolt.offload.counters import Counters, Direction, Traffic
 from meshbolt.offload.faces import SystemCalls, SystemFace
 from meshbolt.offload.requests import Request, Workers
 from meshbolt.offload.scratch import Disk, Scratch, failure, grow_scratch, make_scratch
+from meshbolt.offload.uring import Block, Ring, Steps, find_library
 
 BLOCK_BYTES = 2 * 2**20
 THREADS = 4
@@ -46,6 +47,7 @@ class StateFile:
         block_bytes: int = BLOCK_BYTES,
         timeout_seconds: float = TIMEOUT_SECONDS,
         face: SystemFace | None = None,
+        engine: str = "auto",
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
         """Reserve the space, and start the threads.
@@ -58,6 +60,7 @@ class StateFile:
             block_bytes: of one request to the disk, in whole units of alignment.
             timeout_seconds: after which one transfer that does not end counts as stuck.
             face: what asks the operating system; the system itself by default.
+            engine: "threads" that wait in system calls, "io_uring" through the package liburing; "auto": that, where it works.
             say: is told, once, that the disk is memory or cannot do without the page cache.
 
         Raises:
@@ -75,7 +78,15 @@ class StateFile:
         self._counters, self._say = Counters(), say
         self._closed, self._unusable = False, ""
         self._tells_changes: bool | None = None
-        self._workers = Workers(threads, f"meshbolt: {name}")
+        # Of a face of somebody else's, each call is asked for.
+        library = find_library() if face is None and engine != "threads" else None
+        if engine == "io_uring" and library is None:
+            raise ConfigError(
+                "engine='io_uring' needs the package liburing (pip install liburing), and a system that allows rings. Use 'auto'."
+            )
+        self._workers: Workers | Ring = (
+            Workers(threads, f"meshbolt: {name}") if library is None else Ring(library, depth=2 * threads, name=name)
+        )
         # No transfer is under way when a file that nobody closed is forgotten, for each holds it.
         self._close_fd = weakref.finalize(self, os.close, self._scratch.fd)
         # At the end of the process one may be, and would go on with a number that is soon another file's.
@@ -101,6 +112,11 @@ class StateFile:
     def disk(self) -> Disk:
         """What it lies on, as that was before the space was reserved."""
         return self._scratch.disk
+
+    @property
+    def engine(self) -> str:
+        """What moves blocks: "threads" or "io_uring"."""
+        return "io_uring" if isinstance(self._workers, Ring) else "threads"
 
     @property
     def closed(self) -> bool:
@@ -191,15 +207,6 @@ class StateFile:
         """
         self._unusable = self._unusable or reason
 
-    def require_usable(self) -> None:
-        """Refuse to go on where something written has not arrived, whoever has been told.
-
-        Raises:
-            StorageError: it has not, or the file is closed.
-        """
-        if self._closed or self._unusable:
-            raise StorageError(f"{self.path!r} is out of use. {self._unusable or 'It was closed.'}")
-
     def close(self) -> None:
         """Wait for what is under way, end the threads, and give the space back; again, it does nothing."""
         if self._closed:
@@ -234,15 +241,44 @@ class StateFile:
         request = Request(direction, name, buffer, blocks=len(starts), timeout_seconds=self._timeout_seconds)
         for start in starts:
             block = view[start : start + self._block_bytes]
-            self._workers.submit(partial(request.run, partial(self._move, direction, block, offset + start)))
+            if isinstance(self._workers, Ring):
+                steps = request.wanted(self._steps(direction, block, offset + start))
+                self._workers.submit(Block(direction, self._scratch.fd, steps, request.end_block))
+            else:
+                self._workers.submit(partial(request.run, partial(self._move, direction, block, offset + start)))
         return request
 
     def _move(self, direction: Direction, block: memoryview, offset: int) -> None:
+        """Move a block by system calls of this thread."""
+        steps, call = (
+            self._steps(direction, block, offset),
+            self._face.read if direction == "read" else self._face.write,
+        )
+        with contextlib.suppress(StopIteration):
+            part, at = next(steps)
+            while True:
+                try:
+                    moved = call(self._scratch.fd, part, at)
+                except OSError as error:
+                    part, at = steps.throw(error)
+                else:
+                    part, at = steps.send(moved)
+
+    def _steps(self, direction: Direction, block: memoryview, offset: int) -> Steps:
+        """Yield what of a block is to be moved next, and check what became of it."""
         self._counters.begin(direction)
         moved = 0
         try:
             while moved < len(block):
-                moved += self._move_some(direction, block[moved:], offset + moved)
+                rest, at = block[moved:], offset + moved
+                name = f"{_DOING[direction]} {len(rest)} bytes at offset {at} of {self.path!r}"
+                self._require_whole(name)
+                try:
+                    count = yield rest, at
+                except OSError as error:
+                    raise failure(f"{name} failed", error) from error
+                self._require_whole(name)
+                moved += _whole_units(count, len(rest), name)
             if not self.direct:
                 self._leave_no_copy(offset, len(block))
         except StorageError as error:
@@ -251,23 +287,6 @@ class StateFile:
             raise
         finally:
             self._counters.end(direction, moved)
-
-    def _move_some(self, direction: Direction, block: memoryview, offset: int) -> int:
-        """Move the first bytes of a block, in whole units of alignment or all; return how many."""
-        fd, name = self._scratch.fd, f"{_DOING[direction]} {len(block)} bytes at offset {offset} of {self.path!r}"
-        self._require_whole(name)
-        try:
-            moved = self._face.read(fd, block, offset) if direction == "read" else self._face.write(fd, block, offset)
-        except OSError as error:
-            raise failure(f"{name} failed", error) from error
-        self._require_whole(name)
-        if moved < len(block):
-            moved -= moved % ALIGNMENT_BYTES
-        if moved <= 0:
-            raise StorageError(
-                f"{name} failed: the system moves no more of them and gives no reason. See its log (`dmesg`)."
-            )
-        return moved
 
     def _require_whole(self, name: str) -> None:
         # Written to behind its new end, a file that was cut short would grow again, with zeros for what was lost.
@@ -281,6 +300,25 @@ class StateFile:
         """Have the page cache write a range out, and drop what of it is written."""
         with contextlib.suppress(OSError):  # advice only
             os.posix_fadvise(self._scratch.fd, offset, num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def _whole_units(count: int, asked: int, name: str) -> int:
+    """Return how many bytes count as moved: whole units of alignment, or all.
+
+    Args:
+        count: that the system says it moved.
+        asked: that it was to move.
+        name: for the message.
+
+    Raises:
+        StorageError: none.
+    """
+    moved = count if count >= asked else count - count % ALIGNMENT_BYTES
+    if moved <= 0:
+        raise StorageError(
+            f"{name} failed: the system moves no more of them and gives no reason. See its log (`dmesg`)."
+        )
+    return moved
 
 
 def _tells_changes(fd: int) -> bool:

@@ -208,15 +208,6 @@ class ParameterFile:
             self._is_written = False
             self.file.clean(flushes=False)
 
-    def require_usable(self) -> None:
-        """Refuse to go on where shards have not arrived in the file, in which the mapped memory shows those of before.
-
-        Raises:
-            StorageError: they have not.
-        """
-        if self._file is not None:
-            self._file.require_usable()
-
     @property
     def file(self) -> StateFile:
         """The file.

@@ -12,6 +12,7 @@ import torch
 
 from meshbolt.errors import StorageError
 from meshbolt.offload.counters import Direction
+from meshbolt.offload.uring import Steps
 from meshbolt.units import format_seconds
 
 
@@ -61,17 +62,37 @@ class Request:
         Args:
             move: raises StorageError for what can go wrong.
         """
-        error: StorageError | None = None
+        error: BaseException | None = None
         try:
             if self._unwanted:
                 error = StorageError(f"{self.name} was abandoned before all of it had been moved.")
             elif self.error is None:
                 move()
-        except StorageError as raised:
+        except BaseException as raised:
             error = raised
-        except BaseException as raised:  # a defect, but the caller must not wait for ever because of it
-            error = StorageError(f"{self.name}: {type(raised).__name__}: {raised}")
-            error.__cause__ = raised
+        self.end_block(error)
+
+    def wanted(self, steps: Steps) -> Steps:
+        """Yield what moves a block, or nothing once another one has failed or this transfer was abandoned.
+
+        Args:
+            steps: of the block.
+        """
+        if self._unwanted:
+            raise StorageError(f"{self.name} was abandoned before all of it had been moved.")
+        if self.error is None:
+            yield from steps
+
+    def end_block(self, error: BaseException | None) -> None:
+        """Note that one block has ended.
+
+        Args:
+            error: what went wrong, kept for `wait`; None: nothing.
+        """
+        if error is not None and not isinstance(error, StorageError):  # a defect, but the caller must not wait for ever
+            told = StorageError(f"{self.name}: {type(error).__name__}: {error}")
+            told.__cause__ = error
+            error = told
         with self._lock:
             self.error = self.error or error
             self._left -= 1
@@ -84,7 +105,7 @@ class Request:
         """Return the error for a transfer that does not end."""
         return StorageError(
             f"{self.name} has not ended after {format_seconds(self._timeout_seconds)}: the disk does not answer. See the "
-            "kernel's log (`dmesg`); if it is only slow, allow it a longer timeout."
+            "kernel's log (`dmesg`); if it is only slow, give a path on another one."
         )
 
     def abandon(self) -> None:

@@ -9,6 +9,7 @@ each other: a rank that is still at work does not answer, and after a short whil
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -46,16 +47,19 @@ class Attendance:
         """Do nothing more together."""
         self._was_called, self._group = True, None
 
-    def group(self, *, steps: int) -> dist.ProcessGroup | None:
+    def group(self, *, steps: int, stays_away: Callable[[], bool] = lambda: False) -> dist.ProcessGroup | None:
         """Return a group of all ranks, over which they can act together; None where they are not all here.
 
         A fresh one, because the exception may have left the default group with messages that nobody has read.
 
         Args:
             steps: optimizer steps taken; ranks that differ hold weights of different steps, which do not belong together.
+            stays_away: asked first: whether this rank has nothing to do with the others any more.
         """
         if not self._was_called:
             self._was_called = True
+            if stays_away():
+                return None
             self._number += 1
             self._group = self._call(f"meshbolt/exception/{self._number}/{steps}")
         return self._group

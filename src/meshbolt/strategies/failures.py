@@ -137,9 +137,11 @@ class Failures:
         self._part()
 
     def _is_nobodys_business(self, error: BaseException) -> bool:
-        if self._run is None or hasattr(error, _TOLD) or is_met_by_all(error):
+        if hasattr(error, _TOLD) or is_met_by_all(error) or not ranks_are_connected() or dist.get_world_size() == 1:
             return True
-        return not ranks_are_connected() or dist.get_world_size() == 1
+        if self._run is None:
+            self.connect()  # they were for an earlier run; the others are about to begin this one
+        return False
 
     def _part(self) -> None:
         self._attendance.dismiss()

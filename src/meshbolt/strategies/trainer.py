@@ -11,11 +11,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
@@ -40,6 +39,7 @@ from meshbolt.strategies.files import (
     check_training_state,
     without_training_state,
 )
+from meshbolt.strategies.from_deepspeed import DeepSpeedSettings
 from meshbolt.strategies.hooks import (
     follow_requires_grad,
     hold_schedulers_on_skips,
@@ -49,6 +49,7 @@ from meshbolt.strategies.hooks import (
     optimizers_regrouped_by,
     report_norm,
 )
+from meshbolt.strategies.interrupted import AfterExceptions
 from meshbolt.strategies.launcher import CollectingLauncher, DirectLauncher, ScriptLauncher
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.meta import meta_tensors
@@ -62,7 +63,7 @@ from meshbolt.strategies.signals import Signals
 _log = logging.getLogger(__name__)
 
 
-class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
+class MeshStrategy(OwnProgress, AfterExceptions, DeepSpeedSettings, MeshCore, ParallelStrategy):
     """Train any LightningModule sharded over a mesh of ranks; the module is not changed.
 
     Example:
@@ -112,7 +113,7 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
         return CollectingLauncher(remember, self.failures, self, start_method=self._start_method)
 
     _asked_weights_only: bool | None = None
-    _has_begun = _has_loaded = _is_training = False
+    _has_loaded = _is_training = False
     _fits = 0
     _steps: PipelinedSteps | None = None  # through the stages of a pipeline, where there is one
 
@@ -135,6 +136,7 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
 
     @override
     def _resolve(self) -> None:
+        self._check_deepspeed(self._module().trainer)
         check_trainer(self._module().trainer, world_size=self.world_size)
         super()._resolve()
 
@@ -197,6 +199,7 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
             return self._predicting.loader(dataloader, limit=limit, group=group, ranks=ranks)
         if not trainer.training:
             return super().process_dataloader(dataloader)
+        self._check_loader(dataloader)
         self._position.take_loader(dataloader)
         return checked_loader(dataloader, group=group, ranks=ranks, position=self._position)
 
@@ -292,20 +295,6 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
             self._end_of_resuming()
         super().barrier(name)
 
-    @override
-    def _reachable(self) -> dist.ProcessGroup | None:
-        if not self._was_interrupted():
-            return super()._reachable()
-        if not self._has_begun:
-            return None  # what would be saved is not even restored yet
-        group = self._attendance.group(steps=self._module().trainer.global_step)
-        self._control_group = group or self._control_group
-        return group
-
-    def _was_interrupted(self) -> bool:
-        trainer = trainer_of(self.lightning_module)
-        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
-
     def _end_of_resuming(self) -> None:
         if not self._has_loaded:
             agree_on_path(None, group=self._control_group)
@@ -327,6 +316,7 @@ class MeshStrategy(OwnProgress, MeshCore, ParallelStrategy):
         """Return the module's state, sharded parameters as DTensors; nothing where it cannot be saved anyway."""
         if self._reachable() is None:
             return {}
+        self.engine.require_whole()
         with self.engine.settled():
             state = self._module().state_dict()
             if self._steps is not None:
