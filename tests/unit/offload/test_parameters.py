@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,8 +40,21 @@ class Broken(SystemCalls):
         return super().read(fd, into, offset)
 
 
-def file_in(path: Path, face: SystemCalls | None = None) -> ParameterFile:
-    return ParameterFile(lambda size: StateFile(path, size, face=face), device=CPU, pin_memory=True)
+Make = Callable[..., ParameterFile]
+
+
+@pytest.fixture
+def file_in() -> Iterator[Make]:
+    made: list[ParameterFile] = []
+
+    def make(path: Path, face: SystemCalls | None = None) -> ParameterFile:
+        made.append(ParameterFile(lambda size: StateFile(path, size, face=face), device=CPU, pin_memory=True))
+        return made[-1]
+
+    yield make
+    for file in made:
+        file.is_changing = lambda _: False
+        file.close()
 
 
 def units(count: int = 5) -> dict[str, list[torch.Tensor]]:
@@ -60,7 +73,7 @@ def passes(file: ParameterFile, shown: dict[str, list[torch.Tensor]], order: str
     file.drop()
 
 
-def test_shards_are_what_they_were(tmp_path: Path) -> None:
+def test_shards_are_what_they_were(file_in: Make, tmp_path: Path) -> None:
     file = file_in(tmp_path)
     shown = taken(file)
     for mine, theirs in zip(shown.values(), units().values(), strict=True):
@@ -74,7 +87,7 @@ def test_shards_are_what_they_were(tmp_path: Path) -> None:
     assert torch.equal(shown["0"][0], units()["0"][0])
 
 
-def test_units_are_read_in_the_order_of_the_pass_before(tmp_path: Path) -> None:
+def test_units_are_read_in_the_order_of_the_pass_before(file_in: Make, tmp_path: Path) -> None:
     file = file_in(tmp_path)
     shown = taken(file)
     passes(file, shown, "0123443210")
@@ -98,7 +111,9 @@ def test_units_are_read_in_the_order_of_the_pass_before(tmp_path: Path) -> None:
         lambda shard: shard.numpy().__setitem__(slice(0, 7), 5.0),
     ],
 )
-def test_what_others_change_is_noticed_and_gathered(change: Callable[[torch.Tensor], object], tmp_path: Path) -> None:
+def test_what_others_change_is_noticed_and_gathered(
+    change: Callable[[torch.Tensor], object], file_in: Make, tmp_path: Path
+) -> None:
     file = file_in(tmp_path)
     shown = taken(file)
     passes(file, shown, "0123443210")
@@ -113,17 +128,16 @@ def test_what_others_change_is_noticed_and_gathered(change: Callable[[torch.Tens
         assert torch.equal(file.fetch("2", 0), shown["2"][0])
 
 
-def test_a_disk_that_breaks_is_an_error_of_the_gather(tmp_path: Path) -> None:
+def test_a_disk_that_breaks_is_an_error_of_the_gather(file_in: Make, tmp_path: Path) -> None:
     face = Broken()
     file = file_in(tmp_path, face)
     taken(file)
     face.is_broken = True
     with pytest.raises(StorageError, match=r"Reading .* failed: Input/output error"):
         file.fetch("0", 0)
-    file.close()
 
 
-def test_a_unit_that_is_being_changed_is_not_read_ahead(tmp_path: Path) -> None:
+def test_a_unit_that_is_being_changed_is_not_read_ahead(file_in: Make, tmp_path: Path) -> None:
     file = file_in(tmp_path)
     shown = taken(file)
     passes(file, shown, "01234")
@@ -134,7 +148,7 @@ def test_a_unit_that_is_being_changed_is_not_read_ahead(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "adagrad"])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_updates_of_a_slow_disk_are_those_of_memory(kind: str, at_once: bool, tmp_path: Path) -> None:
+def test_updates_of_a_slow_disk_are_those_of_memory(kind: str, at_once: bool, file_in: Make, tmp_path: Path) -> None:
     make = FUSED[kind]
     mine, theirs = (make(parameters()) for _ in range(2))
     params, others = (each.param_groups[0]["params"] for each in (mine, theirs))
@@ -166,7 +180,6 @@ def test_updates_of_a_slow_disk_are_those_of_memory(kind: str, at_once: bool, tm
                 assert torch.equal(found, others[_place(params, param)].view(-1))
         shards.drop()
     host.close()
-    shards.close()
 
 
 def _place(params: list[torch.nn.Parameter], wanted: torch.nn.Parameter) -> int:
