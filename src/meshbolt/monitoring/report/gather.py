@@ -148,11 +148,13 @@ def _take(found: Gathered, record: Record) -> None:
         found.pipeline = record
     elif kind not in _OTHERS:
         own = record.get("own")
-        _take_of_ranks(found, record, step)
+        if rank == 0:
+            _take_of_ranks(found, record, step)
         if isinstance(own, Mapping):
             _take_own(found, own, rank, step)
-        # Where a record has a part that is the rank's own, the rest is of the run, and the same on all ranks.
-        if not isinstance(own, Mapping) or rank == 0:
+        # Where a record has a part that is the rank's own, or lists all ranks, the rest is of the run, and the same on all ranks.
+        is_of_run = isinstance(own, Mapping) or any(name in record for name in _OF_RANKS)
+        if not is_of_run or rank == 0:
             _take_numbers(found, record["values"], kind, rank, step)
         _take_communication(found, record.get("rows"), rank)
 

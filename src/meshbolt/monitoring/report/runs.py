@@ -6,7 +6,9 @@ again. What the first attempt recorded of these steps is no part of the run any 
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,10 @@ from meshbolt.monitoring.records import Record, read_records
 
 RECORDS = "meshbolt_records"
 _FILES = "rank_*.jsonl"
+# How `Records` begins a line.
+_HEAD = re.compile(
+    rb'\{"kind": "([^"\\]*)", "step": (\d+), "time_seconds": (\d+(?:\.\d+)?), "rank": \d+, "run": "([^"\\]*)"'
+)
 
 
 @dataclass
@@ -123,21 +129,45 @@ def step_of(record: Record) -> int:
 
 def _runs_in(place: Path) -> list[Run]:
     attempts: dict[str, Attempt] = {}
-    for record in read_records(place):
-        name, seconds = str(record.get("run", "")), float(record["time_seconds"])
+    seen = (each for path in sorted(place.glob(_FILES)) for each in _seen_in(path))
+    for name, seconds, step, record in seen:
         attempt = attempts.setdefault(name, Attempt(name, seconds))
-        attempt.ended = seconds
-        attempt.last_step = max(attempt.last_step, step_of(record))
-        if record["kind"] == "run" and not record.get("rank"):
+        attempt.begun, attempt.ended = min(attempt.begun, seconds), max(attempt.ended, seconds)
+        attempt.last_step = max(attempt.last_step, step)
+        if record is not None and not record.get("rank"):
             what = record["values"].get("what")
             if what == "start":
                 attempt.start = record
             elif what == "end":
                 attempt.end = record
     runs: list[Run] = []
-    for attempt in attempts.values():
+    for attempt in sorted(attempts.values(), key=lambda each: each.begun):
         if runs and attempt.goes_on:
             runs[-1].attempts.append(attempt)
         else:
             runs.append(Run(place, [attempt]))
     return runs
+
+
+def _seen_in(path: Path) -> Iterator[tuple[str, float, int, Record | None]]:
+    """Yield of each record its run, time and step, and itself where it tells of a start or an end.
+
+    Nearly all lines are known by their beginnings, so that a directory is looked through in a fraction of the time of reading it.
+    """
+    with path.open("rb") as file:
+        for line in file:
+            head = _HEAD.match(line)
+            if head is not None and head[1] != b"run" and line.endswith(b"}\n"):
+                yield head[4].decode(), float(head[3]), int(head[2]), None
+            elif (record := _parsed(line)) is not None:
+                own = record if record["kind"] == "run" and isinstance(record["values"], dict) else None
+                yield str(record.get("run", "")), float(record["time_seconds"]), step_of(record), own
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_whole = isinstance(record, dict) and {"kind", "time_seconds", "values"} <= record.keys()
+    return record if is_whole and isinstance(record["time_seconds"], (int, float)) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_a_torn_last_line_and_lines_that_are_none_are_left_out(tmp_path: Path) -
 
     assert found.num_records == whole.num_records
     assert found.run.last_step == 30
+
+
+def test_lines_that_another_program_has_written_count_as_well(tmp_path: Path) -> None:
+    make_run(tmp_path, ranks=1, steps=30)
+    (plain,) = find_runs(tmp_path)
+    path = tmp_path / "rank_0.jsonl"
+    lines = [json.dumps(json.loads(line), sort_keys=True, indent=None) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines))
+    (other,) = find_runs(tmp_path)
+
+    assert other.attempts == plain.attempts
 
 
 def test_records_with_odd_values_do_not_stop_a_report(tmp_path: Path) -> None:
