@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
 ]
 
-SLOW, SECONDS, EVERY, STEPS = 1, 0.05, 3, 25
+SLOW, SECONDS, EVERY, STEPS = 1, 0.1, 3, 19
 
 
 class SlowAt(Regressor):
@@ -88,7 +88,8 @@ def test_the_slow_rank_is_named_with_its_part_and_by_how_much(
     results = run_ranks(train, 2, place, str(tmp_path), strategy, others)
     for latest, _ in results:
         assert (latest["ranks/slowest_rank"], latest["ranks/slowest_part"]) == (SLOW, part)
-        assert SECONDS * 0.8 < latest["ranks/behind_seconds"] < SECONDS * 2.5
+        # On a machine with more to do than it can, either rank takes longer for the rest of the step, too.
+        assert SECONDS * 0.4 < latest["ranks/behind_seconds"] < SECONDS * 2.5
         assert latest.keys() <= CATALOGUE.keys()
     assert results[0][0] == results[1][0]
     (warned,), others_warned = results[0][1], results[1][1]

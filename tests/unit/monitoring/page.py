@@ -72,6 +72,10 @@ under `pipeline_parallel` all passes are in `forward`. Nothing is waited for.
 On demand, `monitor.snapshot()` writes `memory_rank_<rank>_step_<step>.json` beside the records: bytes by module and category;
 on GPUs also what the allocator holds, for https://pytorch.org/memory_viz. [What a rank says](memory.md) that runs out of memory.
 """,
+    "ranks": """\
+Logged by `RankMonitor`, the same on every rank; `own_seconds` and `data_seconds` beside them are of each rank, in their order.
+[watchdog.md](watchdog.md#ranks-that-are-slow) says what a rank's own time is, and when a warning names one.
+""",
     "offload": """\
 Logged by `OffloadMonitor`, by each rank of itself: see [offload.md](offload.md#what-it-costs-while-it-runs). Bytes of a step are
 what updates have taken and put, the same in every step; bytes per second are of what was on its way meanwhile.
