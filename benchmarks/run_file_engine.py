@@ -45,8 +45,8 @@ DIRECTIONS = ("write", "read", "both")
 class Ours:
     """Our engine, with a file of its own."""
 
-    def __init__(self, folder: Path, num_bytes: int, block_bytes: int, threads: int) -> None:
-        self.file = StateFile(folder, num_bytes, name="benchmark", block_bytes=block_bytes, threads=threads)
+    def __init__(self, folder: Path, num_bytes: int, block_bytes: int, threads: int, engine: str) -> None:
+        self.file = StateFile(folder, num_bytes, name="benchmark", block_bytes=block_bytes, threads=threads, engine=engine)
         self.stream = ChunkStream(self.file, chunk_bytes=CHUNK_BYTES)
         self.chunks = self.stream.chunks(num_bytes)
         self.buffers = [aligned_empty(CHUNK_BYTES).fill_(1) for _ in range(4)]
@@ -269,10 +269,11 @@ def main() -> int:
         default=[0.25, 0.5, 1.0, 1.5, 2.0],
         help="seconds of an update, over those of the transfers of its chunk",
     )
+    parser.add_argument("--engine", choices=("auto", "threads", "io_uring"), default="auto")
     parser.add_argument("--timeline", action="store_true")
     arguments = parser.parse_args()
     num_bytes, block_bytes = int(arguments.gib * GIB), int(arguments.block_mib * MIB)
-    ours = Ours(arguments.folder, num_bytes, block_bytes, arguments.threads)
+    ours = Ours(arguments.folder, num_bytes, block_bytes, arguments.threads, arguments.engine)
     rivals = others(arguments, num_bytes, block_bytes)
     try:
         measure(ours, rivals, arguments)
