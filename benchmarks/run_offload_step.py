@@ -2,7 +2,7 @@
 
     python benchmarks/run_offload_step.py --folder /path/on/the/disk --rounds 3 --timeline timeline.json
 
-A model of equal blocks of linear layers is trained in float32 with AdamW through the Trainer, with few samples, so that a step is
+A model of equal blocks of linear layers is trained in float32 with AdamW through the Trainer, on few samples, so that a step is
 mostly the update. In every round, in one process of its own, one after the other:
 
 - `memory`: steps with `Offload("cpu")`: how long an update takes where state is in memory.
@@ -105,7 +105,7 @@ def train(offload: Any, arguments: argparse.Namespace) -> dict[str, float]:
             return batch.square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=1e-5)
+            return getattr(torch.optim, arguments.optimizer)(self.parameters(), lr=1e-5)  # type: ignore[no-any-return]
 
     spans: list[TraceSpan] = []
     waits: list[float] = []
@@ -161,13 +161,15 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--width", type=int, default=2048, help="2048 with 12 blocks has 101 million parameters")
     parser.add_argument("--threads", type=int, default=1, help="of torch's operations")
+    parser.add_argument("--optimizer", default="AdamW", help="RAdam updates about as long as the disk takes")
     parser.add_argument("--timeline", type=Path, help="file to write for the steps of the last round")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments)
     print(
-        f"# {_environment()}; fp32 AdamW, {arguments.blocks} blocks of {arguments.width}, {arguments.threads} threads"
+        f"# {_environment()}; fp32 {arguments.optimizer}, {arguments.blocks} blocks of {arguments.width}, "
+        f"{arguments.threads} threads"
     )
     found = [_round(arguments) for _ in range(arguments.rounds)]
     for name in ("file over bound", "without what is hidden"):
@@ -179,7 +181,9 @@ def main() -> int:
 def _round(arguments: argparse.Namespace) -> dict[str, Any] | None:
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process's results
-    options = {name: getattr(arguments, name) for name in ("steps", "blocks", "width", "threads", "timeline")}
+    options = {
+        name: getattr(arguments, name) for name in ("steps", "blocks", "width", "threads", "optimizer", "timeline")
+    }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     command = [sys.executable, __file__, "--work", "--folder", str(folder), *words]
     environment = {**_rank_environment(0, 1, 29900 + os.getpid() % 90), "OMP_NUM_THREADS": str(arguments.threads)}
