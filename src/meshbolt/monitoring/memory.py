@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +26,6 @@ from meshbolt.monitoring.metric import Metric
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _LIMIT = Path("/sys/fs/cgroup/memory.max")
 _RESETS_PEAK = b"5"
-_FIELD = re.compile(rb"(VmHWM|VmRSS|RssAnon):\s+(\d+) kB")
 
 
 @dataclass(frozen=True)
@@ -108,26 +105,31 @@ class ProcessGauge:
 
     def read(self) -> Usage:
         """Return what the process takes, with the kernel's own peak where it has one."""
-        fields = self._fields()
-        if "RssAnon" not in fields:  # of Linux only
+        text = self._text()
+        used = _field(text, b"RssAnon:")
+        if not used:  # of Linux only
             used = int(psutil.Process().memory_info().rss)
             self._highest_seen = max(self._highest_seen, used)
             return Usage(used, self._highest_seen)
-        used, mapped = fields["RssAnon"], fields["VmRSS"] - fields["RssAnon"]
-        return Usage(used, max(used, fields["VmHWM"] - mapped))
+        mapped = _field(text, b"VmRSS:") - used
+        return Usage(used, max(used, _field(text, b"VmHWM:") - mapped))
 
     def reset_peak(self) -> None:
         """Let the kernel's peak begin anew."""
         self._highest_seen = 0
-        _highest[0] = max(_highest[0], self._fields().get("VmHWM", 0))
+        _highest[0] = max(_highest[0], _field(self._text(), b"VmHWM:"))
         if self._clear is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._clear, _RESETS_PEAK, 0)
 
-    def _fields(self) -> Mapping[str, int]:
-        """Return the lines of the process's status that are about resident memory, in bytes."""
-        text = b"" if self._status is None else os.pread(self._status, 8192, 0)
-        return {name.decode(): int(value) * 1024 for name, value in _FIELD.findall(text)}
+    def _text(self) -> bytes:
+        return b"" if self._status is None else os.pread(self._status, 8192, 0)
+
+
+def _field(text: bytes, name: bytes) -> int:
+    """Return a size of a process's status in bytes; 0 where it has none of that name."""
+    start = text.find(name)
+    return 0 if start < 0 else int(text[start + len(name) : text.index(b"kB", start)]) * 1024
 
 
 def _opened(path: Path, flags: int) -> int | None:
