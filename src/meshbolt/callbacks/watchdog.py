@@ -113,10 +113,11 @@ class Watchdog(Onlooker):
             silence_seconds=self.timeout_seconds,
             arrival_seconds=self.pause_seconds,
             end=lambda verdict, text: self._end(trainer, verdict, text),
+            step=lambda: trainer.global_step,
             stacks_file=interrupt.stacks_file,
             interval_seconds=min(5.0, self.timeout_seconds / 10),
         )
-        self._mark(trainer, "the set-up", self.pause_seconds)
+        self._mark("the set-up", self.pause_seconds)
         self._beats.start()
 
     @override
@@ -188,28 +189,28 @@ class Watchdog(Onlooker):
 
     # Where a run is ---------------------------------------------------------------------------------------------------
 
-    def _mark(self, trainer: pl.Trainer, doing: str, patience_seconds: float) -> None:
+    def _mark(self, doing: str, patience_seconds: float) -> None:
         if self._beats is not None:
-            self._beats.mark(doing, step=trainer.global_step, patience_seconds=patience_seconds)
+            self._beats.mark(doing, patience_seconds=patience_seconds)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have patience with the first steps."""
         self._patient_steps = _FIRST_STEPS
-        self._mark(trainer, "the beginning of training", self.pause_seconds)
+        self._mark("the beginning of training", self.pause_seconds)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have patience with loaders that start."""
         self._patient_steps = max(1, self._patient_steps)
-        self._mark(trainer, "the beginning of an epoch", self.pause_seconds)
+        self._mark("the beginning of an epoch", self.pause_seconds)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """A batch is there."""
-        self._mark(trainer, "training on a batch", self.pause_seconds if self._patient_steps else self.timeout_seconds)
+        self._mark("training on a batch", self.pause_seconds if self._patient_steps else self.timeout_seconds)
         self._patient_steps = max(0, self._patient_steps - 1)
 
     @override
@@ -217,33 +218,33 @@ class Watchdog(Onlooker):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A batch is done."""
-        self._mark(trainer, "loading the next batch, or callbacks", self.timeout_seconds)
+        self._mark("loading the next batch, or callbacks", self.timeout_seconds)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have patience with hooks."""
-        self._mark(trainer, "the end of an epoch", self.pause_seconds)
+        self._mark("the end of an epoch", self.pause_seconds)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Have patience with what comes last."""
-        self._mark(trainer, "the end of training", self.pause_seconds)
+        self._mark("the end of training", self.pause_seconds)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Have patience with disks."""
-        self._mark(trainer, "saving a checkpoint", self.pause_seconds)
+        self._mark("saving a checkpoint", self.pause_seconds)
 
     def _begin_evaluation(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._mark(trainer, "the beginning or end of an evaluation", self.pause_seconds)
+        self._mark("the beginning or end of an evaluation", self.pause_seconds)
 
     def _begin_batch(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any, **__: Any) -> None:
-        self._mark(trainer, "an evaluation of a batch", self.timeout_seconds if batch_idx else self.pause_seconds)
+        self._mark("an evaluation of a batch", self.timeout_seconds if batch_idx else self.pause_seconds)
 
     def _end_batch(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
-        self._mark(trainer, "loading the next batch of an evaluation", self.timeout_seconds)
+        self._mark("loading the next batch of an evaluation", self.timeout_seconds)
 
     on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _begin_evaluation
     on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _begin_evaluation

@@ -39,14 +39,12 @@ class Mark(NamedTuple):
     Attributes:
         number: how many there were; all ranks pass the same ones.
         doing: what comes now.
-        step: of the optimizer.
         at_seconds: when, on this rank's monotonic clock.
         patience_seconds: how long it may be until the next one.
     """
 
     number: int
     doing: str
-    step: int
     at_seconds: float
     patience_seconds: float
 
@@ -64,6 +62,7 @@ class Heartbeats:
         silence_seconds: float,
         arrival_seconds: float,
         end: Callable[[Verdict, str], None],
+        step: Callable[[], int] = lambda: 0,
         stacks_file: str = "",
         interval_seconds: float = 1.0,
     ) -> None:
@@ -77,6 +76,7 @@ class Heartbeats:
             silence_seconds: after which a rank without beats counts as gone.
             arrival_seconds: after which one that has not given any does.
             end: is called in this thread with the verdict, and on one rank with all that is known, on the others with "".
+            step: returns the step of the optimizer, in any thread: asked for only when it is told.
             stacks_file: into which this process writes its stacks when another one asks by a signal; see `Interrupt`.
             interval_seconds: between beats.
         """
@@ -89,8 +89,8 @@ class Heartbeats:
             arrival_seconds,
             interval_seconds,
         )
-        self._end = end
-        self._mark = Mark(0, "the set-up", 0, time.monotonic(), float("inf"))
+        self._end, self._step = end, step
+        self._mark = Mark(0, "the set-up", time.monotonic(), float("inf"))
         self._beats, self._alarms = 0, 0
         self._neighbour = _Neighbour((rank + 1) % world)
         self._over = threading.Event()
@@ -98,15 +98,14 @@ class Heartbeats:
         who = {"host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(), "stacks_file": stacks_file}
         self._who: dict[str, Any] = who
 
-    def mark(self, doing: str, *, step: int, patience_seconds: float) -> None:
+    def mark(self, doing: str, *, patience_seconds: float) -> None:
         """Note that the main thread has got to a point of the run.
 
         Args:
             doing: what comes now.
-            step: of the optimizer.
             patience_seconds: how long it may be until the next call.
         """
-        self._mark = Mark(self._mark.number + 1, doing, step, time.monotonic(), patience_seconds)
+        self._mark = Mark(self._mark.number + 1, doing, time.monotonic(), patience_seconds)
 
     def start(self) -> None:
         """Begin to beat."""
@@ -159,7 +158,7 @@ class Heartbeats:
         if self._store is None:
             return None if why is None else {"by": self._rank, "why": why}
         self._beats += 1
-        beat = {"beats": self._beats, "step": mark.step, "doing": mark.doing, **self._who}
+        beat = {"beats": self._beats, "step": self._step(), "doing": mark.doing, **self._who}
         self._store.set(self._name("beat", self._rank), json.dumps(beat))
         alarm = self._name("alarm")
         if self._store.check([alarm]):
@@ -174,7 +173,7 @@ class Heartbeats:
         if seconds <= mark.patience_seconds:
             return None
         limit = format_seconds(mark.patience_seconds)
-        return f"rank {self._rank} has been in {mark.doing} of step {mark.step} for more than {limit}"
+        return f"rank {self._rank} has been in {mark.doing} of step {self._step()} for more than {limit}"
 
     def _silence(self) -> str | None:
         """Look at the next rank that is not done, and return why it counts as gone if it does."""
@@ -280,7 +279,7 @@ class Heartbeats:
             pid=os.getpid(),
             mark=mark.number,
             doing=mark.doing,
-            step=mark.step,
+            step=self._step(),
             seconds=time.monotonic() - mark.at_seconds,
             patience_seconds=mark.patience_seconds,
             stacks=tuple(current_stacks(but={threading.get_ident()})),

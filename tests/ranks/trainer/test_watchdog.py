@@ -22,7 +22,7 @@ from torch import Tensor
 
 from meshbolt import MeshStrategy, PipelineParallel
 from meshbolt.callbacks import Watchdog, watchdog
-from meshbolt.errors import ConfigError, StuckError
+from meshbolt.errors import ConfigError, RankError, StuckError
 from meshbolt.monitoring import heartbeats
 from meshbolt.testing import RankFailure, run_ranks
 
@@ -177,7 +177,8 @@ def test_a_rank_that_holds_pythons_lock_is_named_with_its_stacks(capfd: Any) -> 
     assert seconds < TIMEOUT_SECONDS + SLACK_SECONDS + 3
     assert "rank 1 does not answer, as it holds Python's lock" in words
     assert "in hold_pythons_lock" in words
-    assert kind == StuckError.__name__  # as soon as it has let go
+    # As soon as it has let go: told by its watchdog, or by a connection that another rank has ended.
+    assert kind in (StuckError.__name__, RankError.__name__)
 
 
 def stuck_in_c() -> tuple[str, str, float]:

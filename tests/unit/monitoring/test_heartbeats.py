@@ -31,6 +31,7 @@ class Ranks:
                 store=dist.FileStore(str(folder / "store"), world),  # type: ignore[attr-defined]
                 key="test",
                 silence_seconds=0.6,
+                step=lambda: 3,
                 arrival_seconds=30.0,
                 end=lambda *how, rank=rank: self.ends.__setitem__(rank, how),
                 interval_seconds=FAST_SECONDS,
@@ -54,9 +55,9 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
 
 def test_all_end_with_one_verdict_when_one_is_late(ranks: Ranks) -> None:
     for rank, each in enumerate(ranks.beats):
-        each.mark("a step", step=3, patience_seconds=60.0)
+        each.mark("a step", patience_seconds=60.0)
         if rank != 1:
-            each.mark("a step", step=3, patience_seconds=60.0 if rank else 0.3)
+            each.mark("a step", patience_seconds=60.0 if rank else 0.3)
         each.start()
     ranks.wait_for_ends(3)
     verdicts = [ranks.ends[rank][0] for rank in range(3)]
@@ -70,22 +71,22 @@ def test_all_end_with_one_verdict_when_one_is_late(ranks: Ranks) -> None:
 
 def test_a_rank_that_goes_on_while_others_answer_ends_nothing(ranks: Ranks) -> None:
     for each in ranks.beats[:2]:
-        each.mark("a step", step=1, patience_seconds=0.2)
+        each.mark("a step", patience_seconds=0.2)
         each.start()
     time.sleep(0.4)  # the alarm is given, and the last rank has not answered
     for each in ranks.beats:
-        each.mark("a step", step=2, patience_seconds=60.0)
+        each.mark("a step", patience_seconds=60.0)
     ranks.beats[2].start()
     time.sleep(0.5)
     assert ranks.ends == {}
-    ranks.beats[0].mark("a step", step=3, patience_seconds=0.1)  # the next alarm counts
+    ranks.beats[0].mark("a step", patience_seconds=0.1)  # the next alarm counts
     ranks.wait_for_ends(3)
     assert len(ranks.ends) == 3
 
 
 def test_a_rank_that_is_done_is_not_missed(ranks: Ranks) -> None:
     for each in ranks.beats:
-        each.mark("a step", step=1, patience_seconds=60.0)
+        each.mark("a step", patience_seconds=60.0)
         each.start()
     time.sleep(0.3)
     ranks.beats[1].stop()
@@ -96,7 +97,7 @@ def test_a_rank_that_is_done_is_not_missed(ranks: Ranks) -> None:
 def test_a_rank_that_falls_silent_is_named(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("meshbolt.monitoring.heartbeats.ANSWER_SECONDS", 0.5)
     for each in ranks.beats:
-        each.mark("a step", step=1, patience_seconds=60.0)
+        each.mark("a step", patience_seconds=60.0)
     silent = ranks.beats[2]
     for each in ranks.beats[:2]:
         each.start()
