@@ -163,7 +163,9 @@ class Scene:
             if self.settings["overlap"] is True:
                 patched.setenv("MESHBOLT_FAST_PATH", "0")
             patience = STUCK_SECONDS if self.fault == "no answer" else 30.0
-            made = functools.partial(StateFile, face=self.face, timeout_seconds=patience)
+            # What happens for real happens to whatever moves blocks here.
+            face = self.face if self.fault in FAULTS else None
+            made = functools.partial(StateFile, face=face, timeout_seconds=patience)
             # With parameters in a file only that one's disk fails.
             where = "hosted" if self.settings["parameters"] else "offloaded"
             patched.setattr(f"meshbolt.engine.{where}.StateFile", made)

@@ -35,3 +35,27 @@ def test_an_error_of_a_connection_is_one(error: RuntimeError) -> None:
 )
 def test_an_error_of_the_users_is_none(error: BaseException) -> None:
     assert not is_broken_connection(error)
+
+
+def test_an_error_that_comes_of_a_broken_connection_says_no_more() -> None:
+    def save() -> None:
+        try:
+            raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+        except RuntimeError as error:
+            raise ValueError("the checkpoint was not saved") from error
+
+    with pytest.raises(ValueError, match="not saved") as caught:
+        save()
+    assert is_broken_connection(caught.value)
+
+
+def test_an_error_that_was_raised_in_the_place_of_another_is_looked_at_alone() -> None:
+    def answer() -> None:
+        try:
+            raise RuntimeError("gloo/transport/tcp/pair.cc: Connection closed by peer")
+        except RuntimeError:
+            raise ValueError("the user's own") from None
+
+    with pytest.raises(ValueError, match="own") as caught:
+        answer()
+    assert not is_broken_connection(caught.value)
