@@ -173,7 +173,13 @@ class OffloadedSteps:
     def _file(self, layout: Layout) -> Tier:
         path, rank = str(self._setting.path), dist.get_rank()
         say = warnings.warn if rank == 0 else _say_nothing
-        return FileTier(layout, lambda num_bytes: StateFile(path, num_bytes, name=f"meshbolt-rank{rank}", say=say))
+        # Where parameters lie on the host, nothing goes from the pieces of a file to a GPU.
+        pins = self._setting.pin_memory and self._device.type == "cuda" and not self._hosted.are_elsewhere
+
+        def make(num_bytes: int) -> StateFile:
+            return StateFile(path, num_bytes, name=f"meshbolt-rank{rank}", say=say)
+
+        return FileTier(layout, make, pin=pins)
 
     def __contains__(self, optimizer: Optimizer) -> bool:
         return id(optimizer) in self._by_optimizer

@@ -25,7 +25,6 @@ class Offload:
         fraction: of the bytes of the optimizers' state leaves the device, 0.0 to 1.0; the rest is updated there at the same time.
             "auto": after the first step as much comes back to the device as its memory has left.
         pin_memory: lock host memory, so that a GPU copies while it computes. It cannot be swapped out.
-            Pieces that are read from a file are not locked in this version.
         overlap: updates begin in the backward pass, where nothing is to be done with gradients before a step, and go on under the
             next forward pass; "auto": on GPUs. False: a step begins and ends where the loop takes it.
 

@@ -86,6 +86,11 @@ class ChunkStream:
         self._report, self._start, self._stuck = StreamReport(), 0.0, False
 
     @property
+    def memory(self) -> Sequence[torch.Tensor]:
+        """The buffers."""
+        return self._buffers
+
+    @property
     def buffer_bytes(self) -> int:
         """The memory of all buffers."""
         return sum(buffer.nbytes for buffer in self._buffers)

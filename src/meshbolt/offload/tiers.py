@@ -203,14 +203,18 @@ class FileTier:
 
     resident = False
 
-    def __init__(self, layout: Layout, make_file: Callable[[int], StateFile], *, buffers: int = BUFFERS) -> None:
+    def __init__(
+        self, layout: Layout, make_file: Callable[[int], StateFile], *, buffers: int = BUFFERS, pin: bool = False
+    ) -> None:
         """Choose the file.
 
         Args:
             layout: whose chunks it has: those that do not stay on the device.
             make_file: makes a file of so many bytes, which this tier closes.
             buffers: how many chunks are in memory at once.
+            pin: lock these in their place, for a GPU to read and write by itself.
         """
+        self._pin, self._pinned = pin, list[torch.Tensor]()
         self._layout, self._make_file, self._buffers = layout, make_file, buffers
         # With the number of bytes before each file; parameters that are added later have a file of their own.
         self._files: list[tuple[int, StateFile, ChunkStream]] = []
@@ -239,7 +243,11 @@ class FileTier:
         start = chunks[0].file_offset
         file = self._make_file(chunks[-1].file_offset + chunks[-1].num_bytes - start)
         largest = max(chunk.num_bytes for chunk in chunks)
-        self._files.append((start, file, ChunkStream(file, chunk_bytes=largest, buffers=self._buffers)))
+        stream = ChunkStream(file, chunk_bytes=largest, buffers=self._buffers)
+        self._files.append((start, file, stream))
+        if self._pin:
+            # What the system refuses to lock is copied all the same, and waited for.
+            self._pinned.extend(buffer for buffer in stream.memory if pin_host_memory(buffer))
 
     def whole(self, section: Section) -> None:
         """Return None: only chunks are ever in memory."""
@@ -287,6 +295,9 @@ class FileTier:
         """Close the files."""
         for _, file, _ in self._files:
             file.close()
+        for buffer in self._pinned:
+            unpin_host_memory(buffer)
+        self._pinned.clear()
         self._files.clear()
 
     def _run(
