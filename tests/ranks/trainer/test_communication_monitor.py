@@ -186,7 +186,7 @@ def compared(directory: str, settings: dict[str, Any]) -> tuple[Counter[str], Co
     return recorded.of_torch, recorded.counted
 
 
-@pytest.mark.parametrize("settings", [{"zero": 2}, {"zero": 0, "tensor_parallel": 2}])
+@pytest.mark.parametrize("settings", [{"zero": 2}, full({"zero": 0, "tensor_parallel": 2})])
 def test_no_collective_is_missed(tmp_path: Path, settings: dict[str, Any]) -> None:
     if not hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):
         pytest.skip("this version of torch records no collectives of gloo")

@@ -188,7 +188,7 @@ def test_what_ranks_wait_for_a_late_one_is_not_taken_for_computation(tmp_path: P
     assert value(records[0], "exposed_communication_seconds") == pytest.approx((exposed[0][0] + exposed[1][0]) / 2)
 
 
-@pytest.mark.parametrize("settings", [{"zero": 2}, {"zero": 0, "pipeline_parallel": 2}])
+@pytest.mark.parametrize("settings", [{"zero": 2}, full({"zero": 0, "pipeline_parallel": 2})])
 def test_a_rank_waits_for_its_own_data_and_the_others_for_the_rank(tmp_path: Path, settings: dict[str, Any]) -> None:
     records = run_ranks(monitored, 2, str(tmp_path), 2, settings, {"data": SlowOnOneRank})[0]
     data, ranks = (
@@ -225,6 +225,7 @@ def fit_twice(directory: str) -> list[float]:
     return found
 
 
+@pytest.mark.full
 def test_a_second_fit_of_a_module_that_is_divided_by_now_counts_the_same(tmp_path: Path) -> None:
     expected = BATCH * LENGTH * PER_TOKEN / 1e12
     assert run_ranks(fit_twice, 2, str(tmp_path)) == [pytest.approx([expected] * 2)] * 2
