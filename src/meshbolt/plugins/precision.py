@@ -204,6 +204,7 @@ class MixedPrecision(MeshPrecision, trainer_plugins.MixedPrecision):
         init_scale: float = 2.0**16,
         growth_interval: int = 2000,
         hysteresis: int = 1,
+        consecutive_hysteresis: bool = False,
         min_scale: float = 1.0,
     ) -> None:
         """Make the plugin.
@@ -214,7 +215,8 @@ class MixedPrecision(MeshPrecision, trainer_plugins.MixedPrecision):
             autocast: cast operation by operation, as on one device; False runs everything in 16 bits, as DeepSpeed does.
             init_scale: first loss scale (16-mixed only, like all that follow).
             growth_interval: steps without overflow after which the scale doubles.
-            hysteresis: overflows in a row before the scale is halved.
+            hysteresis: overflows before the scale is halved.
+            consecutive_hysteresis: count only overflows in a row.
             min_scale: the scale is never halved below it.
 
         Raises:
@@ -229,7 +231,11 @@ class MixedPrecision(MeshPrecision, trainer_plugins.MixedPrecision):
         self.autocast = autocast
         if policy.scales_loss:
             self.loss_scaler = LossScaler(
-                init_scale=init_scale, growth_interval=growth_interval, hysteresis=hysteresis, min_scale=min_scale
+                init_scale=init_scale,
+                growth_interval=growth_interval,
+                hysteresis=hysteresis,
+                consecutive_hysteresis=consecutive_hysteresis,
+                min_scale=min_scale,
             )
 
     def policy(self, *, reduce_dtype: str) -> PrecisionPolicy:

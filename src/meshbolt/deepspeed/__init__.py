@@ -1,0 +1,59 @@
+"""Coming from DeepSpeed: its JSON as it is.
+
+`trainer_arguments` makes the arguments of a Trainer from a file; `receipt` only says what would become of its keys. The schedules
+that a file can name are here, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from meshbolt.deepspeed_json import Options, Receipt
+from meshbolt.deepspeed_json import translate as _translate
+from meshbolt.deepspeed_json.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from meshbolt.strategies import MeshStrategy as _MeshStrategy
+
+__all__ = [
+    "LRRangeTest",
+    "OneCycle",
+    "Options",
+    "Receipt",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "receipt",
+    "trainer_arguments",
+]
+
+
+def trainer_arguments(config: str | Path | dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Return the arguments of a Trainer that DeepSpeed's JSON comes to: the strategy, precision, clipping and accumulation.
+
+    Args:
+        config: path of the JSON file, or what it says as a dictionary.
+        options: as `MeshStrategy.from_deepspeed` has them: auto, deepspeed_version, data_parallel_size, recompute, compile,
+            start_method, show.
+
+    Raises:
+        ConfigError: the file is no JSON, or a key is unknown, has a wrong value or contradicts another.
+        UnsupportedError: a key asks for what is not there.
+
+    Example:
+        >>> trainer = Trainer(**trainer_arguments("ds_config.json"), devices=8, max_epochs=1)
+    """
+    return _MeshStrategy.from_deepspeed(config, **options).deepspeed_arguments()
+
+
+def receipt(config: str | Path | dict[str, Any], options: Options | None = None) -> Receipt:
+    """Return what becomes of every key of DeepSpeed's JSON; nothing is made.
+
+    Args:
+        config: path of the JSON file, or what it says as a dictionary.
+        options: what the file does not say.
+
+    Raises:
+        ConfigError: the file is no JSON, or a key is unknown, has a wrong value or contradicts another.
+        UnsupportedError: a key asks for what is not there.
+    """
+    return _translate(config, options).receipt
