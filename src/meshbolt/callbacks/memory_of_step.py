@@ -65,6 +65,7 @@ class MemoryOfStep:
         self._reached = Peak(0, "between", 0)
         # The least that was in use beside what is known, between two steps.
         self._rest_bytes: int | None = None
+        self.gauge.read()
         self.gauge.reset_peak()
 
     def enter(self, phase: Phase) -> Usage:

@@ -55,7 +55,7 @@ class Gauge(Protocol):
         """Return what is in use."""
 
     def reset_peak(self) -> None:
-        """Let the peak begin anew, at what is in use."""
+        """Let the peak begin anew, at what is in use; what it was is to be read before."""
 
 
 def gauge_of(device: torch.device) -> Gauge:
@@ -93,7 +93,7 @@ class ProcessGauge:
     """Reads the anonymous memory of the process that makes it, which a fork of that does not inherit."""
 
     def __init__(self) -> None:
-        self._highest_seen = 0
+        self._highest_seen = self._peak_bytes = 0
         # Opened once: opening takes twenty times as long as reading.
         self._status, self._clear = _opened(_STATUS, os.O_RDONLY), _opened(_CLEAR, os.O_WRONLY)
         self.limit_bytes = memory_limit_bytes()
@@ -111,13 +111,13 @@ class ProcessGauge:
             used = int(psutil.Process().memory_info().rss)
             self._highest_seen = max(self._highest_seen, used)
             return Usage(used, self._highest_seen)
-        mapped = _field(text, b"VmRSS:") - used
-        return Usage(used, max(used, _field(text, b"VmHWM:") - mapped))
+        mapped, self._peak_bytes = _field(text, b"VmRSS:") - used, _field(text, b"VmHWM:")
+        return Usage(used, max(used, self._peak_bytes - mapped))
 
     def reset_peak(self) -> None:
-        """Let the kernel's peak begin anew."""
+        """Let the kernel's peak begin anew; `read` comes before it."""
         self._highest_seen = 0
-        _highest[0] = max(_highest[0], _field(self._text(), b"VmHWM:"))
+        _highest[0] = max(_highest[0], self._peak_bytes)  # as it was just read
         if self._clear is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._clear, _RESETS_PEAK, 0)
