@@ -130,6 +130,7 @@ def test_what_a_run_is_called_cannot_become_code(tmp_path: Path) -> None:
     assert "alert(1)" in page, "it is shown, as text"
     for data in re.findall(r'<script type="application/json">(.*?)</script>', page):
         json.loads(data)
+        assert not set("<>&") & set(data), "nothing in it can begin or end an element, or a comment"
 
 
 def test_a_page_of_nothing_says_how_to_have_more(tmp_path: Path) -> None:
