@@ -309,9 +309,10 @@ class OffloadedSteps:
         if id(optimizer) in self._returning:
             self._bring_back(optimizer)
         if self._late:
-            own = (p for group in optimizer.param_groups for p in group["params"])
+            own: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
             # An update changes the version of a plain parameter too.
-            self._versions = {parameter: parameter._version for parameter in own if isinstance(parameter, DTensor)}
+            is_sharded = [isinstance(p, DTensor) for p in own]
+            self._versions = {p: p._version for p, sharded in zip(own, is_sharded, strict=True) if sharded}
         return result
 
     def _bring_back(self, optimizer: Optimizer) -> None:
