@@ -10,7 +10,8 @@ threads that make them, `uring.py` makes them by io_uring, `files.py` is a file 
 
 Of updates: `host.py` has an optimizer whose steps are taken here, `planning.py` what its state needs, `layout.py` what lies
 where, `tiers.py` the places it can lie in, `entries.py` one parameter, `book.py` what the optimizer shows of it,
-`columns.py` what it shows of a file for a while; `job.py` is what is updated together, `transfers.py` brings gradients and takes parameters back, `to_file.py` writes them to the file of shards,
+`columns.py` what it shows of a file for a while; `job.py` is what is updated together, `transfers.py` brings gradients and
+takes parameters back, `to_file.py` writes them to the file of shards,
 `passing.py` goes through the chunks, `update.py` updates one of them by one of `rules.py`, in the thread of `line.py`;
 `watching.py` knows whether others have changed parameters, `pages.py` asks for huge pages, `traffic.py` has what all of it has
 moved. Read `host.py` first.
