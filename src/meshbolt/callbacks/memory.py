@@ -136,16 +136,17 @@ class MemoryMonitor(Monitor):
         """Note that a forward pass begins."""
         if (run := self._run) is not None:
             run.samples = samples_in(batch)
-            run.step.enter("forward")
+            run.closely = self._is_measured(run)
+            run.enter("forward")
             # In a pipeline, backward passes are between the forward passes of one call.
-            run.step.follow(run.held_in_step if self._is_measured(trainer, run) else None)
+            run.step.follow(run.held_in_step if run.closely else None)
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Note what is held between forward and backward."""
         if (run := self._run) is not None:
-            usage = run.step.enter("backward")
-            if self._is_measured(trainer, run) and not run.engine.spans_stages:
+            usage = run.enter("backward")
+            if usage is not None and not run.engine.spans_stages:
                 run.step.note_forward(usage, run.held_in_step())
 
     @override
@@ -153,10 +154,8 @@ class MemoryMonitor(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Note what gradients take."""
-        if (run := self._run) is not None:
-            run.step.enter("optimizer")
-            if self._is_measured(trainer, run):
-                run.at_step = run.held_in_step()
+        if (run := self._run) is not None and run.enter("optimizer") is not None:
+            run.at_step = run.held_in_step()
 
     @override
     def on_train_batch_end(
@@ -166,19 +165,18 @@ class MemoryMonitor(Monitor):
         if (run := self._run) is None:
             return
         self._tell_of_all(trainer)
-        usage = run.step.enter("between")
+        usage = run.enter("between")
         if trainer.global_step == run.steps:
             return
-        is_measured = self._is_measured(trainer, run)
-        run.step.end_step(run.steps)
+        run.step.end_step(run.steps, closely=run.closely)
         run.steps = trainer.global_step
-        if is_measured:
+        if usage is not None:
             held = run.held_before = run.held()
             run.step.note_rest(usage, held)
             if self.is_due(trainer.global_step):
                 self._log(trainer, run, usage, held)
 
-    def _is_measured(self, trainer: pl.Trainer, run: _Run) -> bool:
+    def _is_measured(self, run: _Run) -> bool:
         """Return whether the step that is taken now is looked at closely: the first one, and those that are logged."""
         return run.steps == run.first_step or any(self.is_due(run.steps + more) for more in run.optimizers_in_step)
 
@@ -239,12 +237,21 @@ class _Run:
         # How many steps are counted where one batch has several optimizers.
         self.optimizers_in_step = range(1, len(trainer.optimizers) + 1)
         self.samples: int | None = None
+        self.closely = False
+        """Whether the step that runs is looked at in each phase."""
         self.at_step: HeldMemory | None = None
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self.sums: LateSums[Moment] = LateSums([name for rank in range(ranks) for name in _names(rank)])
         # State that is still to be made may have its room already, which takes no memory before the first step.
         self.held_before = self.held()
         self.step.note_rest(self.step.gauge.read(), self.held_before.without("optimizer"))
+
+    def enter(self, phase: Phase) -> Usage | None:
+        """Begin a phase; return what is in use, in a step that is looked at closely."""
+        if self.closely:
+            return self.step.enter_closely(phase)
+        self.step.enter(phase)
+        return None
 
     def held(self) -> HeldMemory:
         """Return what this rank holds now."""

@@ -28,12 +28,12 @@ class Peak:
 
     Attributes:
         peak_bytes: on the device.
-        phase: in which it was.
+        phase: in which it was; None: the step was not looked at closely.
         step: likewise, counted from 0.
     """
 
     peak_bytes: int
-    phase: Phase
+    phase: Phase | None
     step: int
 
 
@@ -68,18 +68,22 @@ class MemoryOfStep:
         self.gauge.read()
         self.gauge.reset_peak()
 
-    def enter(self, phase: Phase) -> Usage:
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase, of a step that is not looked at closely."""
+        if phase == "forward":
+            self.look.begin()
+        elif self.phase == "forward":
+            self.look.end()
+        self.phase = phase
+
+    def enter_closely(self, phase: Phase) -> Usage:
         """Begin a phase; return what is in use, with the peak of the step so far."""
         usage = self.gauge.read()
         reached, before = usage.peak_bytes, self._reached.peak_bytes
         # Where a process keeps what it has freed, all phases have one peak: that of those that compute.
         if reached > before or (reached == before and self._reached.phase == "between"):
             self._reached = Peak(reached, self.phase, 0)
-        if phase == "forward":
-            self.look.begin()
-        elif self.phase == "forward":
-            self.look.end()
-        self.phase = phase
+        self.enter(phase)
         return usage
 
     def follow(self, held: Callable[[], HeldMemory] | None) -> None:
@@ -115,13 +119,15 @@ class MemoryOfStep:
         """Return what forward passes keep, where so much is in use and held."""
         return max(0, used_bytes - held.total() - (self._rest_bytes or 0))
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, *, closely: bool) -> None:
         """Take the peak of a step, and begin that of the next.
 
         Args:
             step: its number.
+            closely: it was looked at in each phase.
         """
-        self.step_peak = Peak(self._reached.peak_bytes, self._reached.phase, step)
+        reached = self._reached if closely else Peak(self.gauge.read().peak_bytes, None, step)
+        self.step_peak = Peak(reached.peak_bytes, reached.phase, step)
         self.peak = max(self.peak, self.step_peak, key=lambda peak: peak.peak_bytes)
         self._reached = Peak(0, "between", 0)
         self.gauge.reset_peak()

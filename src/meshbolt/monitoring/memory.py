@@ -253,7 +253,12 @@ METRICS = (
         "The most that was in use since the last log.",
         "highest step_peak_bytes since then",
     ),
-    Metric("memory/peak_phase", "text", "The phase in which that was.", "step_peak_phase of that step"),
+    Metric(
+        "memory/peak_phase",
+        "text",
+        "The phase in which that was; null where it was in a step that is not logged.",
+        "step_peak_phase of that step",
+    ),
     Metric("memory/peak_step", "number", "The step in which that was.", "number of the step of the optimizer, from 0"),
     *_over_ranks("used", "In use after the step"),
     *_over_ranks("peak", "The most in use since the last log"),
