@@ -182,6 +182,7 @@ class _Work:
         self._is_over = False
 
     def run(self) -> None:
+        """Move blocks until the ring is dismissed."""
         while self._under_way or not self._is_over:
             self._take()
             if self._under_way and self._submit():
