@@ -2,8 +2,9 @@
 
 May import: `errors`, `units`, `environment`, `compat`, `mesh`, `blocks`. It knows no training loop: callbacks measure, and hand
 over numbers. `metric.py` says what a metric is, and `catalogue.py` lists them all; each kind has a file of its own with its
-tuple `METRICS` and its arithmetic, as `throughput.py`; `records.py` writes and reads files. To add a kind, write
-`<kind>.py` with its `METRICS` and add that to `catalogue.py`. Read `catalogue.py` first.
+tuple `METRICS` and its arithmetic, as `throughput.py`; `records.py` writes and reads files. `heartbeats.py` finds ranks that do
+not get on, with `stacks.py`, `verdict.py` and `interrupt.py`. To add a kind, write `<kind>.py` with its `METRICS` and add that
+to `catalogue.py`. Read `catalogue.py` first.
 """
 
 from meshbolt.monitoring.catalogue import CATALOGUE, find_metric
