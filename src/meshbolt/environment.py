@@ -10,6 +10,8 @@ from meshbolt.errors import ConfigError
 
 DEBUG = "MESHBOLT_DEBUG"
 FAST_PATH = "MESHBOLT_FAST_PATH"
+RESTARTS = "MESHBOLT_RESTARTS"
+SAVES = "MESHBOLT_SAVES"
 _FLAGS = {"0": False, "1": True, "": None}
 
 
@@ -35,6 +37,11 @@ def read_environment() -> Environment:
         ConfigError: a variable has a value other than 0 or 1.
     """
     return Environment(debug=_flag(DEBUG, default=False), fast_path=_flag(FAST_PATH, default=True))
+
+
+def restarts() -> int:
+    """Return how often the ranks of this run were started again after a failure, by `meshbolt launch` or torchrun."""
+    return sum(int(os.environ.get(name) or 0) for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT"))
 
 
 def expanded(path: str, *, asked: str) -> str:

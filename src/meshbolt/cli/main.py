@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "validate": Command("meshbolt.cli.train", "evaluate a model on validation data"),
         "test": Command("meshbolt.cli.train", "evaluate a model on test data"),
         "predict": Command("meshbolt.cli.train", "run a model on data and collect what it returns"),
+        "launch": Command("meshbolt.cli.launch", "run a script, a module or one of the commands above on many ranks"),
         "explain": Command(
             "meshbolt.cli.explain", "show the plan a configuration comes to, and where each value is from"
         ),
@@ -57,6 +58,7 @@ def main() -> int:
             raise  # it was another pipe
         return READER_IS_GONE
     except MeshboltError as error:
+        sys.last_value = error  # as after any other error, for a launcher that looks for it
         if debug:
             traceback.print_exc()
         sys.stderr.write(f"meshbolt {arguments[0]}: {_rank()}{type(error).__name__}: {error}\n")

@@ -46,6 +46,7 @@ from meshbolt.strategies.examples import Example
 from meshbolt.strategies.failures import Failures
 from meshbolt.strategies.loaders import checked_loader
 from meshbolt.strategies.pipelined import StagedModule
+from meshbolt.strategies.resuming import note_save
 from meshbolt.strategies.saving import Saving
 from meshbolt.strategies.whole_weights import State, Wanted, whole_weights
 from meshbolt.tensor import TensorParallel
@@ -454,8 +455,9 @@ class MeshCore(DataParallelRanks):
         storage_options: Any,
         in_background: bool,
     ) -> None:
+        place = self.broadcast(str(path))
         self._saving.save(
-            self.broadcast(str(path)),
+            place,
             ToSave(
                 tree=tree,
                 notes=notes,
@@ -467,6 +469,7 @@ class MeshCore(DataParallelRanks):
             in_background=in_background,
             group=self._control_group,
         )
+        note_save(place)
 
     def _random_state(self) -> dict[str, torch.Tensor]:
         """Return the random state that a run which resumes on this rank goes on with."""

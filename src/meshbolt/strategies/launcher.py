@@ -23,6 +23,7 @@ from meshbolt.strategies.compat import (
     hook_under_way,
 )
 from meshbolt.strategies.failures import Failures
+from meshbolt.strategies.resuming import begin_fit, from_newest
 
 Remember = Callable[[bool | None], None]
 LOOP = "the loop"
@@ -61,6 +62,8 @@ class _Remembering:
     def launch(self, function: Callable[..., Any], *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         """Start ranks as the launcher does it, and run the function on them."""
         self._remember(asked_weights_only(function, args, kwargs))
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            args, kwargs = from_newest(function, args, kwargs, begin_fit(), trainer)
         if trainer is not None:
             function = functools.partial(self._failures.run, functools.partial(hook_under_way, trainer), function)
         return super().launch(function, *args, trainer=trainer, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,406 @@
+"""`meshbolt launch`: a program on every rank, of this machine or of several."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meshbolt.cli.commands import DONE
+from meshbolt.environment import RESTARTS, SAVES
+from meshbolt.errors import ConfigError, TopologyError
+from meshbolt.launch.cluster import Cluster, Outcome, run_on
+from meshbolt.launch.ending import hold_on_to
+from meshbolt.launch.failures import Failure, describe
+from meshbolt.launch.hosts import Host, choose, first_slots, ranks_on_each, read_hosts
+from meshbolt.launch.program import Program, read_program
+from meshbolt.launch.surroundings import Node as SlurmNode
+from meshbolt.launch.surroundings import Rank, look_around
+from meshbolt.launch.variables import FILE_NAME, find_file, forwarded
+
+_PORT = 29500
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_WAIT_SECONDS = 60.0
+_PAUSE_SECONDS = 5.0
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a program on every rank, and return the exit code of the first that failed.
+
+    Args:
+        arguments: "launch", then flags, the program and its arguments.
+
+    Raises:
+        ConfigError: flags, a hostfile or the surroundings contradict each other.
+        TopologyError: hosts cannot be reached or do not meet.
+    """
+    options = _parser().parse_args(list(arguments[1:]))
+    program = read_program(options.program, is_module=options.module)
+    _check(options)
+    around = None if options.no_ssh or options.hostfile else look_around(os.environ)
+    if isinstance(around, Rank):
+        return _run_here(program, around, options)
+    if isinstance(around, SlurmNode):
+        options.no_ssh, options.node_rank, options.nnodes = True, around.rank, around.number
+        options.master_addr = options.master_addr or around.first
+    if options.no_ssh:
+        return _run_node(program, options)
+    hosts = _hosts(options)
+    if len(hosts) == 1 and _is_here(hosts[0]):
+        return _run_alone(program, hosts[0], options)
+    return _run_cluster(program, hosts, options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="meshbolt launch",
+        usage="meshbolt launch [options] SCRIPT | -m MODULE | fit|validate|test|predict [arguments of the program]",
+        description="Run a program on every rank, through torch's own launcher: on this machine, on the hosts of a hostfile "
+        "through ssh, or, called once on each node, with --no-ssh. Inside of torchrun or srun, which have started the ranks, it "
+        "runs the program only. When a rank fails, all end; the first failure is shown first, and its exit code is returned.",
+        epilog="example: meshbolt launch --hostfile hosts --include node1@node2:0,1 --max-restarts 3 train.py --lr 1e-4",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-m", dest="module", action="store_true", help="the program is a module")
+    add(
+        "--nproc-per-node", type=int, metavar="N", help="ranks on each node; else its slots, its GPUs, or 1 without any"
+    )
+    add(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="lines `HOST slots=N`; the same folder and Python must be on all hosts",
+    )
+    add(
+        "--include",
+        default="",
+        metavar="HOSTS",
+        help="these alone: HOST[:SLOT,SLOT...][@HOST...]; without a file localhost",
+    )
+    add("--exclude", default="", metavar="HOSTS", help="all but these, written likewise")
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="starts after a failure (0): a Trainer with a strategy of "
+        "meshbolt's goes on from the newest checkpoint of the run that is whole",
+    )
+    add(
+        "--min-nodes",
+        type=int,
+        metavar="N",
+        help="restart with so few nodes when others are gone; all of them by default",
+    )
+    add(
+        "--master-addr",
+        default="",
+        metavar="ADDRESS",
+        help="where nodes meet, as all reach it; the first host by default",
+    )
+    add("--master-port", type=int, metavar="PORT", help=f"there ({_PORT}); each restart through ssh takes the next one")
+    add("--no-ssh", action="store_true", help="run the ranks of this node only; call it on each node")
+    add("--nnodes", type=int, metavar="N", help="with --no-ssh: how many nodes; else those of the hostfile")
+    add("--node-rank", type=int, metavar="N", help="with --no-ssh: which node this is, from 0")
+    add(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a variable for other hosts, beside NCCL*, PYTHON*, "
+        f"MESHBOLT*, GLOO*, TORCH*, OMP_*, MKL_* and lines NAME=VALUE of {FILE_NAME} in this folder or at home",
+    )
+    add("--ssh", default="ssh", metavar="COMMAND", help="ssh with options, such as 'ssh -p 2222 -i key'")
+    add(
+        "--grace",
+        type=int,
+        default=10,
+        metavar="SECONDS",
+        help="that ranks have to end by themselves before they are killed (10)",
+    )
+    add(
+        "--meet", type=int, default=300, metavar="SECONDS", help="how long nodes wait for each other at the start (300)"
+    )
+    add("--log-dir", type=Path, metavar="DIR", help="keep the output of each rank there, on its host")
+    add("--dry-run", action="store_true", help="print what would run on each node, and run nothing")
+    add("--lifeline", action="store_true", help=argparse.SUPPRESS)
+    add("--run-id", default="", help=argparse.SUPPRESS)
+    add("program", nargs=argparse.REMAINDER, metavar="...", help="what every rank runs, with its arguments")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    numbers = {"nproc_per_node": 1, "max_restarts": 0, "min_nodes": 1, "master_port": 1, "nnodes": 1, "node_rank": 0}
+    for name, least in {**numbers, "grace": 0, "meet": 1}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value} is below {least}. Give {least} or more.")
+    alone = [name for name in ("nnodes", "node_rank") if getattr(options, name) is not None and not options.no_ssh]
+    if alone:
+        name = alone[0].replace("_", "-")
+        raise ConfigError(
+            f"--{name} {getattr(options, alone[0])} is for --no-ssh, which is called once on each node. Add it."
+        )
+
+
+def _run_here(program: Program, rank: Rank, options: argparse.Namespace) -> int:
+    given = [name for name in ("nproc_per_node", "include", "exclude", "max_restarts") if getattr(options, name)]
+    if given:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} was given, and {rank.launcher} has started this process as rank {rank.rank} of "
+            f"{rank.size} already. Give it to {rank.launcher}, or call meshbolt launch by itself."
+        )
+    if rank.rank == 0:
+        _say(f"{rank.launcher} has started {rank.size} ranks; this one runs the program only.")
+    words = [*program.as_written()]
+    if program.kind == "command":
+        words = ["-m", "meshbolt", *words]
+    sys.stdout.flush()
+    if not options.dry_run:
+        os.execv(sys.executable, [sys.executable, *words])
+    sys.stdout.write(f"{shlex.join([sys.executable, *words])}\n")
+    return DONE
+
+
+def _hosts(options: argparse.Namespace) -> tuple[Host, ...]:
+    if options.hostfile is not None:
+        try:
+            text = options.hostfile.read_text()
+        except OSError as error:
+            raise ConfigError(f"--hostfile {options.hostfile} cannot be read: {error.strerror}.") from error
+        hosts = choose(read_hosts(text, origin=str(options.hostfile)), include=options.include, exclude=options.exclude)
+    else:
+        here = Host("localhost", tuple(range(_slots_here(options))))
+        hosts = choose([here], include=options.include, exclude=options.exclude)
+    return hosts if options.nproc_per_node is None else first_slots(hosts, options.nproc_per_node)
+
+
+def _slots_here(options: argparse.Namespace) -> int:
+    from torch.cuda import device_count
+
+    return max(options.nproc_per_node or 1, device_count())
+
+
+def _is_here(host: Host) -> bool:
+    return host.name in ("localhost", "127.0.0.1", "::1", socket.gethostname())
+
+
+def _visible(host: Host) -> str:
+    """Return the GPUs of some slots of this machine, where only some of its GPUs may be seen already."""
+    known = [word for word in os.environ.get(_VISIBLE, "").split(",") if word]
+    return ",".join(known[slot] if slot < len(known) else str(slot) for slot in host.slots)
+
+
+def _run_alone(program: Program, host: Host, options: argparse.Namespace) -> int:
+    seen = {} if host.is_whole else {_VISIBLE: _visible(host)}
+    if options.dry_run:
+        _show(
+            host.name,
+            [
+                *(["env", *(f"{name}={value}" for name, value in seen.items())] if seen else []),
+                *_torchrun(program, len(host.slots), options),
+            ],
+        )
+        return DONE
+    os.environ.update(seen)
+    return _run_agent(program, options, num_ranks=len(host.slots), rank=0, nodes=(1, 1))
+
+
+def _run_node(program: Program, options: argparse.Namespace) -> int:
+    hosts = _hosts(options) if options.hostfile else ()
+    number = options.nnodes or len(hosts) or 1
+    if options.node_rank is None or (number > 1 and not options.master_addr and not hosts):
+        raise ConfigError(
+            "--no-ssh needs --node-rank, --nnodes (or --hostfile) and --master-addr on each node. Call, on the first of two: "
+            "meshbolt launch --no-ssh --nnodes 2 --node-rank 0 --master-addr node1 train.py"
+        )
+    if options.node_rank >= number:
+        raise ConfigError(f"--node-rank {options.node_rank} is none of {number} nodes. They are 0 to {number - 1}.")
+    options.master_addr = options.master_addr or (hosts[0].name if hosts else "")
+    num_ranks = ranks_on_each(hosts) if hosts else options.nproc_per_node or _slots_here(options)
+    if options.dry_run:
+        _show(f"node {options.node_rank} of {number}", _torchrun(program, num_ranks, options, nodes=number))
+        return DONE
+    return _run_agent(
+        program, options, num_ranks=num_ranks, rank=options.node_rank, nodes=(options.min_nodes or number, number)
+    )
+
+
+def _run_agent(
+    program: Program, options: argparse.Namespace, *, num_ranks: int, rank: int, nodes: tuple[int, int]
+) -> int:
+    from meshbolt.launch.agent import Node, run_ranks_of, tell
+
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if options.lifeline:
+        hold_on_to(sys.stdin.fileno())
+        tell("begun")
+    run_id = options.run_id or ("meshbolt" if nodes[1] > 1 else uuid.uuid4().hex[:8])
+    saves = _remember_saves(run_id) if options.max_restarts else None
+
+    def report(failures: list[Failure], restarts: int) -> None:
+        if options.lifeline:
+            tell("failed", failures=[failure.to_plain() for failure in failures])
+        else:
+            _report(failures, restarts, options.max_restarts)
+
+    node = Node(
+        program=program,
+        num_ranks=num_ranks,
+        rank=rank,
+        min_nodes=nodes[0],
+        max_nodes=nodes[1],
+        address=options.master_addr,
+        port=options.master_port or (_PORT if nodes[1] > 1 else 0),
+        run_id=run_id,
+        max_restarts=options.max_restarts,
+        meet_seconds=options.meet,
+        grace_seconds=options.grace,
+        log_dir=options.log_dir,
+    )
+    try:
+        return run_ranks_of(node, report)
+    finally:
+        if saves is not None and rank == 0:
+            saves.unlink(missing_ok=True)
+
+
+def _run_cluster(program: Program, hosts: tuple[Host, ...], options: argparse.Namespace) -> int:
+    ranks_on_each(hosts)
+    least = options.min_nodes or len(hosts)
+    if least > len(hosts):
+        raise ConfigError(
+            f"--min-nodes {least} is above the {len(hosts)} hosts that were chosen. Give {len(hosts)} or fewer."
+        )
+    run_id = options.run_id or uuid.uuid4().hex[:8]
+    saves = _remember_saves(run_id) if options.max_restarts and not options.dry_run else None
+    file = find_file(Path.cwd(), Path.home())
+    variables = forwarded(os.environ, asked=options.env, file=file)
+    try:
+        for attempt in range(options.max_restarts + 1):
+            cluster = Cluster(
+                ssh=tuple(shlex.split(options.ssh)),
+                folder=Path.cwd(),
+                variables={**variables, RESTARTS: str(attempt)} if options.max_restarts else variables,
+                grace_seconds=options.grace,
+            )
+            if options.dry_run:
+                for host, words in _agents(program, hosts, options, run_id=run_id, attempt=0).items():
+                    _show(host.name, cluster.call(host, words))
+                return DONE
+            if attempt:
+                hosts = _left_of(hosts, cluster, least)
+            outcome = run_on(cluster, _agents(program, hosts, options, run_id=run_id, attempt=attempt))
+            if outcome.failures:
+                _report(outcome.failures, attempt, options.max_restarts)
+            if not _may_restart(outcome, hosts, least):
+                break
+        return outcome.code
+    finally:
+        if saves is not None:
+            saves.unlink(missing_ok=True)
+
+
+def _may_restart(outcome: Outcome, hosts: Sequence[Host], least: int) -> bool:
+    return bool(outcome.code) and not outcome.asked_to_end
+
+
+def _left_of(hosts: tuple[Host, ...], cluster: Cluster, least: int) -> tuple[Host, ...]:
+    """Return the hosts that are there, once there are enough of them."""
+    until = time.monotonic() + _WAIT_SECONDS
+    while True:
+        away = cluster.reachable(hosts)
+        left = tuple(host for host in hosts if host.name not in away)
+        if len(left) >= least:
+            if away:
+                _say(f"going on without {', '.join(sorted(away))}")
+            return left
+        if time.monotonic() > until:
+            name, why = next(iter(away.items()))
+            raise TopologyError(
+                f"{len(left)} of {len(hosts)} hosts are left, and --min-nodes {least} needs more: {name} cannot be reached "
+                f"({why}). Bring it back, or allow fewer nodes."
+            )
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _agents(
+    program: Program, hosts: tuple[Host, ...], options: argparse.Namespace, *, run_id: str, attempt: int
+) -> dict[Host, list[str]]:
+    """Return what is called on each host, which could be called there by hand."""
+    address = options.master_addr or hosts[0].name
+    port = (options.master_port or _PORT) + attempt
+    commands: dict[Host, list[str]] = {}
+    for rank, host in enumerate(hosts):
+        flags: dict[str, Any] = {
+            "nnodes": len(hosts),
+            "node-rank": rank,
+            "nproc-per-node": len(host.slots),
+            "master-addr": address,
+            "master-port": port,
+            "run-id": f"{run_id}-{attempt}",
+            "grace": options.grace,
+            "meet": options.meet,
+            **({"log-dir": options.log_dir} if options.log_dir else {}),
+        }
+        pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        commands[host] = [
+            sys.executable,
+            "-m",
+            "meshbolt",
+            "launch",
+            "--no-ssh",
+            "--lifeline",
+            *pairs,
+            *program.as_written(),
+        ]
+    return commands
+
+
+def _torchrun(program: Program, num_ranks: int, options: argparse.Namespace, *, nodes: int = 1) -> list[str]:
+    where = (
+        [
+            f"--nnodes={nodes}",
+            f"--node-rank={options.node_rank}",
+            f"--master-addr={options.master_addr}",
+            f"--master-port={options.master_port or _PORT}",
+        ]
+        if nodes > 1
+        else ["--standalone"]
+    )
+    return [
+        *("torchrun", *where, f"--nproc-per-node={num_ranks}", f"--max-restarts={options.max_restarts}", "--no-python"),
+        *program.as_started(),
+    ]
+
+
+def _remember_saves(run_id: str) -> Path:
+    """Let ranks write down which checkpoints they save, for those that are started after a failure."""
+    path = Path.cwd() / f".meshbolt_saves_{run_id}.jsonl"
+    os.environ.setdefault(SAVES, str(path))
+    os.environ.setdefault(RESTARTS, "0")
+    return path
+
+
+def _report(failures: list[Failure], restarts: int, max_restarts: int) -> None:
+    _say(describe(failures))
+    if restarts < max_restarts:
+        _say(f"restart {restarts + 1} of {max_restarts}")
+
+
+def _show(where: str, words: Sequence[str]) -> None:
+    sys.stdout.write(f"{where}: {shlex.join(words)}\n")
+
+
+def _say(words: str) -> None:
+    sys.stderr.write(f"meshbolt launch: {words}\n")
+    sys.stderr.flush()
