@@ -20,7 +20,7 @@ _OPTIMIZER, _SCHEDULER = "optimizer", "scheduler"
 _ADAM = ("adam", "adamw")
 _OWN_WORDS = ("torch_adam", "adam_w_mode", "fp32_optimizer_states")  # of DeepSpeed's Adam, beside torch's arguments
 _KERNELS = ("bias_correction", "set_grad_none")
-_REFUSED: Mapping[str, str] = MappingProxyType(
+REFUSED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
     {
         "lamb": "torch has no LAMB",
         "lion": "torch has no Lion",
@@ -94,7 +94,7 @@ def optimizer_of(given: Given) -> Named | None:
     if kind is None:
         _refuse_without_type(given, _OPTIMIZER)
         return None
-    if reason := _REFUSED.get(kind.lower()):
+    if reason := REFUSED_OPTIMIZERS.get(kind.lower()):
         raise UnsupportedError(
             f"{given.source}: 'optimizer.type' is {kind!r}, which is refused: {reason}. Use AdamW, or make an optimizer in "
             "configure_optimizers, and leave the block out."

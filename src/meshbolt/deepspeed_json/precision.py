@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshbolt.deepspeed_json.given import Given
-from meshbolt.deepspeed_json.key import MAPPED
+from meshbolt.deepspeed_json.key import IGNORED, MAPPED
 from meshbolt.errors import ConfigError, UnsupportedError
 
 _SIXTEEN, _BFLOAT, _TORCH = "fp16", "bf16", "torch_autocast"
@@ -105,8 +105,8 @@ def _note(given: Given, precision: Precision | None, on: list[str]) -> None:
         if given.is_auto(f"{block}.enabled"):
             given.note(f"{block}.enabled", "Trainer(precision=...)", why="auto: the Trainer decides", outcome=MAPPED)
         for key in given.order:
-            if key.startswith(f"{block}.") and block not in on and not given.is_auto(key):
-                given.note(key, "", why=f"{block} is not enabled")
+            if key.startswith(f"{block}.") and key != f"{block}.enabled" and block not in on and not given.is_auto(key):
+                given.note(key, "", why=_unused(given, block), outcome=IGNORED)
     if precision is None:
         return
     if on:
@@ -121,6 +121,16 @@ def _note(given: Given, precision: Precision | None, on: list[str]) -> None:
         )
 
 
+def _unused(given: Given, block: str) -> str:
+    """Return why a key of a block has no effect."""
+    if given.is_auto(f"{block}.enabled"):
+        key = f"{block}.enabled"
+        return (
+            f"the Trainer decides about precision, with settings of its own: auto={{{key!r}: True}} makes these count"
+        )
+    return f"{block} is not enabled"
+
+
 def _note_scale(given: Given, scaling: Mapping[str, Any]) -> None:
     names = {
         "loss_scale": "init_scale",
@@ -133,7 +143,7 @@ def _note_scale(given: Given, scaling: Mapping[str, Any]) -> None:
     is_static = bool(given.get("fp16.loss_scale", 0))
     for key, name in names.items():
         if is_static and key != "loss_scale":
-            given.note(f"fp16.{key}", "", why="'fp16.loss_scale' is fixed")
+            given.note(f"fp16.{key}", "", why="'fp16.loss_scale' is fixed", outcome=IGNORED)
         elif key == "loss_scale" and not is_static:
             given.note("fp16.loss_scale", "", why="0: the scale is dynamic")
         else:

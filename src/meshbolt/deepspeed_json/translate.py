@@ -95,6 +95,12 @@ def translate(config: str | Path | Mapping[str, Any], options: Options | None = 
             why="a loader's batch has all microbatches of a step",
         )
         batch = _whole_step(batch)
+        if batch.each is not None:
+            given.note(
+                "train_micro_batch_size_per_gpu",
+                f"checked: {batch.each}",
+                why="a loader's batch has all microbatches of a step",
+            )
     return Translation(
         settings=settings,
         precision=precision,

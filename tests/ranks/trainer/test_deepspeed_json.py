@@ -20,7 +20,13 @@ from meshbolt.deepspeed import WarmupLR, trainer_arguments
 from meshbolt.testing import run_ranks
 
 SAMPLES, STEPS, WINDOW = 3, 4, 2
-LOUD = {"enable_progress_bar": False, "enable_checkpointing": False, "logger": False, "enable_model_summary": False}
+QUIET = {
+    "use_distributed_sampler": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "logger": False,
+    "enable_model_summary": False,
+}
 
 
 def config(stage: int, **others: Any) -> dict[str, Any]:
@@ -56,7 +62,7 @@ class Net(pl.LightningModule):
         return loss
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(samples(), batch_size=SAMPLES)
+        return DataLoader(TensorDataset(*mine()), batch_size=SAMPLES)
 
 
 class Python(Net):
@@ -74,8 +80,12 @@ def samples() -> TensorDataset:
     return TensorDataset(torch.randn(count, 6, generator=draw), 3 * torch.randn(count, 1, generator=draw))
 
 
+def mine() -> list[Tensor]:
+    return [each[dist.get_rank() :: 2] for each in samples().tensors]
+
+
 def fit(module: Net, **arguments: Any) -> list[float]:
-    trainer = pl.Trainer(**LOUD, **arguments, accelerator="cpu", devices=2, max_epochs=1)
+    trainer = pl.Trainer(**QUIET, **arguments, accelerator="cpu", devices=2, max_epochs=1)
     trainer.fit(module)
     return module.losses
 
@@ -127,7 +137,7 @@ def sixteen_bits() -> None:
         config(2, fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 3, "consecutive_hysteresis": True}),
         show=False,
     )
-    trainer = pl.Trainer(**LOUD, **arguments, accelerator="cpu", devices=2, max_epochs=1)
+    trainer = pl.Trainer(**QUIET, **arguments, accelerator="cpu", devices=2, max_epochs=1)
     trainer.fit(Net())
     plugin: Any = trainer.strategy.precision_plugin
     assert (plugin.precision, plugin.autocast) == ("16-mixed", False)
@@ -141,21 +151,19 @@ def test_an_fp16_block_runs_in_16_bits_with_its_loss_scale() -> None:
 
 
 def in_deepspeed(stage: int) -> list[float]:
-    """Train as a script of DeepSpeed's does, on the batches that Lightning gives this rank."""
+    """Train as a script of DeepSpeed's does, on the batches of this rank."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(dist.get_world_size()), LOCAL_RANK=str(dist.get_rank()))
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
-    module, rank = Net(), dist.get_rank()
+    module = Net()
     engine, *_ = deepspeed.initialize(
         model=module.layers,
         model_parameters=module.layers.parameters(),
         config={**config(stage), "steps_per_print": 10**9},
     )
-    x, y = samples().tensors
-    x, y = x[rank::2].split(SAMPLES), y[rank::2].split(SAMPLES)
     losses = []
-    for one, other in zip(x, y, strict=True):
+    for one, other in zip(*(each.split(SAMPLES) for each in mine()), strict=True):
         loss = F.mse_loss(engine(one), other)
         engine.backward(loss)
         engine.step()
