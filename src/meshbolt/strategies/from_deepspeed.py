@@ -33,6 +33,13 @@ class DeepSpeedSettings:
     _control_group: dist.ProcessGroup | None
     _deepspeed: Translation | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name the class that `from_deepspeed` makes; YAML files find it by that, and do not understand `Self`."""
+        super().__init_subclass__(**kwargs)
+        annotations = vars(DeepSpeedSettings)["from_deepspeed"].__func__.__annotations__
+        if annotations["return"] == "Self":
+            annotations["return"] = cls
+
     @classmethod
     def from_deepspeed(
         cls,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 
 import meshbolt
 from meshbolt import MeshStrategy
@@ -189,3 +191,13 @@ def test_weight_decay_is_0_unless_torchs_own_adam_is_asked_for() -> None:
 def test_a_receipt_of_a_strategy_that_has_none_is_refused() -> None:
     with pytest.raises(ConfigError, match="from_deepspeed"):
         _ = MeshStrategy(zero=1).deepspeed_receipt
+
+
+def test_yaml_names_the_file_by_class_path() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--strategy", type=Strategy)
+    init_args = {"config": {"zero_optimization": {"stage": 2}}, "show": False}
+    given = {"class_path": "meshbolt.MeshStrategy.from_deepspeed", "init_args": init_args}
+    made = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+    assert isinstance(made, MeshStrategy)
+    assert made.settings.zero.stage == 2
