@@ -198,6 +198,6 @@ def test_yaml_names_the_file_by_class_path() -> None:
     parser.add_argument("--strategy", type=Strategy)
     init_args = {"config": {"zero_optimization": {"stage": 2}}, "show": False}
     given = {"class_path": "meshbolt.MeshStrategy.from_deepspeed", "init_args": init_args}
-    made = parser.instantiate_classes(parser.parse_object({"strategy": given})).strategy
+    made = parser.instantiate(parser.parse_object({"strategy": given})).strategy
     assert isinstance(made, MeshStrategy)
     assert made.settings.zero.stage == 2
