@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +26,7 @@ def amount_in(batch: Any) -> Amount | None:
         batch: as a loader yields it: a tensor, or tuples, lists and dictionaries with tensors. Whole numbers in two
             dimensions, (samples, length), count as tokens.
     """
-    tensor = next(_tensors(batch), None)
+    tensor = next(tensors_in(batch), None)
     if tensor is None or tensor.dim() == 0:
         return None
     is_text = tensor.dim() == 2 and not tensor.is_floating_point() and tensor.dtype != torch.bool
@@ -39,7 +39,7 @@ def samples_in(batch: Any) -> int | None:
     Args:
         batch: as for `amount_in`.
     """
-    tensor = next(_tensors(batch), None)
+    tensor = next(tensors_in(batch), None)
     return None if tensor is None or tensor.dim() == 0 else tensor.shape[0]
 
 
@@ -51,12 +51,20 @@ def data_parallel_size(trainer: pl.Trainer) -> int:
     return int(strategy.distributed_sampler_kwargs["num_replicas"])
 
 
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+def tensors_in(batch: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a batch, in mappings, sequences and dataclasses of any depth.
+
+    Args:
+        batch: as `training_step` gets it.
+    """
     if isinstance(batch, torch.Tensor):
         yield batch
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for each in fields(batch):
+            yield from tensors_in(getattr(batch, each.name))
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         for value in batch:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -69,6 +69,15 @@ class StepClock:
         """Note that a phase begins, and the one before it ends."""
         self._step.marks.append((phase, self._now()))
 
+    def pause(self) -> None:
+        """Note that a pause began when the last batch ended: validation gets its first batches before it says so."""
+        marks = self._step.marks
+        for number in reversed(range(len(marks))):
+            if marks[number][0] not in ("between", "fetch"):
+                break
+            marks[number] = "pause", marks[number][1]
+        self.begin("pause")
+
     def watch(self) -> None:
         """Say that from here on all waits of this step are told of."""
         self._step.watched = True

@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
 from meshbolt.blocks import Recompute, recompute_blocks
-from meshbolt.compat import NeedsValues, plain_calls, tree_leaves
+from meshbolt.callbacks.amount import tensors_in
+from meshbolt.compat import NeedsValues, plain_calls
 from meshbolt.config import Plan
 from meshbolt.engine.random_state import Snapshot
 from meshbolt.errors import UnsupportedError
@@ -196,7 +197,7 @@ def _elements(form: tuple[Any, ...]) -> int:
 
 def form_of(batch: Any) -> tuple[Any, ...]:
     """Return what batches of equal work have alike: the shapes and dtypes of their tensors."""
-    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+    return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors_in(batch))
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

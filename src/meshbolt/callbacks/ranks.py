@@ -142,12 +142,13 @@ class RankMonitor(Monitor):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave validation out."""
         if self._run is not None:
-            self._run.clock.begin("pause")
+            self._run.clock.pause()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on."""
         if self._run is not None:
+            self._run.forget_fetches()
             self._run.clock.begin("between")
 
     def _take(self, trainer: pl.Trainer, *, wait: bool = False) -> None:

@@ -192,7 +192,8 @@ class ThroughputMonitor(Monitor):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave validation out."""
-        self._begin("pause")
+        if self._run is not None:
+            self._run.clock.pause()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

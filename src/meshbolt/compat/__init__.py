@@ -93,7 +93,14 @@ from meshbolt.compat.units import (
     watch_passes,
     whole_copies,
 )
-from meshbolt.compat.updates import fused_adagrad_, fused_adam_, fused_sgd_, pin_host_memory, unpin_host_memory
+from meshbolt.compat.updates import (
+    fused_adagrad_,
+    fused_adam_,
+    fused_sgd_,
+    pin_host_memory,
+    step_hooks,
+    unpin_host_memory,
+)
 from meshbolt.compat.waits import waits_observed, works_observed
 
 __all__ = [
@@ -182,6 +189,7 @@ __all__ = [
     "set_group_timeout",
     "settle_before_exit",
     "shards_on_host",
+    "step_hooks",
     "storage_identity",
     "storages_without_memory",
     "sum_into",

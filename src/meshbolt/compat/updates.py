@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim import optimizer as of_torch
 
 _Tensors = Sequence[torch.Tensor]
 
@@ -128,3 +130,15 @@ def unpin_host_memory(memory: torch.Tensor) -> None:
     """Undo `pin_host_memory`; no copy of this memory may be under way."""
     runtime: Any = torch.cuda.cudart()
     runtime.cudaHostUnregister(memory.data_ptr())
+
+
+def step_hooks(optimizer: Optimizer) -> tuple[int, int]:
+    """Return how many hooks are called before a step of an optimizer, and how many after it.
+
+    Args:
+        optimizer: any.
+    """
+    before, after = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
+    return len(before) + len(optimizer._optimizer_step_pre_hooks), len(after) + len(
+        optimizer._optimizer_step_post_hooks
+    )

@@ -351,7 +351,10 @@ class Engine:
         optimizers.check_optimizer(optimizer, sharded=self.parameters_by_name.values())
         if self.plan.settings.offload.is_used:
             self._offloaded.add(optimizer)
-        optimizer.register_step_pre_hook(lambda *_: self.settle())
+        optimizer.register_step_pre_hook(self._settle_before_step)
+
+    def _settle_before_step(self, *_: Any) -> None:
+        self.settle()
 
     def shown_state(self, optimizer: Optimizer) -> AbstractContextManager[None]:
         """Show in `optimizer.state` all that is kept for the parameters here, wherever it lies; changes are kept."""

@@ -245,9 +245,12 @@ class OffloadedSteps:
             reduces: afterwards gradients are final, and a step follows.
         """
         self._refuse_torn()
-        self._is_stepping = self._early and reduces
-        if self._is_stepping:
+        self._is_stepping = False
+        if self._early and reduces:
             optimizer = next(iter(self._by_optimizer.values())).optimizer
+            # The engine has one of its own, which settles.
+            self._is_stepping = compat.step_hooks(optimizer)[0] <= 1
+        if self._is_stepping:
             own = {p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
             self._due = {name: own.intersection(self._parameters(name)) for name in self._units}
 
@@ -297,10 +300,11 @@ class OffloadedSteps:
             optimizer: that was added.
             kwargs: further arguments of its `step`.
         """
+        late = self._late and not compat.step_hooks(optimizer)[1]
         has_begun = self._is_stepping and self.of(optimizer).has_submitted
         try:
             with torch.enable_grad():
-                result = self.of(optimizer).step(waits=not self._late, **kwargs)
+                result = self.of(optimizer).step(waits=not late, **kwargs)
         except Exception as error:
             self._torn = error if has_begun else self._torn
             raise
@@ -308,7 +312,7 @@ class OffloadedSteps:
             self._is_stepping = False
         if id(optimizer) in self._returning:
             self._bring_back(optimizer)
-        if self._late:
+        if late:
             own: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
             # An update changes the version of a plain parameter too.
             is_sharded = [isinstance(p, DTensor) for p in own]

@@ -260,7 +260,9 @@ class ParameterFile:
         Raises:
             StorageError: it cannot be read.
         """
-        if self._current is None or self._current.unit.name != name:
+        is_there = self._current is not None and self._current.unit.name == name
+        # Between two gathers of a unit others may have changed it.
+        if not is_there or (number == 0 and not self._is_clean()):
             self._enter(self._units[name])
         read = self._current
         if read is None:

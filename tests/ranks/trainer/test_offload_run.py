@@ -15,6 +15,7 @@ from tests.ranks.trainer.test_offload import WARNING, Net, fit
 from tests.rows import full
 
 from meshbolt import Offload
+from meshbolt.compat import local_tensor
 from meshbolt.errors import MeshboltError, StorageError, UnsupportedError
 from meshbolt.testing import run_ranks
 
@@ -216,3 +217,39 @@ def changed_in_step(overlap: bool) -> str:
 def test_a_step_that_changes_what_is_being_updated_is_refused(overlap: bool, words: str) -> None:
     for said in run_ranks(changed_in_step, 2, overlap, timeout=60):
         assert re.search(words, said, re.DOTALL), said
+
+
+class Hooked(Net):
+    """Its optimizer has hooks that change gradients before a step, and weights after it."""
+
+    def configure_optimizers(self) -> Any:
+        optimizers, schedules = super().configure_optimizers()
+
+        def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        local_tensor(parameter.grad).mul_(0.5)
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    local_tensor(parameter).detach().clamp_(-0.2, 0.2)
+
+        optimizers[0].register_step_pre_hook(before)
+        optimizers[0].register_step_post_hook(after)
+        return optimizers, schedules
+
+
+def hooked(place: str | None, path: str) -> list[torch.Tensor]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MESHBOLT_FAST_PATH", "0")
+        more = {"path": path} if place == "nvme" else {}
+        offload = None if place is None else Offload(place, parameters=place, overlap=True, **more)  # type: ignore[arg-type]
+        return fit(Hooked(kind="SGD", momentum=0.9, fused=True), offload, zero=3)[1]
+
+
+@pytest.mark.parametrize("place", ["cpu", "nvme"])
+def test_hooks_of_the_optimizer_see_final_gradients_and_weights(place: str, tmp_path: Path) -> None:
+    expected, found = (run_ranks(hooked, 2, each, str(tmp_path), timeout=60) for each in (None, place))
+    assert all(torch.equal(*pair) for rank in zip(found, expected, strict=True) for pair in zip(*rank, strict=True))

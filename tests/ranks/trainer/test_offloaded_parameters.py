@@ -67,6 +67,20 @@ class Changes(pl.Callback):
                     values["exp_avg"].mul_(0.5)
 
 
+class ChangesBetween(pl.Callback):
+    """Changes shards between the forward and the backward pass."""
+
+    def on_before_zero_grad(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 2:
+            with torch.no_grad():
+                for parameter in module.blocks[2].parameters():  # type: ignore[index, union-attr]
+                    parameter.data.mul_(0.7)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            torch._foreach_mul_([local_tensor(p) for p in module.parameters()], 0.5)
+
+
 class ChangesItself(Net):
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         if index == 2:
@@ -80,7 +94,7 @@ def changing(place: str | None, path: str, overlap: bool) -> list[torch.Tensor]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MESHBOLT_FAST_PATH", "0" if overlap else "1")
         offload = offload_of(place, path, overlap=overlap)
-        return fit(ChangesItself(fused=True), offload, zero=3, steps=6, callbacks=[Changes()])[1]
+        return fit(ChangesItself(fused=True), offload, zero=3, steps=6, callbacks=[Changes(), ChangesBetween()])[1]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections import UserDict
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from meshbolt.callbacks.amount import Amount, amount_in
+from meshbolt.callbacks.amount import Amount, amount_in, tensors_in
+from meshbolt.callbacks.look import form_of
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,16 @@ def test_whole_numbers_in_two_dimensions_are_tokens_and_all_else_samples(batch: 
 @pytest.mark.parametrize("batch", [None, "text", ["a", "b"], {}, torch.tensor(3)])
 def test_a_batch_without_a_tensor_that_has_samples_is_not_counted(batch: Any) -> None:
     assert amount_in(batch) is None
+
+
+@dataclass
+class Batch:
+    words: torch.Tensor
+    targets: list[torch.Tensor]
+
+
+def test_tensors_are_found_in_whatever_holds_them() -> None:
+    tensors = [torch.zeros(2, n + 1) for n in range(4)]
+    batch = UserDict(first=tensors[0], rest=Batch(tensors[1], [tensors[2]]), last=({"x": tensors[3]}, "text"))
+    assert [each is other for each, other in zip(tensors_in(batch), tensors, strict=True)] == [True] * 4
+    assert form_of(batch) == tuple(((2, n + 1), torch.float32) for n in range(4))

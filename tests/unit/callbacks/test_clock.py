@@ -68,3 +68,18 @@ def test_waits_of_a_step_that_is_not_watched_are_not_noted() -> None:
     first, second = clock.read()
     assert first.exposed is None
     assert second.exposed == {}
+
+
+def test_what_validation_gets_before_it_says_so_is_a_pause_too() -> None:
+    clock = StepClock(torch.device("cpu"))
+    clock.begin("between")
+    spend(clock, "forward", 0.01)
+    spend(clock, "between", 0.05)
+    spend(clock, "fetch", 0.05)
+    clock.pause()
+    time.sleep(0.05)
+    clock.begin("forward")
+    clock.end_step(1, None)
+    (step,) = clock.read()
+    assert step.phases.keys() == {"between", "forward"}
+    assert step.seconds < 0.05
