@@ -31,6 +31,12 @@ def disk_rows(path: str | None, *, file_bytes: int = _FILE_BYTES, seconds: float
     from meshbolt.offload import disk_of
 
     folder = Path("." if path is None else path).absolute()
+    if not folder.is_dir():
+        return [
+            _row(
+                "folder", "red", f"there is no folder {folder}", f"mkdir -p {folder}   # or give --path of another one"
+            )
+        ]
     try:
         disk = disk_of(folder)
         room = min(file_bytes, disk.free_bytes // 4 // _CHUNK_BYTES * _CHUNK_BYTES)

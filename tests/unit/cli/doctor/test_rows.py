@@ -87,6 +87,12 @@ def test_a_folder_that_was_asked_for_and_cannot_be_used_is_red(tmp_path: Path) -
     assert "df -h" in row.mend
 
 
+def test_a_folder_that_is_not_there_is_red_and_is_not_made(tmp_path: Path) -> None:
+    (row,) = disk_rows(str(tmp_path / "typo"))
+    assert (row.status, row.mend.split()[:2]) == ("red", ["mkdir", "-p"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_shared_memory_is_no_disk() -> None:
     rows = {row.name: row for row in disk_rows("/dev/shm", file_bytes=16 * MIB, seconds=0.1)}
     assert rows["folder"].status == "yellow"
