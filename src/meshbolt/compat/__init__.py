@@ -94,6 +94,7 @@ from meshbolt.compat.units import (
     whole_copies,
 )
 from meshbolt.compat.updates import (
+    add_step_hook,
     fused_adagrad_,
     fused_adam_,
     fused_sgd_,
@@ -120,6 +121,7 @@ __all__ = [
     "StoredTensor",
     "TorchDispatchMode",
     "TorchFunctionMode",
+    "add_step_hook",
     "aliased_arguments",
     "allocator_figures",
     "box_span",

@@ -7,7 +7,7 @@ gets the same bits as the whole one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,3 +142,14 @@ def step_hooks(optimizer: Optimizer) -> tuple[int, int]:
     return len(before) + len(optimizer._optimizer_step_pre_hooks), len(after) + len(
         optimizer._optimizer_step_post_hooks
     )
+
+
+def add_step_hook(optimizer: Optimizer, hook: Callable[..., None]) -> None:
+    """Have a function called before each step of an optimizer, once however often it is added.
+
+    Args:
+        optimizer: any.
+        hook: as `Optimizer.register_step_pre_hook` takes it.
+    """
+    if hook not in optimizer._optimizer_step_pre_hooks.values():
+        optimizer.register_step_pre_hook(hook)

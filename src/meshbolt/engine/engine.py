@@ -351,7 +351,7 @@ class Engine:
         optimizers.check_optimizer(optimizer, sharded=self.parameters_by_name.values())
         if self.plan.settings.offload.is_used:
             self._offloaded.add(optimizer)
-        optimizer.register_step_pre_hook(self._settle_before_step)
+        compat.add_step_hook(optimizer, self._settle_before_step)
 
     def _settle_before_step(self, *_: Any) -> None:
         self.settle()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -231,12 +232,12 @@ class OffloadedSteps:
         if self._early and not self._is_told:
             self._is_told = True
             for name, unit in self._units.items():
-                compat.on_reduced_gradient(unit, functools.partial(self._arrived, name))
+                compat.on_reduced_gradient(unit, _weakly(self, name))
 
     def _waiting_for(self, name: str) -> Callable[..., None]:
         # Whoever calls the module comes by its outermost unit, the first of all.
         others = self._others if name == next(iter(self._units)) else ()
-        return lambda *_: self.wait([*self._parameters(name), *others])
+        return compat.without_compiling(lambda *_: self.wait([*self._parameters(name), *others]))
 
     def before_backward(self, *, reduces: bool) -> None:
         """Prepare a backward pass.
@@ -364,6 +365,17 @@ class OffloadedSteps:
                 "updates of the step before were still under way. Change it in a hook, such as on_train_batch_start, which is "
                 "waited for; or use Offload(overlap=False)."
             )
+
+
+def _weakly(steps: OffloadedSteps, name: str) -> Callable[[torch.Tensor], None]:
+    """Return a hook that does not keep its owner alive: torch holds hooks of gradients where Python finds no cycles."""
+    owner = weakref.ref(steps)
+
+    def arrived(parameter: torch.Tensor) -> None:
+        if (alive := owner()) is not None:
+            alive._arrived(name, parameter)
+
+    return arrived
 
 
 def _say_nothing(_text: str) -> None:

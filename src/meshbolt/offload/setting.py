@@ -49,6 +49,9 @@ class Offload:
             raise ConfigError(f"Offload(pin_memory={self.pin_memory!r}) is a switch. Use True or False.")
         if self.overlap != AUTO and not isinstance(self.overlap, bool):
             raise ConfigError(f"Offload(overlap={self.overlap!r}) is a switch. Use True, False or 'auto'.")
+        if not self.is_used and (self.overlap is True or not self.pin_memory):
+            asked = f"overlap={self.overlap!r}" if self.overlap is True else f"pin_memory={self.pin_memory!r}"
+            raise ConfigError(f"Offload({asked}) is about what lies elsewhere, and nothing does. Add optimizer='cpu'.")
         self._check_parameters()
         self._check_fraction()
         self._check_path()

@@ -39,6 +39,8 @@ class Fingerprints:
             entries: parameters in memory.
         """
         for key, group in _groups(entries).items():
+            for other in [known for known in self._known if not set(key).isdisjoint(known)]:
+                del self._known[other]  # of values before an update of some of them
             self._known[key] = _fingerprint(group)
 
 
