@@ -37,7 +37,8 @@ class UpdateLine:
         Args:
             wanted: False: do nothing.
         """
-        before, self._is_here = self._is_here, wanted
+        # Another number of threads would stay with the caller.
+        before, self._is_here = self._is_here, wanted and torch.get_num_threads() == self.threads
         try:
             yield
         finally:
@@ -62,19 +63,14 @@ class UpdateLine:
             self._thread.shutdown(wait=True)
         self._thread = None
 
-    def _done_here(self, job: Callable[[], None]) -> Future[None]:
-        before = torch.get_num_threads()
-        if before != self.threads:
-            torch.set_num_threads(self.threads)
+    @staticmethod
+    def _done_here(job: Callable[[], None]) -> Future[None]:
         future: Future[None] = Future()
         try:
             job()
             future.set_result(None)
         except Exception as error:
             future.set_exception(error)
-        finally:
-            if before != self.threads:
-                torch.set_num_threads(before)
         return future
 
     def _start(self) -> ThreadPoolExecutor:
