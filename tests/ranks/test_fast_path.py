@@ -103,7 +103,7 @@ def trained_in_windows(stage, *, fast):
     engine = engine_of(module, stage, environment=Environment(fast_path=fast))
     entered = []
     for unit in engine._all_units:
-        for group in compat.units._groups(unit):
+        for group in compat.units.groups_of(unit):
             group.pre_forward = functools.partial(counted, group.pre_forward, entered)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for index in range(9):
