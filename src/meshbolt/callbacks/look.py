@@ -31,8 +31,9 @@ from meshbolt.zero import plan_units
 
 # What a step tells a Trainer, which is to hear nothing of one that is only looked at.
 _TELLING = ("log", "log_dict", "print")
-# Forms of batches that are looked at; others are taken to be like the nearest of these.
+# Forms of batches that are looked at in any case; beyond, those that are not nearly as large as one of these.
 MAX_FORMS = 16
+NEAR = 0.03
 
 
 class Look:
@@ -152,7 +153,7 @@ class FlopsOfBatches:
             self._step += Flops(model=float(self._given(batch)))
         else:
             form = form_of(batch)
-            if form not in self._forms and len(self._forms) < MAX_FORMS:
+            if form not in self._forms and (len(self._forms) < MAX_FORMS or not self._is_near(form)):
                 around.begin("pause")
                 self._forms[form] = self._first(trainer, batch, batch_idx)
                 around.begin("between")
@@ -179,9 +180,15 @@ class FlopsOfBatches:
         """Return the operations of a form; beyond the first ones, by the size of its tensors from the nearest one."""
         if form in self._forms:
             return self._forms[form]
-        size = _elements(form)
-        nearest = min(self._forms, key=lambda known: abs(_elements(known) - size))
-        return self._forms[nearest] * (size / max(1, _elements(nearest)))
+        nearest = self._nearest(form)
+        return self._forms[nearest] * (_elements(form) / max(1, _elements(nearest)))
+
+    def _nearest(self, form: tuple[Any, ...]) -> tuple[Any, ...]:
+        return min(self._forms, key=lambda known: abs(_elements(known) - _elements(form)))
+
+    def _is_near(self, form: tuple[Any, ...]) -> bool:
+        known = _elements(self._nearest(form))
+        return abs(known - _elements(form)) <= NEAR * known
 
     def _say(self, why: str) -> None:
         self._is_unknown = True

@@ -41,7 +41,8 @@ class ThroughputMonitor(Monitor):
     events of its stream, read a step later. `docs/metrics.md` lists every name, unit and formula.
 
     Floating-point operations are counted on the user's own step: once for each form of batch, it is run on tensors without
-    values, forwards and backwards, as if one process ran it whole.
+    values, forwards and backwards, as if one process ran it whole. From the 17th form on, one with nearly as many elements as
+    a known one (3 %) counts in proportion to that.
 
     Example:
         >>> from lightning.pytorch import Trainer

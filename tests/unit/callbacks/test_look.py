@@ -205,7 +205,7 @@ def test_what_the_user_gives_is_taken_and_nothing_is_looked_at() -> None:
     assert counting.clock.phases == []
 
 
-def test_each_form_of_batch_is_looked_at_once_and_beyond_many_the_nearest_counts(
+def test_each_form_of_batch_is_looked_at_once_and_beyond_many_a_near_one_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     looks = 0
@@ -217,13 +217,14 @@ def test_each_form_of_batch_is_looked_at_once_and_beyond_many_the_nearest_counts
             return Flops(model=6.0 * batch.numel())
 
     counted = FlopsOfBatches(Counted(Module(), None), given=None)
-    sizes = [*range(1, MAX_FORMS + 11), 3, 3]
+    far, near = range(1, MAX_FORMS + 5), range(1000, 1030)
+    sizes = [*far, *near, 3, 3]
     for size in sizes:
         counted.count(None, torch.zeros(size), 0, around=_Clock())  # type: ignore[arg-type]
     step = counted.take()
     assert step is not None
     assert step.model == pytest.approx(6 * sum(sizes))
-    assert looks == MAX_FORMS
+    assert looks == len(far) + 1  # of those that are near each other, one
 
 
 def test_a_step_that_asks_other_ranks_is_refused_before_it_waits(tmp_path: Any) -> None:
