@@ -46,7 +46,9 @@ class Ours:
     """Our engine, with a file of its own."""
 
     def __init__(self, folder: Path, num_bytes: int, block_bytes: int, threads: int, engine: str) -> None:
-        self.file = StateFile(folder, num_bytes, name="benchmark", block_bytes=block_bytes, threads=threads, engine=engine)
+        self.file = StateFile(
+            folder, num_bytes, name="benchmark", block_bytes=block_bytes, threads=threads, engine=engine
+        )
         self.stream = ChunkStream(self.file, chunk_bytes=CHUNK_BYTES)
         self.chunks = self.stream.chunks(num_bytes)
         self.buffers = [aligned_empty(CHUNK_BYTES).fill_(1) for _ in range(4)]
