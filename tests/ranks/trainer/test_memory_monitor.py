@@ -238,7 +238,8 @@ def test_a_peak_is_that_of_its_own_step_and_has_its_phase(phase: str, tmp_path: 
     for number, values in enumerate(each["values"] for each in of_ranks(tmp_path)):
         assert values["memory/step_peak_phase"] == values["memory/peak_phase"] == phase
         taken = (128 if number == 0 else 64) * MIB
-        assert taken - 4 * MIB <= values["memory/step_peak_bytes"] - values["memory/used_bytes"] <= taken + 16 * MIB
+        # The process may grow by itself between the peak and the end of the step: by 8 MiB in a whole suite.
+        assert taken - 16 * MIB <= values["memory/step_peak_bytes"] - values["memory/used_bytes"] <= taken + 16 * MIB
         assert values["memory/step_peak_bytes"] <= values["memory/peak_bytes"]
 
 

@@ -139,6 +139,7 @@ def waited_for(overlap: bool, folder: str) -> tuple[float, float]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MESHBOLT_FAST_PATH", "0")
         patched.setattr("meshbolt.offload.files.SystemCalls", SlowDisk)
+        patched.setattr("meshbolt.offload.files.find_library", lambda: None)  # system calls are slow here
         patched.setattr(SlowDisk, "is_slow", True)
         monitor = OffloadMonitor(every=1, directory=folder)
         # A batch takes longer than the disk, where something can be hidden under it.
