@@ -81,6 +81,10 @@ def disk_of(folder: str | os.PathLike[str]) -> Disk:
         StorageError: it does not exist and its parent does not either, or it is no folder, or it may not be looked at.
     """
     path = Path(folder).expanduser().absolute()
+    if path.is_file():
+        raise StorageError(
+            f"The folder {str(path)!r} cannot be used for the state of a run: it is a file. Give a directory."
+        )
     try:
         path.mkdir(exist_ok=True)  # a parent that is missing is a disk that is not mounted, more often than a wish
         room = os.statvfs(path)

@@ -70,7 +70,7 @@ def test_the_last_part_of_a_folder_is_created_and_no_more(tmp_path: Path) -> Non
 
 def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match=r"cannot be used for the state of a run: File exists \(EEXIST\)"):
+    with pytest.raises(StorageError, match="cannot be used for the state of a run: it is a file"):
         make_file(tmp_path / "file", PAGE)
 
 
