@@ -224,7 +224,7 @@ def test_what_one_rank_cannot_use_all_ranks_refuse_before_training(trouble: str,
         assert not list((tmp_path / "0").rglob("*.ckpt"))
     words = {
         "no directory": r"The folder '.*/1/disk' cannot be used for the state of a run: .*\(E[A-Z]+\)",
-        "a file": r"The folder '.*/1/disk' cannot be used for the state of a run: File exists \(EEXIST\)",
+        "a file": r"The folder '.*/1/disk' cannot be used for the state of a run: it is a file",
         "no space": r"files of 1 ranks on .* need 64\.0 KiB, and their disk has 16\.0 KiB free\. Free space there",
         "read-only": r"No file can be made in '.*/1/disk': Read-only file system \(EROFS\)\. Give a path that this process",
     }
