@@ -195,7 +195,7 @@ def test_bytes_travel_in_locked_memory_and_at_a_rate() -> None:
     with closing(OffloadedOptimizer(optimizer, units={"all": [param]}, threads=8)) as host:
         host.step()
         # torch 2.11 tells of its own allocations only whether they are locked.
-        assert host._tiers[False].pins  # type: ignore[attr-defined]
+        assert host._tiers[False]._pinned  # type: ignore[attr-defined]
         seconds = []
         for _ in range(5):
             torch.cuda.synchronize()

@@ -142,6 +142,8 @@ class HostedParameters:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
+        if self.file is not None:
+            self.file.prepare()
 
     def _make_file(self, num_bytes: int) -> StateFile:
         rank = dist.get_rank()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import resource
 
 import torch
 
-from meshbolt.errors import ConfigError
+from meshbolt.compat import pin_host_memory
+from meshbolt.errors import ConfigError, StorageError
+from meshbolt.units import format_bytes
 
 # What O_DIRECT asks of addresses, offsets and lengths; no disk in use asks for more than a page of 4 KiB.
 ALIGNMENT_BYTES = 4096
@@ -45,6 +48,24 @@ def aligned_empty(num_bytes: int) -> torch.Tensor:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES if slack else 0
     return whole[start : start + num_bytes]
+
+
+def lock(memory: torch.Tensor) -> None:
+    """Lock host memory in its place, for a GPU to read and write by itself, until `unpin_host_memory`.
+
+    Args:
+        memory: on the CPU, contiguous.
+
+    Raises:
+        StorageError: the system refuses.
+    """
+    if not pin_host_memory(memory):
+        limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        allowed = "no limit" if limit == resource.RLIM_INFINITY else f"a limit of {format_bytes(limit)}"
+        raise StorageError(
+            f"{format_bytes(memory.nbytes)} of host memory could not be locked for the GPU, with {allowed} (`ulimit -l`). Raise "
+            "it, or use Offload(pin_memory=False): then the GPU waits for its copies."
+        )
 
 
 def bytes_of(buffer: torch.Tensor) -> memoryview:

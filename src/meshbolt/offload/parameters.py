@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meshbolt.compat import pin_host_memory, unpin_host_memory
+from meshbolt.compat import unpin_host_memory
 from meshbolt.errors import StorageError
-from meshbolt.offload.buffers import aligned_bytes, aligned_empty
+from meshbolt.offload.buffers import aligned_bytes, aligned_empty, lock
 from meshbolt.offload.counters import Traffic
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.requests import Request
@@ -164,6 +164,16 @@ class ParameterFile:
         self._largest = max(self._largest, end)
         self._offsets[memory.untyped_storage().data_ptr()] = start
         return views
+
+    def prepare(self) -> None:
+        """Make the buffers, when all units are there.
+
+        Raises:
+            StorageError: they cannot be locked.
+        """
+        while self._count <= AHEAD and self._units:
+            self._count += 1
+            self._free.append(self._made())
 
     def place_of(self, tensor: torch.Tensor) -> int | None:
         """Return where a part of a shard begins in the file, in bytes; None: it does not lie there.
@@ -338,14 +348,17 @@ class ParameterFile:
         """
         if not self._free and self._count <= AHEAD:
             self._count += 1
-            buffer = aligned_empty(self._largest)
-            if self._pins:
-                self._pins = pin_host_memory(buffer)
-            self._free.append(buffer)
+            self._free.append(self._made())
         if not self._free:
             unwanted = next((name for name in self._ahead if name not in keep), next(reversed(self._ahead)))
             self._put_back(self._ahead.pop(unwanted))
         return self._free.pop()
+
+    def _made(self) -> torch.Tensor:
+        buffer = aligned_empty(self._largest)
+        if self._pins:
+            lock(buffer)
+        return buffer
 
     def _let_go_of_buffers(self) -> None:
         self.drop()

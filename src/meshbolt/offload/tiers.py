@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from meshbolt.compat import pin_host_memory, unpin_host_memory
-from meshbolt.offload.buffers import ALIGNMENT_BYTES, aligned_bytes, aligned_empty
+from meshbolt.compat import unpin_host_memory
+from meshbolt.offload.buffers import ALIGNMENT_BYTES, aligned_bytes, aligned_empty, lock
 from meshbolt.offload.counters import Traffic
 from meshbolt.offload.files import StateFile
 from meshbolt.offload.layout import Layout, Section, StateChunk
@@ -19,7 +18,6 @@ from meshbolt.offload.reports import StreamReport
 from meshbolt.offload.requests import Request
 from meshbolt.offload.stream import BUFFERS, Chunk, ChunkStream
 from meshbolt.offload.traffic import Moved, Observer, Ways
-from meshbolt.units import format_bytes
 
 Columns = Mapping[str, torch.Tensor]
 Work = Callable[[StateChunk, Columns], "Sequence[Request] | None"]
@@ -123,8 +121,6 @@ class MemoryTier:
         self._device, self._pin = torch.device(device), pin
         self._columns: dict[int, dict[str, torch.Tensor]] = {}
         self._pinned: list[torch.Tensor] = []
-        self.pins = pin
-        """Whether the memory is locked as asked: False once the system refused to lock some."""
 
     def add(self, sections: Sequence[Section]) -> None:
         """Allocate the sections, each column in one run, all in one piece of memory."""
@@ -186,15 +182,8 @@ class MemoryTier:
         # small ones.
         memory = aligned_empty(num_bytes)
         if self._pin:
-            if pin_host_memory(memory):
-                self._pinned.append(memory)
-            else:
-                self.pins = False
-                warnings.warn(
-                    f"{format_bytes(num_bytes)} of host memory could not be locked, so that the GPU waits for copies from and to "
-                    "it. Raise the limit of locked memory (`ulimit -l`), or say so with Offload(pin_memory=False).",
-                    stacklevel=2,
-                )
+            lock(memory)
+            self._pinned.append(memory)
         return memory
 
 
@@ -246,8 +235,9 @@ class FileTier:
         stream = ChunkStream(file, chunk_bytes=largest, buffers=self._buffers)
         self._files.append((start, file, stream))
         if self._pin:
-            # What the system refuses to lock is copied all the same, and waited for.
-            self._pinned.extend(buffer for buffer in stream.memory if pin_host_memory(buffer))
+            for buffer in stream.memory:
+                lock(buffer)
+                self._pinned.append(buffer)
 
     def whole(self, section: Section) -> None:
         """Return None: only chunks are ever in memory."""

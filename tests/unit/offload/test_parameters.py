@@ -184,3 +184,20 @@ def test_updates_of_a_slow_disk_are_those_of_memory(kind: str, at_once: bool, fi
 
 def _place(params: list[torch.nn.Parameter], wanted: torch.nn.Parameter) -> int:
     return next(number for number, param in enumerate(params) if param is wanted)
+
+
+def test_memory_that_cannot_be_locked_is_refused_before_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("meshbolt.offload.buffers.pin_host_memory", lambda memory: asked.append(memory.nbytes))
+    monkeypatch.setattr(ParameterFile, "_let_go_of_buffers", lambda self: None)  # there is no GPU to give them back to
+    made: list[StateFile] = []
+    file = ParameterFile(
+        lambda size: made.append(StateFile(tmp_path, size)) or made[0],  # type: ignore[func-returns-value]
+        device=torch.device("cuda"),
+        pin_memory=True,
+    )
+    taken(file)
+    with pytest.raises(StorageError, match=r"could not be locked for the GPU, with .*pin_memory=False"):
+        file.prepare()
+    assert len(asked) == 1
+    made[0].close()
