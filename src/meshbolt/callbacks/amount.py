@@ -24,7 +24,8 @@ def amount_in(batch: Any) -> Amount | None:
 
     Args:
         batch: as a loader yields it: a tensor, or tuples, lists and dictionaries with tensors. Whole numbers in two
-            dimensions, (samples, length), count as tokens.
+            dimensions, (samples, length), count as tokens. The first tensor of a mapping is that of its first key, in the
+            order in which the loader made it.
     """
     tensor = next(tensors_in(batch), None)
     if tensor is None or tensor.dim() == 0:

@@ -17,9 +17,8 @@ from typing_extensions import override
 from meshbolt.collectives import agree_on_error
 from meshbolt.errors import ConfigError
 from meshbolt.monitoring import Records, Value, find_metric
+from meshbolt.monitoring.records import DIRECTORY
 from meshbolt.plugins import Onlooker
-
-DIRECTORY = "meshbolt_records"
 
 # All monitors of a trainer write to one file a rank: by trainer, and by the directory that was asked for.
 _shared: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Records]] = weakref.WeakKeyDictionary()

@@ -12,8 +12,8 @@ import jsonargparse
 from meshbolt.callbacks.console import print_table
 from meshbolt.cli.commands import DONE, NO
 from meshbolt.errors import ConfigError
+from meshbolt.monitoring.records import DIRECTORY
 from meshbolt.monitoring.report import Run, find_runs, summary_of, write_report
-from meshbolt.monitoring.report.runs import RECORDS
 from meshbolt.monitoring.report.wording import format_date, format_duration
 
 _FILE = "report.html"
@@ -33,8 +33,10 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = _parser().parse_args(list(arguments[1:]))
     top = Path(options.directory)
-    if not top.is_dir():
-        raise ConfigError(f"{options.directory} is no directory. Give the one that a run wrote to, or one above it.")
+    if not options.directory or not top.is_dir():
+        raise ConfigError(
+            f"{options.directory!r} is no directory. Give the one that a run wrote to, or one above it; `.` is this one."
+        )
     runs = find_runs(top)
     if not runs:
         sys.stderr.write(
@@ -80,7 +82,7 @@ def _parser() -> jsonargparse.ArgumentParser:
 
 def _place_of(chosen: Run) -> Path:
     directory = chosen.directory
-    return (directory.parent if directory.name == RECORDS else directory) / _FILE
+    return (directory.parent if directory.name == DIRECTORY else directory) / _FILE
 
 
 def _rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:

@@ -7,6 +7,7 @@ writes behind the one before, and lines say which run they are from.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import math
@@ -23,6 +24,8 @@ from meshbolt.errors import ConfigError
 Value = float | int | str | None
 Record = dict[str, Any]
 
+# Where records lie in the directory of a run, if nothing else is asked for.
+DIRECTORY = "meshbolt_records"
 _NAME = "rank_{rank}.jsonl"
 
 
@@ -73,10 +76,13 @@ class Records:
                 self._append(line.encode())
 
     def close(self) -> None:
-        """Close the file; what is written later is lost."""
+        """Close the file; what is written later is lost. Nothing is left of records to which nobody has written."""
         with self._lock:
             if self._file is not None:
+                is_empty = os.fstat(self._file).st_size == 0
                 os.close(self._file)
+                if is_empty:
+                    self._remove()
             self._file = None
 
     def __del__(self) -> None:
@@ -97,6 +103,12 @@ class Records:
                 "write to: directory='...'."
             ) from error
         return file
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):  # somebody was faster, or other ranks have files there
+            self.path.unlink()
+            if self.directory.name == DIRECTORY:
+                self.directory.rmdir()
 
     def _append(self, line: bytes) -> None:
         try:

@@ -174,8 +174,9 @@ def test_a_fit_of_two_steps_is_logged_at_its_end_and_of_one_not_at_all(tmp_path:
     assert [(each["step"], each["steps"]) for each in records] == [(2, 1)]
     assert monitor.latest == records[-1]["values"]
 
-    records, _ = fit(tmp_path / "one", Module(), tokens(1), ThroughputMonitor())
-    assert records == []
+    with pytest.raises(ConfigError, match="no records"):
+        fit(tmp_path / "one", Module(), tokens(1), ThroughputMonitor())
+    assert list((tmp_path / "one").rglob("*.jsonl")) == []
 
 
 def test_tokens_are_counted_as_the_user_says(tmp_path: Path) -> None:

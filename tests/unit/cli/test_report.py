@@ -58,6 +58,7 @@ def test_where_nothing_was_recorded_the_answer_is_no(tmp_path: Path, capsys: pyt
     ("arguments", "said"),
     [
         (["{}/nowhere"], "is no directory"),
+        ([""], "'' is no directory"),
         (["{}", "--run", "2"], "--run=2 is none of the 1 runs"),
         (["{}", "--run", "0"], "--run=0"),
         (["{}", "--output", "{}/rank_0.jsonl/x.html"], "cannot be written"),

@@ -89,7 +89,8 @@ had over this axis with nothing beside it, measured before the first step (`ceil
 computation takes up to its wait, so that its bytes per second are a lower bound.
 
 An axis that all ranks stand along also has what the Trainer, meshbolt and other monitors tell each other; groups that are no
-axis are `other`. Under NCCL no rank waits but its device: calls and bytes are known, times are not.
+axis are `other`. On CPUs (gloo) ZeRO's reduce-scatters run as `all_to_all` and are listed so; of two ranks each sends only the
+other's half. Under NCCL no rank waits but its device: calls and bytes are known, times are not.
 """,
 }
 

@@ -54,6 +54,21 @@ def test_numbers_that_json_does_not_know_are_written_as_text(tmp_path: Path) -> 
     assert read["more"] == [{"x": "inf"}]
 
 
+def test_nothing_is_left_of_records_to_which_nobody_has_written(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    for directory in (tmp_path / "run" / "meshbolt_records", mine):
+        ranks = [Records(directory, rank) for rank in range(2)]
+        for records in ranks:
+            records.close()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "run"]
+
+    one, other = Records(mine, 0), Records(mine, 1)
+    other.write("k", step=1, values={})
+    one.close()
+    other.close()
+    assert [path.name for path in tmp_path.rglob("*.jsonl")] == ["rank_1.jsonl"]
+
+
 def test_lines_of_several_threads_do_not_mix(tmp_path: Path) -> None:
     records = Records(tmp_path, 0)
     threads = [

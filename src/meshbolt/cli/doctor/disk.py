@@ -32,11 +32,7 @@ def disk_rows(path: str | None, *, file_bytes: int = _FILE_BYTES, seconds: float
 
     folder = Path("." if path is None else path).absolute()
     if not folder.is_dir():
-        return [
-            _row(
-                "folder", "red", f"there is no folder {folder}", f"mkdir -p {folder}   # or give --path of another one"
-            )
-        ]
+        return [_no_folder(folder)]
     try:
         disk = disk_of(folder)
         room = min(file_bytes, disk.free_bytes // 4 // _CHUNK_BYTES * _CHUNK_BYTES)
@@ -47,6 +43,12 @@ def disk_rows(path: str | None, *, file_bytes: int = _FILE_BYTES, seconds: float
         status: Status = "yellow" if path is None else "red"
         mend = f"df -h {folder}; ls -ld {folder}   # then give --path of a folder with room that this user may write to"
         return [_row("folder", status, str(error), mend)]
+
+
+def _no_folder(folder: Path) -> Row:
+    if folder.exists():
+        return _row("folder", "red", f"{folder} is a file, not a folder", f"meshbolt doctor --path {folder.parent}")
+    return _row("folder", "red", f"there is no folder {folder}", f"mkdir -p {folder}   # or give --path of another one")
 
 
 def _measured(folder: Path, disk: Any, num_bytes: int, seconds: float) -> list[Row]:

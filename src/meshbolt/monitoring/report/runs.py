@@ -16,7 +16,6 @@ from typing import Any
 
 from meshbolt.monitoring.records import Record, read_records
 
-RECORDS = "meshbolt_records"
 _FILES = "rank_*.jsonl"
 # How `Records` begins a line.
 _HEAD = re.compile(

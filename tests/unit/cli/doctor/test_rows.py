@@ -81,6 +81,13 @@ def test_a_folder_with_room_is_measured_and_left_empty(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_given_as_folder_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (row,) = disk_rows(str(tmp_path / "file"))
+    assert (row.status, row.mend) == ("red", f"meshbolt doctor --path {tmp_path}")
+    assert "is a file" in row.value
+
+
 def test_a_folder_that_was_asked_for_and_cannot_be_used_is_red() -> None:
     (row,) = disk_rows("/proc")
     assert row.status == "red"
