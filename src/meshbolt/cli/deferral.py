@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from meshbolt.cli.strategy import is_own_strategy
 from meshbolt.engine.deferred import REMEDY, Deferred, attach
 from meshbolt.errors import ConfigError
-from meshbolt.strategies import PRESETS, MeshStrategy
+from meshbolt.strategies import PRESETS
 from meshbolt.units import format_bytes
 
 HELP = (
@@ -39,10 +39,9 @@ def check_strategy(strategy: Any) -> None:
         if strategy.lower() not in PRESETS:
             raise CannotDeferError(f"the strategy {strategy!r} is none of meshbolt's")
         return
-    folder, _, name = str(strategy["class_path"]).rpartition(".")
-    kind = getattr(importlib.import_module(folder), name)
-    if not issubclass(kind, MeshStrategy):
-        raise CannotDeferError(f"the strategy {kind.__name__} is none of meshbolt's")
+    path = str(strategy["class_path"])
+    if not is_own_strategy(path):
+        raise CannotDeferError(f"the strategy {path.rpartition('.')[2]} is none of meshbolt's")
     start_method = (strategy.get("init_args") or {}).get("start_method", "popen")
     if start_method != "popen":
         raise CannotDeferError(f"start_method={start_method!r} hands it to other processes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import sys
@@ -23,6 +22,7 @@ from typing_extensions import override
 from meshbolt.callbacks.console import write_line
 from meshbolt.cli.commands import DONE, NO
 from meshbolt.cli.planned import build_strategy
+from meshbolt.cli.strategy import is_own_strategy
 from meshbolt.cli.train import MeshCLI
 from meshbolt.errors import ConfigError, MeshboltError, UnsupportedError
 from meshbolt.pipeline import PipelineParallel, PipelineReport, Timeline, batch_size, cuts_of, draw
@@ -198,10 +198,8 @@ def _setting(strategy: Any) -> PipelineParallel:
     setting = PipelineParallel()
     if isinstance(strategy, str) and strategy.lower() in PRESETS:
         setting = MeshStrategy(**PRESETS[strategy.lower()]).settings.pipeline_parallel
-    elif isinstance(strategy, jsonargparse.Namespace):
-        folder, _, name = str(strategy.class_path).rpartition(".")
-        if issubclass(getattr(importlib.import_module(folder), name), MeshStrategy):
-            setting = build_strategy(strategy.as_dict()).settings.pipeline_parallel
+    elif isinstance(strategy, jsonargparse.Namespace) and is_own_strategy(str(strategy.class_path)):
+        setting = build_strategy(strategy.as_dict()).settings.pipeline_parallel
     return setting if setting.size > 1 else PipelineParallel(2)
 
 

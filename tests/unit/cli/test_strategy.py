@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from meshbolt import MeshStrategy
-from meshbolt.cli.strategy import check_strategy_name
+from meshbolt.cli.strategy import check_strategy_name, class_of, is_own_strategy
 from meshbolt.errors import ConfigError
 
 
@@ -29,3 +29,11 @@ def test_a_name_that_resembles_none_lists_the_presets() -> None:
 def test_a_class_in_the_place_of_a_name_is_told_how_it_is_written() -> None:
     with pytest.raises(ConfigError, match=r"`class_path: my\.Strategy`"):
         check_strategy_name("my.Strategy")
+
+
+def test_a_class_path_may_name_a_method_that_makes_the_strategy() -> None:
+    assert class_of("meshbolt.MeshStrategy.from_deepspeed") is MeshStrategy
+    assert is_own_strategy("meshbolt.MeshStrategy")
+    assert is_own_strategy("meshbolt.MeshStrategy.from_deepspeed")
+    assert not is_own_strategy("lightning.pytorch.strategies.FSDPStrategy")
+    assert class_of("meshbolt.no.such.thing") is None
