@@ -26,6 +26,19 @@ class Batch:
     steps: int | None
     ranks: int | None
 
+    @property
+    def quotient(self) -> int | None:
+        """What accumulation and data-parallel ranks are to multiply to, where neither is known; else None."""
+        is_open = self.total is not None and self.each is not None and self.steps is None
+        return self.total // self.each if is_open else None  # type: ignore[operator]
+
+    def needs_ranks(self) -> str:
+        """Return what to say where accumulation has to be known, and is not."""
+        return (
+            f"{_sizes(self.total, self.each, None, None)}: their quotient {self.quotient} is accumulation x data-parallel ranks, "
+            f"and the ranks are not known yet. Add {STEPS!r}, or give data_parallel_size=."
+        )
+
     def each_on(self, ranks: int, *, steps: int) -> int | None:
         """Return the samples of a loader's batch in a run; None where the loader decides.
 
@@ -52,20 +65,19 @@ def batch_of(given: Given, *, ranks: int | None) -> Batch:
         ranks: data-parallel ranks, where they are known.
 
     Raises:
-        ConfigError: the sizes do not go together, or need the number of ranks.
+        ConfigError: the sizes do not go together.
     """
-    total, each, steps = given.get(TOTAL), given.get(EACH), given.get(STEPS)
+    try:
+        batch = _batch(given.get(TOTAL), given.get(EACH), given.get(STEPS), ranks)
+    except ConfigError as error:
+        raise ConfigError(f"{given.source}: {error}") from error
+    _note(given, batch)
+    return batch
+
+
+def _batch(total: int | None, each: int | None, steps: int | None, ranks: int | None) -> Batch:
     if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1):
         raise ConfigError(f"data_parallel_size={ranks!r} is not a number of ranks. Use 1 or more, or leave it out.")
-    if total is not None and each is not None and steps is None and not given.is_auto(STEPS) and ranks is None:
-        if total % each:
-            raise ConfigError(
-                f"{_sizes(total, each, None, None)}: a step is no whole number of batches. Change one of them."
-            )
-        raise ConfigError(
-            f"{_sizes(total, each, None, None)}: their quotient {total // each} is accumulation x data-parallel ranks, and the "
-            f"ranks are not known yet. Add {STEPS!r}, or give data_parallel_size=."
-        )
     if ranks is None and total is not None and (divisor := (each or 1) * (steps or 1)) and total % divisor:
         raise ConfigError(
             f"{_sizes(total, each, steps, None)}: {total} is no multiple of {divisor}, so that no number of ranks fits. "
@@ -73,7 +85,6 @@ def batch_of(given: Given, *, ranks: int | None) -> Batch:
         )
     if ranks is not None:
         total, each, steps = _resolve(total, each, steps, ranks)
-    _note(given, Batch(total=total, each=each, steps=steps, ranks=ranks))
     return Batch(total=total, each=each, steps=steps, ranks=ranks)
 
 
@@ -122,6 +133,8 @@ def _note(given: Given, batch: Batch) -> None:
     else:
         given.note(STEPS, f"Trainer(accumulate_grad_batches={batch.steps})")
         why = "follows from the other sizes" if batch.steps else "the Trainer decides"
+        if batch.quotient is not None:
+            why = f"{batch.quotient} / data-parallel ranks, checked when a run begins"
         given.add(STEPS, becomes=f"Trainer(accumulate_grad_batches={batch.steps or '...'})", why=why)
     for key, value in ((TOTAL, batch.total), (EACH, batch.each)):
         if given.is_auto(key):

@@ -133,12 +133,15 @@ def raise_all(source: str, problems: list[MeshboltError]) -> None:
 
 
 def _modern(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a file with the old forms of keys as they are written now."""
+    """Return a file with the old and the long forms of keys as they are written now."""
     modern = dict(values)
     if isinstance(old := modern.get("zero_optimization"), bool):
         modern["zero_optimization"] = {"stage": int(old)}
     if "bfloat16" in modern and "bf16" not in modern:
         modern["bf16"] = modern.pop("bfloat16")
+    layers = modern.get("tensor_parallel")
+    if isinstance(layers, Mapping) and "tensor_parallel" in layers and "tp" not in layers:
+        modern["tensor_parallel"] = {"tp" if key == "tensor_parallel" else key: each for key, each in layers.items()}
     return modern
 
 

@@ -19,6 +19,13 @@ OUTCOMES: Mapping[Outcome, str] = {
     REFUSED: "an error, for the reason given",
 }
 AUTO = "auto"
+_LARGEST = 9 * 10**18
+DTYPES: Mapping[str, str] = {
+    **dict.fromkeys(("fp32", "float32", "torch.float32", "float"), "float32"),
+    **dict.fromkeys(("fp16", "float16", "torch.float16", "half"), "float16"),
+    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), "bfloat16"),
+}
+"""What a dtype is called in files, and what it is."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +53,22 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_int(value) and abs(value) <= _LARGEST) or (isinstance(value, float) and math.isfinite(value))
 
 
 WHOLE = Values("a whole number", _is_whole)
 SWITCH = Values("true or false", lambda value: isinstance(value, bool))
 OPTIONAL_SWITCH = Values("true, false or null", lambda value: value is None or isinstance(value, bool))
-COUNT = Values("a whole number of 1 or more", lambda value: _is_int(value) and value >= 1)
+COUNT = Values("a whole number of 1 or more, up to 9e18", lambda value: _is_int(value) and 1 <= value <= _LARGEST)
 OPTIONAL_COUNT = Values(
     "a whole number of 1 or more, or null", lambda value: value is None or (_is_whole(value) and value >= 1)
 )
 SIZE = Values("a whole number of 0 or more", lambda value: _is_whole(value) and value >= 0)
 NUMBER = Values("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+POSITIVE = Values("a number above 0", lambda value: _is_number(value) and value > 0)
 TEXT = Values("a string", lambda value: isinstance(value, str))
 OPTIONAL_TEXT = Values("a string or null", lambda value: value is None or isinstance(value, str))
+NOTHING = Values("null", lambda value: value is None)
 ANYTHING = Values("any value", lambda value: True)
 BLOCK = Values("an object", lambda value: isinstance(value, Mapping), is_block=True)
 OBJECT = Values("an object", lambda value: isinstance(value, Mapping))

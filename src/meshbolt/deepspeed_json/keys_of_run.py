@@ -6,11 +6,13 @@ from meshbolt.deepspeed_json.key import (
     ANYTHING,
     BLOCK,
     COUNT,
+    DTYPES,
     LIST,
     NUMBER,
     OBJECT,
     OPTIONAL_COUNT,
     OPTIONAL_TEXT,
+    POSITIVE,
     SIZE,
     SWITCH,
     TEXT,
@@ -25,10 +27,10 @@ from meshbolt.deepspeed_json.key import (
 )
 
 _PLUGIN = "MixedPrecision"
-_REDUCE = one_of("fp32", "float32", "fp16", "half", "float16", "bf16", "bfloat16", None)
-_ACCUMULATE = one_of("fp32", "fp16", "bf16", None)
+_DTYPE = one_of(*DTYPES, None)
 _GONE = "DeepSpeed 0.19.8 has removed it"
 _PRINTS = "only prints"
+_DIVIDES = "the mean over ranks is the same, and is summed in float32, where nothing overflows"
 
 BATCH = (
     mapped("train_batch_size", COUNT, "checked", "it is the loader's batch x accumulation x data-parallel ranks"),
@@ -104,7 +106,11 @@ PRECISION = (
     mapped(
         "torch_autocast.enabled", SWITCH, "Trainer(precision='...-mixed')", "float32 master weights, cast by operation"
     ),
-    mapped("torch_autocast.dtype", one_of("bfloat16", "float16", "bf16", "fp16"), "Trainer(precision='...-mixed')"),
+    mapped(
+        "torch_autocast.dtype",
+        one_of(*(each for each in DTYPES if DTYPES[each] != "float32")),
+        "Trainer(precision='...-mixed')",
+    ),
     ignored(
         "torch_autocast.lower_precision_safe_modules",
         LIST,
@@ -113,29 +119,24 @@ PRECISION = (
     mapped("data_types", BLOCK, "Zero(reduce_dtype=...)"),
     mapped(
         "data_types.grad_accum_dtype",
-        _ACCUMULATE,
+        _DTYPE,
         "",
         "gradients are always added up in float32, as fp32 asks for here",
     ),
     refused(
         "data_types.param_dtype",
-        _ACCUMULATE,
+        _DTYPE,
         "the precision blocks decide it: enable bf16 or fp16 instead",
     ),
-    refused("data_types.buffer_dtype", _ACCUMULATE, "buffers keep the dtype that the module gives them: set it there"),
+    refused("data_types.buffer_dtype", _DTYPE, "buffers keep the dtype that the module gives them: set it there"),
     ignored("data_types.keep_in_fp32_modules", ANYTHING, "buffers keep their dtype in any case"),
-    mapped("communication_data_type", _REDUCE, "Zero(reduce_dtype=...)"),
-    ignored("seq_parallel_communication_data_type", _REDUCE, "there is no sequence-parallel group of its own"),
+    mapped("communication_data_type", _DTYPE, "Zero(reduce_dtype=...)"),
+    ignored("seq_parallel_communication_data_type", _DTYPE, "there is no sequence-parallel group of its own"),
 )
 
 GRADIENTS = (
-    refused("prescale_gradients", SWITCH, "gradients are divided once, in the reduction: leave it out"),
-    refused(
-        "gradient_predivide_factor",
-        NUMBER,
-        "gradients are divided once, in the reduction: leave it out",
-        off=is_equal_to(1),
-    ),
+    ignored("prescale_gradients", SWITCH, _DIVIDES),
+    ignored("gradient_predivide_factor", POSITIVE, _DIVIDES),
     refused(
         "gradient_allreduce_op",
         one_of("mean", "sum"),
@@ -144,6 +145,7 @@ GRADIENTS = (
     ),
     refused("sparse_gradients", SWITCH, f"{_GONE}; sharded parameters have dense gradients"),
     ignored("disable_allgather", SWITCH, "a workaround of DeepSpeed's"),
+    ignored("allgather_size", SIZE, "there are no buckets; stands beside the old forms of zero_optimization"),
 )
 
 GONE = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from meshbolt.deepspeed_json.key import (
     BLOCK,
     LIST,
@@ -141,4 +143,11 @@ VARIANTS = (
     _key(refused, "zenflow", OBJECT, "updates with old gradients change the results: leave it out"),
 )
 
-KEYS: tuple[Key, ...] = (*STAGE, *STAGE_3, *OFFLOAD, *VARIANTS)
+# DeepSpeed takes these with and without what is before them.
+SHORT = tuple(
+    replace(key, path=key.path.replace(".stage3_", "."), why=f"short name; {key.why}")
+    for key in STAGE_3
+    if key.path.startswith(f"{_ZERO}.stage3_") and "fp16" not in key.path
+)
+
+KEYS: tuple[Key, ...] = (*STAGE, *STAGE_3, *SHORT, *OFFLOAD, *VARIANTS)

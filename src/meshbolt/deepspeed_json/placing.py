@@ -19,12 +19,13 @@ _OPTIMIZER, _PARAMETERS = f"{_ZERO}.offload_optimizer", f"{_ZERO}.offload_param"
 _GATHERS_BY_UNIT = 3
 
 
-def settings_of(given: Given, *, version: tuple[int, ...] | None) -> dict[str, Any]:
+def settings_of(given: Given, *, version: tuple[int, ...] | None, microbatches: int | None) -> dict[str, Any]:
     """Return the arguments of a strategy that a file comes to.
 
     Args:
         given: the file.
         version: of the DeepSpeed that it was written for; None: unknown.
+        microbatches: of a step, where there is a pipeline; None: not given.
 
     Raises:
         ConfigError: keys contradict each other.
@@ -35,7 +36,7 @@ def settings_of(given: Given, *, version: tuple[int, ...] | None) -> dict[str, A
         settings["offload"] = offload
     if (size := _tensor_parallel(given)) > 1:
         settings["tensor_parallel"] = size
-    if (pipeline := _pipeline(given)) is not None:
+    if (pipeline := _pipeline(given, microbatches)) is not None:
         settings["pipeline_parallel"] = pipeline
     if (every := given.get("pipeline.activation_checkpoint_interval", 0)) and pipeline is not None:
         settings["recompute"] = Recompute(mode="full")
@@ -46,6 +47,18 @@ def settings_of(given: Given, *, version: tuple[int, ...] | None) -> dict[str, A
     if (checkpoint := _checkpoint(given)) is not None:
         settings["checkpoint"] = checkpoint
     return settings
+
+
+def ranks_of_a_copy(given: Given) -> int:
+    """Return how many ranks share one copy of the model: those of tensor and of pipeline parallelism.
+
+    Args:
+        given: the file.
+
+    Raises:
+        ConfigError: keys contradict each other.
+    """
+    return _tensor_parallel(given) * int(given.get("pipeline.stages", 1))
 
 
 def _zero(given: Given) -> Zero:
@@ -176,7 +189,7 @@ def _tensor_parallel(given: Given) -> int:
     return size
 
 
-def _pipeline(given: Given) -> PipelineParallel | None:
+def _pipeline(given: Given, microbatches: int | None) -> PipelineParallel | None:
     size = given.get("pipeline.stages", 1)
     given.note(
         "pipeline.stages", f"MeshStrategy(pipeline_parallel={size})", why="" if size > 1 else "one stage is no pipeline"
@@ -187,7 +200,7 @@ def _pipeline(given: Given) -> PipelineParallel | None:
         )
     if size == 1:
         return None
-    return PipelineParallel(size=size, microbatches=given.get("gradient_accumulation_steps", "auto"))
+    return PipelineParallel(size=size, microbatches=microbatches or "auto")
 
 
 def _checkpoint(given: Given) -> Checkpoint | None:

@@ -7,16 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshbolt.deepspeed_json.given import Given
-from meshbolt.deepspeed_json.key import IGNORED, MAPPED
+from meshbolt.deepspeed_json.key import DTYPES, IGNORED, MAPPED
 from meshbolt.errors import ConfigError, UnsupportedError
 
 _SIXTEEN, _BFLOAT, _TORCH = "fp16", "bf16", "torch_autocast"
 _LARGEST_STEPS = 2**31 - 1
-_DTYPES: Mapping[str, str] = {
-    **dict.fromkeys(("fp32", "float32"), "float32"),
-    **dict.fromkeys(("fp16", "half", "float16"), "float16"),
-    **dict.fromkeys(("bf16", "bfloat16"), "bfloat16"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +61,7 @@ def _of_none(given: Given) -> Precision | None:
 
 def _of_block(given: Given, block: str) -> Precision:
     if block == _TORCH:
-        dtype = _DTYPES[given.get("torch_autocast.dtype", "bfloat16")]
+        dtype = DTYPES[given.get("torch_autocast.dtype", "bfloat16")]
         return Precision(flag="bf16-mixed" if dtype == "bfloat16" else "16-mixed", autocast=True)
     if block == _SIXTEEN:
         return Precision(flag="16-mixed", scaling=_scaling(given))
@@ -153,10 +148,10 @@ def _note_scale(given: Given, scaling: Mapping[str, Any]) -> None:
 def reduce_dtype_of(given: Given) -> str:
     """Return the dtype in which gradients are summed over ranks, as `Zero` takes it."""
     asked = given.get("communication_data_type")
-    dtype = "auto" if asked is None else _DTYPES[asked]
+    dtype = "auto" if asked is None else DTYPES[asked]
     given.note("communication_data_type", f"Zero(reduce_dtype={dtype!r})")
     for_sums = given.get("data_types.grad_accum_dtype")
-    if for_sums in ("fp16", "bf16"):
+    if for_sums is not None and DTYPES[for_sums] != "float32":
         given.note(
             "data_types.grad_accum_dtype",
             "",

@@ -13,7 +13,7 @@ from meshbolt.deepspeed_json.batch import Batch, batch_of
 from meshbolt.deepspeed_json.given import Given, check, raise_all
 from meshbolt.deepspeed_json.key import MAPPED
 from meshbolt.deepspeed_json.optimizers import Named, optimizer_of, scheduler_of
-from meshbolt.deepspeed_json.placing import settings_of
+from meshbolt.deepspeed_json.placing import ranks_of_a_copy, settings_of
 from meshbolt.deepspeed_json.precision import Precision, precision_of
 from meshbolt.deepspeed_json.read import read
 from meshbolt.deepspeed_json.receipt import Receipt
@@ -32,11 +32,13 @@ class Options:
         deepspeed_version: of the DeepSpeed that the file was written for, such as "0.19.8", whose defaults then count; None: of
             defaults that differ between versions the one that changes nothing: the Trainer decides about clipping.
         data_parallel_size: ranks that see different samples, where accumulation follows from it.
+        world_size: all ranks, where they are known: those that see different samples follow.
     """
 
     auto: Mapping[str, Any] = field(default_factory=dict)
     deepspeed_version: str | None = None
     data_parallel_size: int | None = None
+    world_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +83,15 @@ def translate(config: str | Path | Mapping[str, Any], options: Options | None = 
     values, source = read(config)
     given = check(values, source=source, auto=options.auto)
     version = _version(options.deepspeed_version)
-    precision, batch = precision_of(given), batch_of(given, ranks=options.data_parallel_size)
-    settings = settings_of(given, version=version)
+    precision, batch = precision_of(given), batch_of(given, ranks=_data_parallel(given, options))
+    settings = settings_of(given, version=version, microbatches=batch.steps)
     _check_settings(given, settings)
     clip = _clip(given, version)
     optimizer, scheduler = optimizer_of(given), scheduler_of(given)
     accumulate = batch.steps
     if "pipeline_parallel" in settings:
+        if batch.quotient is not None:
+            raise ConfigError(f"{source}: {batch.needs_ranks()}")
         accumulate = 1
         given.note(
             "gradient_accumulation_steps",
@@ -111,6 +115,19 @@ def translate(config: str | Path | Mapping[str, Any], options: Options | None = 
         scheduler=scheduler,
         receipt=given.receipt(),
     )
+
+
+def _data_parallel(given: Given, options: Options) -> int | None:
+    """Return the ranks that see different samples, as far as they are known."""
+    if options.world_size is None:
+        return options.data_parallel_size
+    copies = ranks_of_a_copy(given)
+    if options.world_size % copies:
+        raise ConfigError(
+            f"{given.source}: tensor and pipeline parallelism take {copies} ranks together, and {options.world_size} is no "
+            f"multiple of that. Start a multiple of {copies} ranks."
+        )
+    return options.world_size // copies
 
 
 def _whole_step(batch: Batch) -> Batch:

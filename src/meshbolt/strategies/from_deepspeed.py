@@ -18,6 +18,7 @@ from typing_extensions import Self
 from meshbolt.blocks import Recompute
 from meshbolt.collectives import agree_on_error
 from meshbolt.deepspeed_json import Options, Receipt, Translation, translate
+from meshbolt.deepspeed_json.precision import Precision
 from meshbolt.errors import ConfigError
 from meshbolt.plugins import HalfPrecision, MeshPrecision, MixedPrecision
 from meshbolt.strategies.compat import asked_precision, trainer_of
@@ -88,7 +89,7 @@ class DeepSpeedSettings:
             **{
                 **translation.settings,
                 **given,
-                "precision_plugin": _plugin(translation),
+                "precision_plugin": precision_plugin(translation.precision),
                 "compile": compile,
                 "start_method": start_method,
             }
@@ -110,12 +111,18 @@ class DeepSpeedSettings:
         return self._deepspeed.receipt
 
     def deepspeed_arguments(self) -> dict[str, Any]:
-        """Return the arguments of a Trainer that the file sets, with this strategy among them."""
+        """Return the arguments of a Trainer that the file sets, with this strategy among them.
+
+        Raises:
+            ConfigError: accumulation follows from the number of ranks, and that was not given.
+        """
         translation, arguments = self._deepspeed, {"strategy": self}
         if translation is None:
             return arguments
+        if translation.accumulate is None and translation.batch.quotient is not None:
+            raise ConfigError(f"{translation.receipt.source}: {translation.batch.needs_ranks()}")
         precision = translation.precision
-        if precision is not None and _plugin(translation) is None:
+        if precision is not None and precision_plugin(precision) is None:
             arguments["precision"] = precision.flag  # type: ignore[assignment]
         if translation.clip is not None:
             arguments["gradient_clip_val"] = translation.clip or None  # type: ignore[assignment]
@@ -171,15 +178,22 @@ class DeepSpeedSettings:
             )
 
 
-def _plugin(translation: Translation) -> MeshPrecision | None:
-    """Return the plugin of a precision that no flag of the Trainer's stands for; None where a flag does."""
-    precision = translation.precision
-    if precision is None or precision.autocast or precision.flag == "32-true":
+def precision_plugin(precision: Precision | None, *, device_type: str | None = None) -> MeshPrecision | None:
+    """Return the plugin of a precision that no flag of the Trainer's stands for; None where a flag does.
+
+    Args:
+        precision: that a file asks for; None: nothing.
+        device_type: "cpu" or "cuda", where the plugin is wanted in any case, since nobody is given a flag.
+    """
+    if precision is None or precision.flag == "32-true" or (precision.autocast and device_type is None):
         return None
     if precision.flag == "bf16-true":
         return HalfPrecision("bf16-true")
     return MixedPrecision(
-        "16-mixed" if precision.flag == "16-mixed" else "bf16-mixed", autocast=False, **precision.scaling
+        "16-mixed" if precision.flag == "16-mixed" else "bf16-mixed",
+        device_type or "cuda",
+        autocast=precision.autocast,
+        **precision.scaling,
     )
 
 
@@ -204,7 +218,7 @@ def _pairs(made: Translation, trainer: pl.Trainer) -> list[tuple[str, Any, str, 
     if made.precision is not None:
         flag, asked = made.precision.flag, asked_precision(trainer)
         is_carried = (
-            _plugin(made) is not None and asked == "32-true"
+            precision_plugin(made.precision) is not None and asked == "32-true"
         )  # no flag was given, and the strategy has the plugin
         pairs.append(("a precision block", flag, "precision", flag if is_carried else asked))
     return pairs

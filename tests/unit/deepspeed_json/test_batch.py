@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from meshbolt.deepspeed import trainer_arguments
 from meshbolt.deepspeed_json import Options, translate
 from meshbolt.errors import ConfigError
 
@@ -54,10 +55,28 @@ def test_sizes_that_do_not_go_together_are_refused_with_their_numbers(given: tup
 
 
 def test_accumulation_that_needs_the_ranks_asks_for_them() -> None:
+    sizes_alone = {KEYS[0]: 32, KEYS[1]: 4}
+    with pytest.raises(ConfigError, match=r"their quotient 8 .* give data_parallel_size=") as error:
+        trainer_arguments(sizes_alone, show=False)
+    assert "the DeepSpeed configuration: " in str(error.value)
+    assert trainer_arguments(sizes_alone, show=False, data_parallel_size=4)["accumulate_grad_batches"] == 2
     with pytest.raises(ConfigError, match="data_parallel_size="):
-        sizes(32, 4, None, ranks=None)
+        translate({**sizes_alone, "pipeline": {"stages": 2}})
+    made = translate({**sizes_alone, "pipeline": {"stages": 2}}, Options(data_parallel_size=4))
+    assert (made.settings["pipeline_parallel"].microbatches, made.accumulate, made.batch.each) == (2, 1, 8)
     with pytest.raises(ConfigError, match="no number of ranks fits"):
         sizes(33, 4, 2, ranks=None)
+
+
+def test_without_accumulation_and_ranks_the_trainer_decides_and_is_checked() -> None:
+    made = translate({KEYS[0]: 32, KEYS[1]: 4})
+    assert made.accumulate is None
+    assert made.receipt.of(KEYS[2]).why == "8 / data-parallel ranks, checked when a run begins"
+    assert made.batch.each_on(2, steps=4) == 4
+    with pytest.raises(ConfigError, match="4 x 2 x 2 = 16, not 32"):
+        made.batch.each_on(2, steps=2)
+    with pytest.raises(ConfigError, match="33 is no multiple of 4"):
+        translate({KEYS[0]: 33, KEYS[1]: 4})
 
 
 def test_a_loader_has_the_batch_that_a_run_leaves_it() -> None:
