@@ -159,3 +159,30 @@ def every_stage(fast_path: bool) -> None:
 @pytest.mark.parametrize("ranks", [2, full(4)])
 def test_a_step_sends_the_bytes_of_its_stage_and_no_more(ranks: int, fast_path: bool) -> None:
     run_ranks(every_stage, ranks, fast_path, timeout=60)
+
+
+def gathers_of_manual_steps(stage: int) -> None:
+    module = Net()
+    engine = engine_of(module, stage)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    root = sum(p.numel() * p.element_size() for name, p in engine.parameters_by_name.items() if "blocks." not in name)
+    blocks = sum(p.numel() * p.element_size() for name, p in engine.parameters_by_name.items() if "blocks." in name)
+
+    def two_steps(x: Tensor) -> None:
+        for _ in range(2):
+            loss = module(x).square().mean()
+            with engine.backward(loss) as prepared:
+                prepared.backward()
+            engine.step(optimizer)
+            optimizer.zero_grad()
+
+    for _ in range(3):
+        with Counted() as sent:
+            engine.call(two_steps, torch.randn(2, 8))
+        # At the beginning and after each step, for the code that goes on; the blocks where they are used.
+        assert sent.num_bytes["gather"] == 3 * root + 2 * blocks * (2 if stage == 3 else 1), (stage, sent.num_bytes)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_steps_of_manual_optimisation_gather_the_root_once_each(stage: int) -> None:
+    run_ranks(gathers_of_manual_steps, 2, stage)

@@ -207,6 +207,8 @@ class Engine:
         if self._inside:
             # Manual optimisation: the root's own forward has not returned yet, so its hooks are put on the loss here.
             loss = self._root(lambda: loss)  # type: ignore[operator]
+            # What goes on inside wants the root gathered; a step frees it.
+            self._root.set_reshard_after_backward(False, recurse=False)
         self.sync_requires_grad()
         if not (self._is_last_batch or self.plan.stage.reduces_every_batch):
             self._gather_unused()
@@ -228,6 +230,8 @@ class Engine:
             for parameter, hooks in self._hooks.items():
                 for hook in hooks if parameter.grad is not None else ():
                     hook(parameter)
+        if self._inside:
+            self._apply_window()
         self._reenter()
 
     @contextmanager
@@ -243,6 +247,7 @@ class Engine:
         except Exception as error:
             self._offloaded.after_error(error)
             self._recover()
+            self._apply_window()
             self._explain(error)
             raise
         self.after_backward()
@@ -424,8 +429,7 @@ class Engine:
                 unit.set_requires_gradient_sync(last, recurse=False)
             elif self.plan.mesh.dp_replicate > 1:
                 unit.set_requires_all_reduce(last, recurse=False)
-            if not stage.reshards_after_forward:
-                unit.set_reshard_after_backward(last, recurse=False)
+            unit.set_reshard_after_backward(last or stage.reshards_after_forward, recurse=False)
 
     def _run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
