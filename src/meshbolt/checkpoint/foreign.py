@@ -9,7 +9,8 @@ import contextlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -97,20 +98,25 @@ class DcpReader(TensorReader):
             yield part_of_file(file, place.offset, place.length)
 
 
-def refusal(error: Exception, file: Path | IO[bytes]) -> str:
+def refusal(error: Exception, file: Path | IO[bytes], *, known: Collection[str] = ()) -> str:
     """Return in words why `torch.load` has not read a file.
 
     Args:
         error: what it raised.
         file: what it was to read.
+        known: full names of classes that it may hold.
     """
-    classes: list[str] = []
+    classes: set[str] = set()
     if isinstance(error, pickle.UnpicklingError):
-        with contextlib.suppress(Exception):  # it is damaged, and not for its classes that it was refused
-            classes = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        with contextlib.suppress(
+            Exception
+        ):  # it is damaged, or of torch's old kind, of which the error names the first class
+            classes = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        named = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+        classes = (classes or {named[1]} if named else classes) - set(known)
     if not classes:
         return f"cannot be read ({in_words(error)})"
     return (
-        f"holds objects of the classes {', '.join(classes)}, and to build them is to run their code. If you trust it, use "
-        "weights_only=False, or allow the classes by torch.serialization.add_safe_globals"
+        f"holds objects of the classes {', '.join(sorted(classes))}, and to build them is to run their code. If you trust it, "
+        "use weights_only=False, or allow the classes by torch.serialization.add_safe_globals"
     )
