@@ -222,6 +222,37 @@ def test_another_module_than_the_one_that_is_trained_is_not_gathered() -> None:
     run_ranks_expecting(gathers_what_is_foreign, 2, error=ConfigError, match=match, timeout=10)
 
 
+def loads_while_gathered(strategy: str) -> None:
+    owner, module = trainer(strategy, max_epochs=1), Regressor()
+    owner.fit(module, batches(), batches())
+    wanted = {name: torch.full_like(value, 0.25) for name, value in Regressor().state_dict().items()}
+    with owner.strategy.gathered(module):
+        module.load_state_dict(wanted)
+    with owner.strategy.gathered(module):
+        torch.testing.assert_close(module.state_dict(), wanted, rtol=0, atol=0)
+    owner.fit_loop.max_epochs = 2  # type: ignore[assignment]
+    owner.fit(module, batches(), batches())
+
+
+@pytest.mark.parametrize("strategy", ["zero0", "zero2", "zero3"])
+def test_a_state_dict_can_be_loaded_into_whole_parameters(strategy: str) -> None:
+    run_ranks(loads_while_gathered, 2, strategy, timeout=20)
+
+
+def replaces_what_is_gathered(strategy: str, ranks: tuple[int, ...]) -> None:
+    owner, module = trainer(strategy, max_epochs=1), Regressor()
+    owner.fit(module, batches(), batches())
+    with owner.strategy.gathered(module):
+        if dist.get_rank() in ranks:
+            module.head.weight = nn.Parameter(torch.zeros(1, 10))
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("zero3", (0,)), ("zero3", (0, 1)), ("zero0", (0, 1))])
+def test_parameters_that_replace_gathered_ones_are_refused_on_every_rank(strategy: str, ranks: tuple[int, ...]) -> None:
+    match = r"replaced by others or removed .* Change them in place"
+    run_ranks_expecting(replaces_what_is_gathered, 2, strategy, ranks, error=ConfigError, match=match, timeout=10)
+
+
 # Data -----------------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_common, _fsdp_param_group, _fsdp_state
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.tensor import DTensor
 
 from meshbolt.compat.tensors import current_pass, local_tensor, storage_identity
 
@@ -22,6 +24,23 @@ untouched_by_functions = torch._C._disabled_torch_function_impl
 def managed_parameters(unit: FSDPModule) -> list[nn.Parameter]:
     """Return the sharded parameters that the unit gathers, whether they are gathered now or not."""
     return [fsdp_param.sharded_param for group in groups_of(unit) for fsdp_param in group.fsdp_params]
+
+
+@contextmanager
+def sharded_parameters_away() -> Iterator[None]:
+    """Let modules load a `state_dict` while ordinary parameters stand where torch looks for sharded ones."""
+    plain: Callable[[FSDPParam], None] = FSDPParam.reset_sharded_param
+
+    def reset(fsdp_param: FSDPParam) -> None:
+        place = fsdp_param._module_info
+        if isinstance(getattr(place.module, place.param_name), DTensor):
+            plain(fsdp_param)
+
+    setattr(FSDPParam, "reset_sharded_param", reset)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(FSDPParam, "reset_sharded_param", plain)  # noqa: B010
 
 
 def given_other_data(unit: FSDPModule) -> list[nn.Parameter]:

@@ -15,16 +15,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshbolt.compat import (
+    StoredTensor,
     device_of,
     distributed_tensor,
     local_tensor,
     own_pieces,
     sections_of,
+    sharded_parameters_away,
     tree_map_only,
     whole_of,
 )
 from meshbolt.engine.placeholders import held_elsewhere
-from meshbolt.errors import UnsupportedError
+from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.fingerprint import fingerprint
 
 
@@ -91,6 +93,9 @@ def gathered(
 
     Yields:
         Optimizer state by parameter name and key, whole; empty without optimizers.
+
+    Raises:
+        ConfigError: on every rank, where rank 0 has put another parameter into the place of one, or has removed it.
     """
     held = [(child, key, child._parameters[key]) for child, key in places]
     # What stands in for a parameter already, inside of another such context, has no name.
@@ -98,13 +103,17 @@ def gathered(
     wholes = _Wholes([_held_of(each, optimizers) for each in parameters], pipeline=pipeline)
     values = [wholes.take(parameter, number) for number, parameter in enumerate(parameters)]
     copies = {parameter: of_each.pop(_ITSELF) for parameter, of_each in zip(parameters, values, strict=True)}
+    placed = [each if each is None else copies.get(each, each) for *_, each in held]
     try:
-        for child, key, parameter in held:
-            child._parameters[key] = parameter if parameter is None else copies.get(parameter, parameter)
-        yield {names[parameter]: state for parameter, state in zip(parameters, values, strict=True) if state}
+        for (child, key, _), whole in zip(held, placed, strict=True):
+            child._parameters[key] = whole
+        with sharded_parameters_away():
+            yield {names[parameter]: state for parameter, state in zip(parameters, values, strict=True) if state}
+        left = [child._parameters.get(key) for child, key, _ in held]
     finally:
         for child, key, parameter in held:
             child._parameters[key] = parameter
+    wholes.replaced = [key for (_, key, _), one, now in zip(held, placed, left, strict=True) if now is not one]
     for parameter, whole in copies.items():
         if whole is not parameter:
             _refuse_gradient(whole)
@@ -159,6 +168,7 @@ class _Wholes:
         self._held, self._pipeline = held, pipeline
         self._made: list[_Gathered] = []
         self._decides = dist.get_rank() == 0
+        self.replaced: list[str] = []
         each: list[Any] = [held]
         if pipeline is not None:
             each = [None] * pipeline.size()
@@ -203,19 +213,34 @@ class _Wholes:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Write the whole tensors that rank 0 has changed into what ranks hold of them; a collective of all ranks."""
+        """Write the whole tensors that rank 0 has changed into what ranks hold of them; a collective of all ranks.
+
+        Raises:
+            ConfigError: others stand where they stood.
+        """
         if not self._made:
+            self._refuse(bool(self.replaced))
             return
-        changed = torch.zeros(len(self._made), dtype=torch.uint8)
+        changed = torch.zeros(len(self._made) + 1, dtype=torch.uint8)
+        changed[-1] = bool(self.replaced)
         for number, made in enumerate(self._made if self._decides else ()):
             changed[number] = fingerprint(made.whole) != made.before
         flags = _broadcast(changed, _world(), source=0)
-        for made in itertools.compress(self._made, flags.tolist()):
+        self._refuse(bool(flags[-1]))
+        for made in itertools.compress(self._made, flags[:-1].tolist()):
             whole = _broadcast(made.whole.detach(), _world(), source=0)
             if isinstance(made.held, DTensor):
                 local_tensor(made.held).copy_(local_part(whole, like=made.held))
             elif made.held is not None:
                 made.held.copy_(whole)
+
+    def _refuse(self, is_replaced: bool) -> None:
+        if is_replaced:
+            which = ", ".join(map(repr, dict.fromkeys(self.replaced))) or "one on rank 0"
+            raise ConfigError(
+                f"Inside strategy.gathered(...) parameters were replaced by others or removed ({which}), which changes no shard. "
+                "Change them in place: `with torch.no_grad(): parameter.copy_(...)`, or load_state_dict without assign=True."
+            )
 
 
 def _told(tensor: torch.Tensor) -> _Told:
@@ -255,11 +280,23 @@ def local_part(whole: torch.Tensor, *, like: DTensor) -> torch.Tensor:
         like: a sharded tensor; its layout.
     """
     pieces = own_pieces(like)
+    if isinstance(whole, StoredTensor):
+        return _stored_part(whole, pieces, shape=local_tensor(like).shape)
     if len(pieces) == 1:
         return whole[pieces[0][1]].reshape(local_tensor(like).shape)
     part = whole.new_empty(local_tensor(like).shape)
     for here, there in pieces:
         part[here] = whole[there]
+    return part
+
+
+def _stored_part(whole: StoredTensor, pieces: Sequence[tuple[Any, Any]], *, shape: torch.Size) -> torch.Tensor:
+    """Return a part of a tensor whose values are elsewhere; only its own are read, and where they are one run not even these."""
+    if len(pieces) == 1 and whole.part(pieces[0][1]).shape == shape:
+        return whole.part(pieces[0][1])
+    part = torch.empty(shape, dtype=whole.dtype)
+    for here, there in pieces:
+        part[here] = whole.part(there).value().reshape(part[here].shape)
     return part
 
 
