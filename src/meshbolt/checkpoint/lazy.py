@@ -51,7 +51,7 @@ def observed(tensor: torch.Tensor, on_bytes: Callable[[int], None]) -> LazyTenso
 
     def read() -> torch.Tensor:
         on_bytes(tensor.nbytes)
-        return tensor.value() if isinstance(tensor, LazyTensor) else tensor
+        return tensor.value() if isinstance(tensor, StoredTensor) else tensor
 
     info = TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype)
     return LazyTensor(read, info=info, keeps_parts=False)
@@ -63,4 +63,4 @@ def read_all(tree: Any) -> Any:
     Args:
         tree: of containers that torch's pytree knows; anything else in it stays as it is.
     """
-    return tree_map(lambda leaf: leaf.value() if isinstance(leaf, LazyTensor) else leaf, tree)
+    return tree_map(lambda leaf: leaf.value() if isinstance(leaf, StoredTensor) else leaf, tree)

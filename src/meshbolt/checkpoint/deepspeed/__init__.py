@@ -5,7 +5,7 @@ from it, `models.py`, `trained.py`, `plain.py`, `pipeline.py` and `universal.py`
 together. Read `opened.py` first.
 """
 
-from meshbolt.checkpoint.deepspeed.layout import is_deepspeed
+from meshbolt.checkpoint.deepspeed.layout import is_deepspeed, is_deepspeed_save
 from meshbolt.checkpoint.deepspeed.opened import DeepSpeedCheckpoint, open_deepspeed
 
-__all__ = ["DeepSpeedCheckpoint", "is_deepspeed", "open_deepspeed"]
+__all__ = ["DeepSpeedCheckpoint", "is_deepspeed", "is_deepspeed_save", "open_deepspeed"]

@@ -77,9 +77,13 @@ class Layout:
 def is_deepspeed(path: str | os.PathLike[str]) -> bool:
     """Return whether a path is a directory as DeepSpeed saves it: of one save, or of several with their `latest`."""
     directory = Path(path)
-    if not directory.is_dir():
-        return False
-    return _is_tag(directory) or bool(_tags(directory))
+    return is_deepspeed_save(directory) or (directory.is_dir() and bool(_tags(directory)))
+
+
+def is_deepspeed_save(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a directory of one save of DeepSpeed's: one with a tag as its name."""
+    directory = Path(path)
+    return directory.is_dir() and _is_tag(directory)
 
 
 def find_layout(path: str | os.PathLike[str], *, tag: str | None = None) -> Layout:
@@ -185,7 +189,10 @@ def _tags(root: Path) -> list[str]:
 
 
 def _is_tag(directory: Path) -> bool:
-    names = [entry.name for entry in directory.iterdir()]
+    try:
+        names = [entry.name for entry in directory.iterdir()]
+    except PermissionError:
+        return False
     return any(pattern.fullmatch(name) for name in names for pattern in (_MODEL, _OPTIMIZER, _LAYER))
 
 

@@ -17,6 +17,7 @@ from meshbolt.checkpoint.deepspeed.pipeline import tied_first
 from meshbolt.checkpoint.deepspeed.plain import is_wrapped, numbered_by_layer, trained_without_names
 from meshbolt.checkpoint.deepspeed.settings import LossScale, loss_scale_of, optimizer_of
 from meshbolt.checkpoint.deepspeed.trained import Trained, merged, stage_of, trained_by
+from meshbolt.checkpoint.deepspeed.trainer import lightnings_dictionary
 from meshbolt.checkpoint.deepspeed.universal import trained_universal
 from meshbolt.errors import CheckpointError, MeshboltError
 
@@ -65,6 +66,32 @@ class DeepSpeedCheckpoint:
     ds_config: dict[str, Any]
     ds_version: str
     notes: tuple[str, ...]
+
+    def as_lightning(self, *, prefix: str = "") -> dict[str, Any]:
+        """Return the dictionary that a Trainer saves and resumes from, with the same tensors; see `trainer.py`.
+
+        Args:
+            prefix: what is put before each name: the attribute of the LightningModule that the weights belong to, with a dot.
+        """
+        counters = {
+            "global_steps": self.global_steps,
+            "global_samples": self.global_samples,
+            "skipped_steps": self.skipped_steps,
+            "stage": self.stage,
+            "world": self.world,
+            "ds_version": self.ds_version,
+            "ds_config": self.ds_config,
+        }
+        return lightnings_dictionary(
+            weights=self.weights,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            loss_scaler=self.loss_scaler,
+            client_state=self.client_state,
+            counters=counters,
+            is_lightnings=self.is_lightnings,
+            prefix=prefix,
+        )
 
 
 def open_deepspeed(

@@ -126,6 +126,8 @@ def import_checkpoint(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    format: str | None = None,
+    tag: str | None = None,
     prefix: str = "",
     weights_only: bool | None = None,
     overwrite: bool = False,
@@ -134,8 +136,10 @@ def import_checkpoint(
     """Make a checkpoint of meshbolt's from a file or directory of another format, in this process alone.
 
     Args:
-        source: of one of the formats in `SOURCES`, which is found by looking.
+        source: of one of the formats in `SOURCES`.
         out: the directory to make.
+        format: its name in `SOURCES`; None: it is found by looking.
+        tag: which of the saves in the source; None: the latest, or the only one.
         prefix: what is put before each weight's name: the attribute of the LightningModule that they belong to, with a dot.
         weights_only: False builds objects of any class, which runs code from the source; else plain data only.
         overwrite: whether what is at `out` may be replaced, in one step when the import is whole.
@@ -143,13 +147,13 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: the source cannot be read, or there is not enough room.
-        ConfigError: the source is of no known format, or `out` may not be written.
+        ConfigError: the source is not of that format, or of none that is known, it has no tags, or `out` may not be written.
         UnsupportedError: a path is a URL, or torch does not have a dtype.
     """
     watch, place, target = watch or Watch(), local_path(source), local_path(out)
-    name = recognise(place)
+    name = recognise(place) if format is None else _named(format, place)
     check_output(target, source=str(place), overwrite=overwrite)
-    found = SOURCES[name].read(place, prefix=prefix, weights_only=weights_only)
+    found = _read(place, name, tag=tag, prefix=prefix, weights_only=weights_only)
     with found.closing:
         num_bytes = sum(tensor.nbytes for tensor in found.tensors.values())
         check_space(target, num_bytes=num_bytes + _ROOM_BYTES)
@@ -184,6 +188,27 @@ def recognise(place: Path) -> str:
             return name
     listed = "; ".join(known.help for known in SOURCES.values())
     raise ConfigError(f"{str(place)!r} is of no format that is imported. Known: {listed}.")
+
+
+def _named(name: str, place: Path) -> str:
+    """Return the name of a format that somebody says the source has."""
+    if name not in SOURCES:
+        raise ConfigError(f"{name!r} is not a format that checkpoints are imported from{did_you_mean(name, SOURCES)}.")
+    is_other = not SOURCES[name].recognises(place)
+    if is_other and (found := recognise(place)) != name:
+        raise ConfigError(f"{str(place)!r} is {SOURCES[found].help}, and not of the format {name!r}. Leave that out.")
+    return name
+
+
+def _read(place: Path, name: str, *, tag: str | None, prefix: str, weights_only: bool | None) -> Source:
+    chosen = SOURCES[name]
+    if tag is None:
+        return chosen.read(place, prefix=prefix, weights_only=weights_only)
+    if chosen.read_tag is None:
+        raise ConfigError(
+            f"tag={tag!r} chooses among several saves, and {str(place)!r} is {chosen.help}. Leave it out."
+        )
+    return chosen.read_tag(place, prefix=prefix, weights_only=weights_only, tag=tag)
 
 
 def _save(found: Source, target: Path, *, name: str, place: Path, on_bytes: OnBytes) -> None:

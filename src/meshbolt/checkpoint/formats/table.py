@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
 
-from meshbolt.checkpoint.formats import dcp, hf, lightning, safetensors
+from meshbolt.checkpoint.formats import dcp, deepspeed, hf, lightning, safetensors
 from meshbolt.checkpoint.formats.options import ExportOptions, Source, Writer
 from meshbolt.checkpoint.reader import CheckpointReader
 
@@ -19,6 +19,13 @@ class Read(Protocol):
     """Reads a foreign checkpoint."""
 
     def __call__(self, path: Path, *, prefix: str, weights_only: bool | None) -> Source:
+        """Return its content; see the functions `read` of the formats."""
+
+
+class ReadTag(Protocol):
+    """Reads one of the foreign checkpoints in a directory."""
+
+    def __call__(self, path: Path, *, prefix: str, weights_only: bool | None, tag: str) -> Source:
         """Return its content; see the functions `read` of the formats."""
 
 
@@ -49,11 +56,13 @@ class SourceFormat:
         help: what it is, in a line.
         recognises: whether a path is of this format.
         read: returns its content.
+        read_tag: likewise, of the save of that name, where a directory has several.
     """
 
     help: str
     recognises: Callable[[Path], bool]
     read: Read
+    read_tag: ReadTag | None = None
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -81,8 +90,15 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
     }
 )
 
+# Looked at in this order: beside what DeepSpeed saves others put files of weights, which hold less.
 SOURCES: Mapping[str, SourceFormat] = MappingProxyType(
     {
+        "deepspeed": SourceFormat(
+            help="a directory of DeepSpeed's (any stage of ZeRO, pipelines, universal), Lightning's strategy for it included",
+            recognises=deepspeed.recognises,
+            read=deepspeed.read,
+            read_tag=deepspeed.read,
+        ),
         "safetensors": SourceFormat(
             help="a .safetensors file, or a directory of them", recognises=safetensors.recognises, read=safetensors.read
         ),

@@ -22,12 +22,20 @@ def run(arguments: Sequence[str]) -> int:
     """
     parser = parser_of(
         "import",
-        usage="SOURCE OUT [--prefix PREFIX] [--force] [--weights-only false] [--json]",
+        usage="SOURCE OUT [--from FORMAT] [--tag TAG] [--prefix PREFIX] [--force] [--weights-only false] [--json]",
         description=f"Make a checkpoint, which any plan loads, from {'; or '.join(each.help for each in SOURCES.values())}.",
-        example="pretrained/ start.ckpt --prefix model.",
+        example="runs/deepspeed/ start.ckpt --from deepspeed --tag global_step1000",
     )
-    parser.add_argument("source", help="file or directory to read; its format is found by looking")
+    parser.add_argument("source", help="file or directory to read")
     add_output(parser, what="directory")
+    parser.add_argument(
+        "--from", choices=list(SOURCES), help="format of SOURCE; left out, it is found by looking", metavar="FORMAT"
+    )
+    parser.add_argument(
+        "--tag",
+        type=str,
+        help="which of the saves of a DeepSpeed directory, instead of the one that `latest` names",
+    )
     parser.add_argument(
         "--prefix", default="", help="put before each weight's name, such as the module's attribute: model."
     )
@@ -36,6 +44,8 @@ def run(arguments: Sequence[str]) -> int:
         done = import_checkpoint(
             given.source,
             given.out,
+            format=given["from"],
+            tag=given.tag,
             prefix=given.prefix,
             weights_only=None if given.weights_only else False,
             overwrite=given.force,

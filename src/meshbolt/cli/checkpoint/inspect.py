@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from meshbolt.callbacks.console import print_table
+from meshbolt.checkpoint import is_checkpoint
+from meshbolt.checkpoint.deepspeed import is_deepspeed, open_deepspeed
 from meshbolt.checkpoint.metadata import TensorInfo
 from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.reader import CheckpointReader
+from meshbolt.cli.checkpoint import deepspeed
 from meshbolt.cli.checkpoint.arguments import parser_of
 from meshbolt.cli.checkpoint.told import tell_json
 from meshbolt.cli.commands import DONE
@@ -34,12 +37,15 @@ def run(arguments: Sequence[str]) -> int:
     parser = parser_of(
         "inspect",
         usage="CKPT [--tensors] [--json]",
-        description="Show what a checkpoint holds and what wrote it, without reading a tensor.",
+        description="Show what a checkpoint holds and what wrote it, without reading a tensor; of DeepSpeed's directories, too.",
         example="run.ckpt --tensors",
     )
     parser.add_argument("checkpoint", help="its directory")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     options = parser.parse_args(list(arguments[1:]))
+    if not is_checkpoint(options.checkpoint) and is_deepspeed(options.checkpoint):
+        _show_deepspeeds(options.checkpoint, tensors=options.tensors, as_json=options.json)
+        return DONE
     with CheckpointReader(options.checkpoint) as reader:
         if options.json:
             tell_json(described(reader, tensors=options.tensors))
@@ -54,6 +60,21 @@ def run(arguments: Sequence[str]) -> int:
         if plan := reader.manifest.plan:
             print_table("plan", columns=("", ""), rows=[(key, str(value)) for key, value in plan.items()])
     return DONE
+
+
+def _show_deepspeeds(path: str, *, tensors: bool, as_json: bool) -> None:
+    opened = open_deepspeed(path)
+    content = deepspeed.described(opened, tensors=tensors)
+    if as_json:
+        tell_json(content)
+        return
+    print_table("checkpoint", columns=("", ""), rows=deepspeed.summary(opened))
+    rows = [(key, str(each["tensors"]), format_bytes(each["bytes"])) for key, each in content["entries"].items()]
+    print_table("tensors by entry", columns=("entry", "tensors", "size"), rows=rows)
+    if tensors:
+        infos = {name: TensorInfo(shape=tuple(each.shape), dtype=each.dtype) for name, each in opened.weights.items()}
+        listed = [(name, _dtype(info), _shape(info), format_bytes(_bytes(info))) for name, info in infos.items()]
+        print_table("tensors", columns=_TENSOR_COLUMNS, rows=listed)
 
 
 def described(reader: CheckpointReader, *, tensors: bool) -> dict[str, Any]:

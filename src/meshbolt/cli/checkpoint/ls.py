@@ -12,11 +12,13 @@ from typing import Any
 
 from meshbolt.callbacks.console import print_table, write_line
 from meshbolt.checkpoint import is_checkpoint
+from meshbolt.checkpoint.deepspeed import is_deepspeed_save, open_deepspeed
 from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.cli.checkpoint.arguments import parser_of
+from meshbolt.cli.checkpoint.deepspeed import size_and_time
 from meshbolt.cli.checkpoint.told import short, tell_json
 from meshbolt.cli.commands import DONE, NO
-from meshbolt.errors import CheckpointError
+from meshbolt.errors import CheckpointError, MeshboltError
 from meshbolt.units import format_bytes
 
 _COLUMNS = ("checkpoint", "step", "epoch", "size", "ranks", "zero", "saved")
@@ -36,6 +38,7 @@ class Entry:
         zero: the stage that wrote it; None for an import.
         saved: when.
         fault: why it cannot be read; None where it can.
+        by: what wrote it: "meshbolt" or "deepspeed".
     """
 
     path: str
@@ -46,6 +49,7 @@ class Entry:
     zero: int | None = None
     saved: str = ""
     fault: str | None = None
+    by: str = "meshbolt"
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -80,7 +84,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def checkpoints_below(folder: Path) -> Iterator[Path]:
     """Yield the paths of all checkpoints in a directory and those below it, hidden ones left out."""
-    if is_checkpoint(folder):
+    if is_checkpoint(folder) or is_deepspeed_save(folder):
         yield folder
         return
     for place in sorted(folder.iterdir()):
@@ -95,6 +99,8 @@ def checkpoints_below(folder: Path) -> Iterator[Path]:
 
 def entry_of(path: Path) -> Entry:
     """Return what is listed of a checkpoint, damaged or not."""
+    if is_deepspeed_save(path) and not is_checkpoint(path):
+        return _entry_of_deepspeeds(path)
     try:
         with CheckpointReader(path) as reader:
             manifest = reader.manifest
@@ -111,6 +117,25 @@ def entry_of(path: Path) -> Entry:
         ranks=manifest.world_size,
         zero=manifest.plan.get("zero.stage"),
         saved=datetime.fromtimestamp(os.stat(place / "manifest.json").st_mtime).strftime("%Y-%m-%d %H:%M:%S"),  # noqa: PTH116
+    )
+
+
+def _entry_of_deepspeeds(path: Path) -> Entry:
+    try:
+        opened = open_deepspeed(path)
+    except MeshboltError as error:
+        return Entry(path=str(path), fault=str(error), by="deepspeed")
+    num_bytes, saved = size_and_time(path)
+    epoch = opened.client_state.get("epoch") if opened.is_lightnings else None
+    return Entry(
+        path=str(path),
+        step=opened.global_steps,
+        epoch=epoch,
+        num_bytes=num_bytes,
+        ranks=opened.world,
+        zero=opened.stage,
+        saved=saved,
+        by="deepspeed",
     )
 
 
@@ -131,7 +156,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
         str(entry.ranks),
         _known(entry.zero),
     ]
-    return (short(entry.path), *numbers, entry.saved)
+    return (short(entry.path), *numbers, entry.saved + (" by DeepSpeed" if entry.by == "deepspeed" else ""))
 
 
 def _known(value: object) -> str:
