@@ -100,14 +100,17 @@ class StepClock:
         self._pending.append(step)
         self._step = _Step(marks=[("between", now)])
 
-    def read(self, *, wait: bool = False) -> list[StepTimes]:
+    def read(self, *, last: int | None = None, wait: bool = False) -> list[StepTimes]:
         """Return the steps that are there by now, each once, in their order.
 
         Args:
-            wait: for all of them, at the end of a run.
+            last: the number of the last one to return; None: all.
+            wait: for them, at the end of a run.
         """
         found: list[StepTimes] = []
         while self._pending and (wait or self._is_there(self._pending[0])):
+            if last is not None and self._pending[0].number > last:
+                break
             found.append(self._times(self._pending.popleft(), wait=wait))
         return found
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from meshbolt.callbacks.monitoring import Moment, Monitor
+from meshbolt.callbacks.monitoring import Monitor
 from meshbolt.compat import collectives_observed, gather_into, sum_into, works_observed
 from meshbolt.monitoring.communication import OTHER, Row, Table, of_steps, waited
 from meshbolt.units import MIB
@@ -46,7 +46,7 @@ class CommunicationMonitor(Monitor):
         """Take the settings.
 
         Args:
-            every: steps of the optimizer between two logs.
+            every: steps between two logs; see `Monitor`.
             ceiling: measure what collectives can do on this machine, before the first step.
             directory: of the records; see `Monitor`.
 
@@ -67,10 +67,11 @@ class CommunicationMonitor(Monitor):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure ceilings, and begin to watch; alone there is nothing to watch."""
+        super().on_train_start(trainer, pl_module)
         if not dist.is_initialized() or trainer.world_size == 1:
             return
         groups = _groups_of(trainer.strategy)
-        self._run = run = _Run(trainer, {group.group_name: axis for axis, group in groups.items()})
+        self._run = run = _Run({group.group_name: axis for axis, group in groups.items()})
         if self.ceiling:
             run.table.ceilings = _ceilings(groups, trainer.strategy.root_device)
         self._watching.enter_context(collectives_observed(run.started))
@@ -81,11 +82,10 @@ class CommunicationMonitor(Monitor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the step, where the batch was its last, and log where it is time to."""
-        if self._run is None or trainer.global_step == self._run.step:
+        if self._run is None or not self.ends_step(trainer):
             return
-        self._run.step = trainer.global_step
         self._run.steps += 1
-        if self.is_due(trainer.global_step):
+        if self.is_due(self.steps_taken):
             self._log(trainer)
 
     @override
@@ -111,6 +111,7 @@ class CommunicationMonitor(Monitor):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop."""
+        super().on_exception(trainer, pl_module, exception)
         self._watching.close()
         self._run = None
 
@@ -121,19 +122,18 @@ class CommunicationMonitor(Monitor):
         self._run.steps = 0
         values = of_steps(rows, steps=steps)
         written = list(self._run.table.written(rows))
-        self.report(trainer, values, moment=Moment.now(trainer), rows=written, steps=steps)
+        self.report(trainer, values, rows=written, steps=steps)
 
 
 class _Run:
     """What was seen since the last log.
 
     Args:
-        trainer: at the beginning of a fit.
         axes: by the name of a group, which axis it is.
     """
 
-    def __init__(self, trainer: pl.Trainer, axes: dict[str, str]) -> None:
-        self.table, self.step, self.steps = Table(), trainer.global_step, 0
+    def __init__(self, axes: dict[str, str]) -> None:
+        self.table, self.steps = Table(), 0
         self.is_paused = False
         self._axes = axes
         self._started: weakref.WeakKeyDictionary[Any, tuple[Row, float]] = weakref.WeakKeyDictionary()

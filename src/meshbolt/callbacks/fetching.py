@@ -1,4 +1,4 @@
-"""How long a training loop waits for its next batch."""
+"""How long a training loop waits for its next batch, and when it has updated parameters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lightning.pytorch.profilers import Profiler
 _LISTENERS = "_meshbolt_listeners"
 # What a Trainer tells its profiler of: the loader's next batch, and its way to the device.
 _ACTIONS = (".train_dataloader_next", ".batch_to_device")
+# And, under manual optimisation, of each step of an optimizer.
+_UPDATE = "optimizer_step"
 
 
 class FetchTimer:
@@ -19,13 +21,20 @@ class FetchTimer:
     Args:
         begins: is called when it begins to get one.
         ends: is called when the batch is there.
+        updated: is called after each step of an optimizer under manual optimisation.
 
     Attributes:
         under_way: whether it gets one now.
     """
 
-    def __init__(self, *, begins: Callable[[], None] | None = None, ends: Callable[[], None] | None = None) -> None:
-        self._begins, self._ends = begins, ends
+    def __init__(
+        self,
+        *,
+        begins: Callable[[], None] | None = None,
+        ends: Callable[[], None] | None = None,
+        updated: Callable[[], None] | None = None,
+    ) -> None:
+        self._begins, self._ends, self._updated = begins, ends, updated
         self.under_way = False
         self._seconds, self._since = 0.0, 0.0
 
@@ -66,9 +75,14 @@ class FetchTimer:
         if self._ends is not None:
             self._ends()
 
+    def update(self) -> None:
+        """Note that parameters were updated."""
+        if self._updated is not None:
+            self._updated()
+
 
 def _let_listen(profiler: Profiler, listeners: list[FetchTimer]) -> None:
-    """Replace a profiler's methods, so that listeners hear of batches; several come and go in any order."""
+    """Replace a profiler's methods, so that listeners hear of batches and updates; several come and go in any order."""
     starts, stops = profiler.start, profiler.stop
 
     def start(action_name: str) -> None:
@@ -82,5 +96,7 @@ def _let_listen(profiler: Profiler, listeners: list[FetchTimer]) -> None:
             for each in listeners:
                 each.end()
         stops(action_name)
+        for each in listeners if action_name == _UPDATE else ():
+            each.update()
 
     vars(profiler).update(start=start, stop=stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Mapping
@@ -15,10 +16,12 @@ from typing_extensions import override
 
 from meshbolt.callbacks.amount import samples_in
 from meshbolt.callbacks.memory_of_step import MemoryOfStep, Phase
-from meshbolt.callbacks.monitoring import Moment, Monitor
+from meshbolt.callbacks.moment import Moment
+from meshbolt.callbacks.monitoring import Monitor
 from meshbolt.callbacks.out_of_memory import Failure, asked_for, is_out_of_memory
-from meshbolt.callbacks.summing import LateSums
+from meshbolt.callbacks.summing import Part
 from meshbolt.compat import dump_allocator
+from meshbolt.config import Plan
 from meshbolt.engine import Engine
 from meshbolt.engine.compose import ROOT
 from meshbolt.engine.memory import CATEGORIES, HeldMemory, Tier, held_memory, unit_bytes
@@ -58,7 +61,7 @@ class MemoryMonitor(Monitor):
         """Take the settings.
 
         Args:
-            every: steps of the optimizer between two logs.
+            every: steps between two logs; see `Monitor`.
             directory: of the records, and of what `snapshot` writes; None: "meshbolt_records" in the run's directory.
         """
         super().__init__(every=every, directory=directory)
@@ -67,32 +70,38 @@ class MemoryMonitor(Monitor):
     # A run begins and ends ----------------------------------------------------------------------------------------------
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to measure.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Open the records.
 
         Raises:
-            ConfigError: the strategy is not meshbolt's.
+            ConfigError: the strategy is not meshbolt's, or see `Monitor`.
         """
-        engine = getattr(trainer.strategy, "engine", None)
-        if not isinstance(engine, Engine):
+        if stage == "fit" and not isinstance(getattr(trainer.strategy, "plan", None), Plan):
             raise ConfigError(
                 f"MemoryMonitor knows what MeshStrategy holds, and the strategy is {type(trainer.strategy).__name__}. Use "
-                "meshbolt's, or leave the callback out."
+                "meshbolt's, such as Trainer(strategy='zero2'), or leave the callback out."
             )
-        self._run = _Run(trainer, engine)
+        super().setup(trainer, pl_module, stage)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure."""
+        super().on_train_start(trainer, pl_module)
+        self._run = run = _Run(trainer, trainer.strategy.engine)  # type: ignore[attr-defined]
+        run.part = self.take_part(run.names, functools.partial(self._tell, trainer, run.ranks))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop."""
-        if self._run is not None:
-            self._tell_of_all(trainer, wait=True)
-            self._run.sums.close()
-            self._run.step.close()
-        self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            run.step.close()
+            run.part.leave()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Say what to do, if there was too little memory."""
+        super().on_exception(trainer, pl_module, exception)
         run, self._run = self._run, None
         if run is None:
             return
@@ -164,46 +173,37 @@ class MemoryMonitor(Monitor):
         """Log, where a step was taken and it is time to."""
         if (run := self._run) is None:
             return
-        self._tell_of_all(trainer)
         usage = run.enter("between")
-        if trainer.global_step == run.steps:
+        if not self.ends_step(trainer):
             return
-        run.step.end_step(run.steps, closely=run.closely)
-        run.steps = trainer.global_step
+        run.step.end_step(run.updates, closely=run.closely)
+        run.updates, run.is_first = trainer.global_step, False
+        run.part.go_on(self.steps_taken)
         if usage is not None:
             held = run.held_before = run.held()
             run.step.note_rest(usage, held)
-            if self.is_due(trainer.global_step):
+            if self.is_due(self.steps_taken):
                 self._log(trainer, run, usage, held)
 
     def _is_measured(self, run: _Run) -> bool:
         """Return whether the step that is taken now is looked at closely: the first one, and those that are logged."""
-        return run.steps == run.first_step or any(self.is_due(run.steps + more) for more in run.optimizers_in_step)
+        return run.is_first or self.is_due(self.steps_taken + 1)
 
     def _log(self, trainer: pl.Trainer, run: _Run, usage: Usage, held: HeldMemory) -> None:
-        values = {**run.values(usage, held), **run.step.values()}
-        self.report(trainer, values)
-        rank = trainer.global_rank
-        self._tell_of_all(trainer, wait=True)
-        numbers = {name: 0.0 for each in range(run.sums.ranks) for name in _names(each)}
-        numbers.update(zip(_names(rank), (float(usage.used_bytes), float(run.step.peak.peak_bytes)), strict=True))
-        run.sums.ask(Moment.now(trainer), numbers)
+        self.report(trainer, {**run.values(usage, held), **run.step.values()})
+        own = dict(zip(_names(trainer.global_rank), (usage.used_bytes, run.step.peak.peak_bytes), strict=True))
+        run.part.want(Moment.now(trainer), lambda: {**dict.fromkeys(run.names, 0.0), **own})
         run.step.begin_interval()
 
-    def _tell_of_all(self, trainer: pl.Trainer, *, wait: bool = False) -> None:
-        """Log what all ranks hold, of the last log, where it is there by now."""
-        found = None if self._run is None else self._run.sums.take(wait=wait)
-        if found is None or self._run is None:
-            return
-        moment, numbers = found
-        ranks = range(self._run.sums.ranks)
+    def _tell(self, trainer: pl.Trainer, ranks: range, moment: Moment, sums: Mapping[str, float]) -> None:
+        """Log what all ranks hold."""
         values: dict[str, Value] = {}
         for place, name in enumerate(("used", "peak")):
-            each = [numbers[_names(rank)[place]] for rank in ranks]
+            each = [sums[_names(rank)[place]] for rank in ranks]
             values[f"memory/{name}_least_bytes"] = round(min(each))
             values[f"memory/{name}_mean_bytes"] = sum(each) / len(each)
             values[f"memory/{name}_most_bytes"] = round(max(each))
-        peaks = [numbers[_names(rank)[1]] for rank in ranks]
+        peaks = [sums[_names(rank)[1]] for rank in ranks]
         values["memory/peak_most_rank"] = peaks.index(max(peaks))
         if trainer.is_global_zero:
             self.report(trainer, values, moment=moment)
@@ -230,18 +230,18 @@ class _Run:
         engine: of its module.
     """
 
+    part: Part
+
     def __init__(self, trainer: pl.Trainer, engine: Engine) -> None:
         self.trainer, self.engine = trainer, engine
         self.step = MemoryOfStep(engine)
-        self.first_step = self.steps = trainer.global_step
-        # How many steps are counted where one batch has several optimizers.
-        self.optimizers_in_step = range(1, len(trainer.optimizers) + 1)
+        self.updates, self.is_first = trainer.global_step, True
         self.samples: int | None = None
         self.closely = False
         """Whether the step that runs is looked at in each phase."""
         self.at_step: HeldMemory | None = None
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        self.sums: LateSums[Moment] = LateSums([name for rank in range(ranks) for name in _names(rank)])
+        self.ranks = range(torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
+        self.names = [name for rank in self.ranks for name in _names(rank)]
         # State that is still to be made may have its room already, which takes no memory before the first step.
         self.held_before = self.held()
         self.step.note_rest(self.step.gauge.read(), self.held_before.without("optimizer"))

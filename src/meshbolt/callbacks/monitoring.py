@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +13,9 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from meshbolt.callbacks.moment import Moment
+from meshbolt.callbacks.summing import Part, Tell
+from meshbolt.callbacks.together import Together, part_ways, tell_loggers, together_of
 from meshbolt.collectives import agree_on_error
 from meshbolt.errors import ConfigError
 from meshbolt.monitoring import Records, Value, find_metric
@@ -24,25 +26,6 @@ from meshbolt.plugins import Onlooker
 _shared: weakref.WeakKeyDictionary[pl.Trainer, dict[str, Records]] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class Moment:
-    """A moment of a run, which is told of a little later where numbers come late.
-
-    Attributes:
-        step: of the optimizer.
-        logger_step: under which Lightning logs what a module logs; with several optimizers it is another one.
-    """
-
-    step: int
-    logger_step: int
-
-    @classmethod
-    def now(cls, trainer: pl.Trainer) -> Moment:
-        """Return this moment."""
-        step = trainer.global_step
-        return cls(step, int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", step)))
-
-
 class Monitor(Onlooker):
     """Base of callbacks that measure: subclasses take numbers from hooks of Lightning, and hand them to `report`.
 
@@ -51,6 +34,7 @@ class Monitor(Onlooker):
 
     Attributes:
         kind: what records are called.
+        steps_taken: how many steps this fit has taken that this monitor knows of, with those before a resume: see `Together`.
     """
 
     kind: ClassVar[str]
@@ -59,7 +43,8 @@ class Monitor(Onlooker):
         """Take the settings.
 
         Args:
-            every: steps of the optimizer between two logs.
+            every: steps between two logs. A step is the batches from one update of parameters to the next, by however many
+                optimizers.
             directory: of the records; None: "meshbolt_records" in the logger's directory of this run, or in the Trainer's
                 `default_root_dir`. Rank 0's counts for all.
 
@@ -70,6 +55,8 @@ class Monitor(Onlooker):
             raise ConfigError(f"{type(self).__name__}(every={every!r}) is not a number of steps. Use 1 or more.")
         self.every, self.directory = every, directory
         self.records: Records | None = None
+        self.steps_taken = 0
+        self._together: Together | None = None
         self._taken: set[str] = set()
 
     @override
@@ -86,20 +73,57 @@ class Monitor(Onlooker):
                 f"The Trainer has {len(twins)} callbacks of {name}, which would log under one name. Keep one."
             )
         self.records = shared_records(trainer, self.directory)
+        part_ways(trainer)  # of a fit before
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count steps; what a subclass does comes after this."""
+        self._together = together_of(trainer)
+        self.steps_taken = self._together.steps
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the other monitors of this fit, without a word to other ranks."""
+        self._together = None
+        part_ways(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the records; the last monitor closes them."""
-        self.records = None
+        """Leave the other monitors of this fit, and let go of the records; the last monitor closes them."""
+        self.records = self._together = None
+        part_ways(trainer)
         monitors = (each for each in trainer.callbacks if isinstance(each, Monitor))  # type: ignore[attr-defined]
         if all(each.records is None for each in monitors):
             close_records(trainer)
 
-    def is_due(self, step: int) -> bool:
-        """Return whether to log after this step of the optimizer.
+    def take_part(self, names: Sequence[str], tell: Tell) -> Part:
+        """Take part in the sums over ranks that all monitors of this fit share; all ranks call it, after `on_train_start`.
 
         Args:
-            step: how many are taken, as `trainer.global_step` is after one.
+            names: of the numbers to be added up.
+            tell: is called with the moment that sums are of, and the sums by name.
+        """
+        if self._together is None:
+            raise AssertionError("Nothing is summed up before training begins.")
+        return self._together.sums.join(names, tell)
+
+    def ends_step(self, trainer: pl.Trainer) -> bool:
+        """Return whether the batch that ends is the last of a step; called once, in `on_train_batch_end`.
+
+        Args:
+            trainer: while it trains.
+        """
+        if self._together is None:
+            return False
+        self._together.end_batch(trainer)
+        before, self.steps_taken = self.steps_taken, self._together.steps
+        return self.steps_taken != before
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to log after this step.
+
+        Args:
+            step: how many are taken with it, as `steps_taken` is after it.
         """
         return step > 0 and step % self.every == 0
 
@@ -114,11 +138,13 @@ class Monitor(Onlooker):
     ) -> None:
         """Write values to this rank's records and, on rank 0, to the loggers; nothing is communicated.
 
+        A logger hears of all numbers of a step in one call, when the last of them is there.
+
         Args:
             trainer: whose step it is.
             values: by their names in the catalogue. Texts and None go to the records only, as no logger draws them.
             kind: of the record; None: this monitor's.
-            moment: of the run that they are about; None: now.
+            moment: of the run that they are about; None: the last step's.
             further: what else belongs to the record; see `Records.write`.
 
         Raises:
@@ -126,11 +152,15 @@ class Monitor(Onlooker):
         """
         for name in values:
             find_metric(name)
-        moment = moment or Moment.now(trainer)
+        moment = moment or self._last_moment(trainer)
         if self.records is not None:
             self.records.write(kind or self.kind, step=moment.step, values=values, **further)
         if trainer.is_global_zero and trainer.loggers:
             self._tell_loggers(trainer, values, moment)
+
+    def _last_moment(self, trainer: pl.Trainer) -> Moment:
+        last = None if self._together is None else self._together.moment
+        return last if last is not None and last.step == trainer.global_step else Moment.now(trainer)
 
     def _tell_loggers(self, trainer: pl.Trainer, values: Mapping[str, Value], moment: Moment) -> None:
         taken = (values.keys() & trainer.callback_metrics.keys()) - self._taken
@@ -143,8 +173,10 @@ class Monitor(Onlooker):
         numbers = {
             name: value for name, value in values.items() if isinstance(value, (int, float)) and name not in self._taken
         }
-        for logger in trainer.loggers if numbers else ():
-            logger.log_metrics(numbers, step=moment.logger_step)
+        if numbers and self._together is not None:
+            self._together.add_to_row(numbers, logger_step=moment.logger_step)
+        elif numbers:
+            tell_loggers(trainer, numbers, step=moment.logger_step)
 
 
 def shared_records(trainer: pl.Trainer, directory: str | Path | None) -> Records:

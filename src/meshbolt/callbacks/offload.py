@@ -48,7 +48,7 @@ _WAYS = {
 
 
 class OffloadMonitor(Monitor):
-    """Log what offloading moves in a step of the optimizer, how fast, and how much of its time nothing hides.
+    """Log what offloading moves in a step, how fast, and how much of its time nothing hides.
 
     Each rank's numbers go to its records, and rank 0's to the loggers; a line at the end of the run sums them up. Names are in
     the catalogue of metrics, under `offload/`. A GPU is waited for only where a trace begins and ends.
@@ -72,7 +72,7 @@ class OffloadMonitor(Monitor):
         """Take the settings.
 
         Args:
-            every: steps of the optimizer between two logs.
+            every: steps between two logs; see `Monitor`.
             directory: of the records; None: "meshbolt_records" in the run's directory.
             trace_steps: the first and the last step of the optimizer, counted from 0, that are drawn, with the forward pass
                 after them: what runs when, for https://ui.perfetto.dev or chrome://tracing, in
@@ -94,6 +94,7 @@ class OffloadMonitor(Monitor):
         Raises:
             ConfigError: nothing is offloaded.
         """
+        super().on_train_start(trainer, pl_module)
         engine = getattr(trainer.strategy, "engine", None)
         if engine is None or not engine.plan.settings.offload.is_used:
             raise ConfigError(
@@ -101,7 +102,7 @@ class OffloadMonitor(Monitor):
                 "callback out."
             )
         self._start = self._before = engine.offload_traffic()
-        self._steps_at_start = self._steps_before = trainer.global_step
+        self._steps_at_start = self._steps_before = self.steps_taken
 
     @override
     def on_train_batch_start(
@@ -139,16 +140,15 @@ class OffloadMonitor(Monitor):
         """Log what was moved since the last log, where a step was taken and it is time to."""
         self._mark(None)
         self._end_trace(trainer)
-        steps = trainer.global_step - self._steps_before
-        if steps > 0 and self.is_due(trainer.global_step):
-            now = _engine_of(trainer).offload_traffic()
+        if self.ends_step(trainer) and self.is_due(self.steps_taken):
+            now, steps = _engine_of(trainer).offload_traffic(), self.steps_taken - self._steps_before
             self.report(trainer, _values(now - self._before, steps), steps=steps)
-            self._before, self._steps_before = now, trainer.global_step
+            self._before, self._steps_before = now, self.steps_taken
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say in a line what the run has moved."""
-        engine, steps = _engine_of(trainer), trainer.global_step - self._steps_at_start
+        engine, steps = _engine_of(trainer), self.steps_taken - self._steps_at_start
         engine.settle()  # what is under way counts
         if self._trace is not None:
             self._write_trace(trainer)
@@ -158,6 +158,7 @@ class OffloadMonitor(Monitor):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching."""
+        super().on_exception(trainer, pl_module, exception)
         if self._trace is not None:
             self._trace.close()
         self._trace = None

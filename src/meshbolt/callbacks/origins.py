@@ -38,7 +38,17 @@ def settings_of(trainer: pl.Trainer, known: Mapping[str, str]) -> list[Row]:
         known: where values are from, by the names of settings, as the command line knows it.
     """
     plan = getattr(trainer.strategy, "plan", None)
-    rows = [] if not isinstance(plan, Plan) else _rows_of(plan, known)
+    return [*([] if not isinstance(plan, Plan) else _rows_of(plan, known)), *flags_of(trainer, known)]
+
+
+def flags_of(trainer: pl.Trainer, known: Mapping[str, str]) -> list[Row]:
+    """Return what a Trainer does beside its plan: the name of each flag, its value, and where that is from.
+
+    Args:
+        trainer: as it was made.
+        known: where values are from, by the names of settings.
+    """
+    rows: list[Row] = []
     for flag, default in _FLAGS.items():
         value = getattr(trainer, flag, default)
         if flag == "max_epochs" and value == -1:  # what Lightning makes of None beside max_steps

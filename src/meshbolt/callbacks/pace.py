@@ -37,16 +37,19 @@ class Position(NamedTuple):
 def position_in_fit(trainer: pl.Trainer, *, batches_in_epoch: int) -> Position:
     """Return how far a fit has come: in steps where `max_steps` ends it, else in batches, or steps where that is the same.
 
+    Under manual optimisation `max_steps` is of updates, each optimizer's counted, of which a batch may have several or none.
+
     Args:
         trainer: while it fits.
         batches_in_epoch: how many are done in the current epoch.
     """
     per_epoch, epochs = float(trainer.num_training_batches), trainer.max_epochs
     batches = math.inf if epochs in (None, -1) else per_epoch * float(epochs)
+    is_manual = not trainer.lightning_module.automatic_optimization
     if 0 < trainer.max_steps * trainer.accumulate_grad_batches <= batches:
-        return Position("step", trainer.global_step, trainer.max_steps)
+        return Position("update" if is_manual else "step", trainer.global_step, trainer.max_steps)
     before = int(per_epoch) * trainer.current_epoch if math.isfinite(per_epoch) else 0
-    is_step = trainer.accumulate_grad_batches == 1 and len(trainer.optimizers) == 1
+    is_step = trainer.accumulate_grad_batches == 1 and not is_manual
     return Position(
         "step" if is_step else "batch", before + batches_in_epoch, int(batches) if math.isfinite(batches) else None
     )

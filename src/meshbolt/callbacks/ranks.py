@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import socket
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -15,8 +17,9 @@ from typing_extensions import override
 
 from meshbolt.callbacks.clock import StepClock, StepTimes
 from meshbolt.callbacks.fetching import FetchTimer
-from meshbolt.callbacks.monitoring import Moment, Monitor
-from meshbolt.callbacks.summing import LateSums
+from meshbolt.callbacks.moment import Moment
+from meshbolt.callbacks.monitoring import Monitor
+from meshbolt.callbacks.summing import Part
 from meshbolt.compat import waits_observed
 from meshbolt.errors import ConfigError
 from meshbolt.monitoring import Value
@@ -33,9 +36,10 @@ _PARTS = ("step", "data", "waited")
 class RankMonitor(Monitor):
     """Log which rank the others wait for, by how much, and whether for its data or for what it computes.
 
-    A rank's own time is that of a step without what it waits for other ranks; the rank with the most is the slowest. One small
-    sum over the ranks for each log brings them together, in the background: numbers are logged with the step they are of, a step
-    or more later. When the same rank is behind by more than `warn` in three logs in a row, a warning names it.
+    A rank's own time is that of a step without what it waits for other ranks; the rank with the most is the slowest. A small sum
+    over the ranks for each log, which all monitors of a Trainer share, brings them together in the background: numbers are logged
+    with the step they are of, a step or more later. When the same rank is behind by more than `warn` in three logs in a row, a
+    warning names it.
 
     On a CPU waits of every step are measured, on GPUs those of the last step before a log.
 
@@ -51,7 +55,7 @@ class RankMonitor(Monitor):
         """Take the settings.
 
         Args:
-            every: steps of the optimizer between two logs.
+            every: steps between two logs; see `Monitor`.
             warn: part of a step by which a rank is behind when it is worth a warning.
             directory: of the records; see `Monitor`.
 
@@ -76,7 +80,7 @@ class RankMonitor(Monitor):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to measure: before other monitors do, and, at the end, behind them."""
+        """Begin to measure, before other monitors do."""
         self._watching.close()
         self.latest, self._suspect, self._times_in_a_row, self._named = {}, -1, 0, set()
         self._run = run = _Run(trainer)
@@ -85,21 +89,21 @@ class RankMonitor(Monitor):
         self._watching.enter_context(waits_observed(device, self._waiting, self._waited))
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was asked for last, and stop."""
         self._watching.close()
-        if self._run is not None:
-            self._take(trainer, wait=True)
-            if self._run.due is not None:
-                self._run.read(wait=True)
-                self._run.ask()
-                self._take(trainer, wait=True)
-            self._run.sums.close()
-        self._run = None
+        run, self._run = self._run, None
+        if run is None:
+            return
+        if run.part.wanted is not None:
+            run.part.want(run.part.wanted, functools.partial(run.numbers, run.taken, wait=True))
+        run.part.leave()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Measure no more."""
+        super().on_exception(trainer, pl_module, exception)
+        self._watching.close()
         self._run = None
 
     def _waiting(self) -> Any:
@@ -115,11 +119,13 @@ class RankMonitor(Monitor):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the first step."""
-        if self._run is not None:
-            self._run.step = trainer.global_step
-            self._run.forget_fetches()
-            self._run.clock.begin("between")
-            self._run.watch_next(self.every)
+        super().on_train_start(trainer, pl_module)
+        if (run := self._run) is None:
+            return
+        run.part = self.take_part(run.names, functools.partial(self._tell, trainer, run))
+        run.forget_fetches()
+        run.clock.begin("between")
+        self._watch_next(run)
 
     @override
     def on_train_batch_end(
@@ -127,16 +133,18 @@ class RankMonitor(Monitor):
     ) -> None:
         """End the step, where the batch was its last, and log what is there of earlier ones."""
         run = self._run
-        if run is None or trainer.global_step == run.step:
+        if run is None or not self.ends_step(trainer):
             return
-        run.end_step(trainer.global_step)
-        self._take(trainer)
-        if run.due is not None:  # of the step before, whose times are there by now
-            self._take(trainer, wait=True)
-            run.ask()
-        if self.is_due(trainer.global_step):
-            run.due = Moment.now(trainer)
-        run.watch_next(self.every)
+        run.end_step()
+        run.part.go_on(self.steps_taken)
+        if self.is_due(self.steps_taken):
+            run.part.want(Moment.now(trainer), functools.partial(run.numbers, run.taken))
+        self._watch_next(run)
+
+    def _watch_next(self, run: _Run) -> None:
+        """Watch the waits of the next step: on a GPU, where that takes events, of those before a log."""
+        if not run.on_gpu or self.is_due(self.steps_taken + 1):
+            run.clock.watch()
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -151,12 +159,8 @@ class RankMonitor(Monitor):
             self._run.forget_fetches()
             self._run.clock.begin("between")
 
-    def _take(self, trainer: pl.Trainer, *, wait: bool = False) -> None:
-        """Log what was asked for, if it is there."""
-        run = self._run
-        if run is None or (found := run.sums.take(wait=wait)) is None:
-            return
-        moment, sums = found
+    def _tell(self, trainer: pl.Trainer, run: _Run, moment: Moment, sums: Mapping[str, float]) -> None:
+        """Log times of all ranks."""
         ranks = [RankTimes(*(sums[f"{part}/{rank}"] for part in _PARTS)) for rank in range(len(run.hosts))]
         ranks = [each for each in ranks if each.step > 0]
         if len(ranks) < len(run.hosts):
@@ -190,26 +194,23 @@ class RankMonitor(Monitor):
 class _Run:
     """What is measured of a fit."""
 
+    part: Part
+
     def __init__(self, trainer: pl.Trainer) -> None:
         device = trainer.strategy.root_device
         self.clock, self.fetching = StepClock(device), FetchTimer()
         self.hosts = _hosts_of_all(trainer)
-        self.sums = LateSums[Moment]([f"{part}/{rank}" for part in _PARTS for rank in range(len(self.hosts))])
-        self.times: list[RankTimes] = []
-        self.due: Moment | None = None
-        self.step, self._taken, self._waited_for_others = 0, 0, 0.0
-        self._rank, self._on_gpu = trainer.global_rank, device.type == "cuda"
+        self.names = [f"{part}/{rank}" for part in _PARTS for rank in range(len(self.hosts))]
+        self.on_gpu = device.type == "cuda"
+        self._times: list[RankTimes] = []
+        self.taken, self._waited_for_others = 0, 0.0
+        self._rank = trainer.global_rank
 
-    def watch_next(self, every: int) -> None:
-        """Watch the waits of the next step: on a GPU, where that takes events, of those before a log."""
-        if not self._on_gpu or (self.step + 1) % every == 0:
-            self.clock.watch()
-
-    def end_step(self, step: int) -> None:
+    def end_step(self) -> None:
         """End a step, and read those that are there."""
-        self.read()
-        self.step, self._taken = step, self._taken + 1
-        self.clock.end_step(self._taken, max(0.0, self.fetching.take() - self._waited_for_others))
+        self._read()
+        self.taken += 1
+        self.clock.end_step(self.taken, max(0.0, self.fetching.take() - self._waited_for_others))
         self._waited_for_others = 0.0
 
     def note_wait(self, seconds: float) -> None:
@@ -222,27 +223,27 @@ class _Run:
         self.fetching.take()
         self._waited_for_others = 0.0
 
-    def read(self, *, wait: bool = False) -> None:
-        """Keep the times of the steps that are there by now."""
-        for times in self.clock.read(wait=wait):
+    def _read(self, *, last: int | None = None, wait: bool = False) -> None:
+        for times in self.clock.read(last=last, wait=wait):
             self._keep(times)
 
     def _keep(self, times: StepTimes) -> None:
         if times.number < _FIRST_COUNTED or times.exposed is None:
             return
         data = min(times.note, times.seconds)
-        self.times.append(RankTimes(times.seconds, data, min(sum(times.exposed.values()), times.seconds - data)))
+        self._times.append(RankTimes(times.seconds, data, min(sum(times.exposed.values()), times.seconds - data)))
 
-    def ask(self) -> None:
-        """Ask for the times of all ranks; one that has none asks as well, since others do."""
-        if self.due is None:
-            return
-        moment, self.due = self.due, None
-        mean = mean_of(self.times) if self.times else RankTimes(0.0, 0.0, 0.0)
-        own = {f"{part}/{self._rank}": getattr(mean, part) for part in _PARTS}
-        none = {f"{part}/{rank}": 0.0 for part in _PARTS for rank in range(len(self.hosts))}
-        self.sums.ask(moment, {**none, **own})
-        self.times.clear()
+    def numbers(self, last: int, *, wait: bool = False) -> dict[str, float]:
+        """Return the mean times of this rank since the last log, among zeros for the others; all zeros where it has none.
+
+        Args:
+            last: the number of the last step.
+            wait: for what is still under way, at the end of a run.
+        """
+        self._read(last=last, wait=wait)
+        mean = mean_of(self._times) if self._times else RankTimes(0.0, 0.0, 0.0)
+        self._times.clear()
+        return {**dict.fromkeys(self.names, 0.0), **{f"{part}/{self._rank}": getattr(mean, part) for part in _PARTS}}
 
 
 def _hosts_of_all(trainer: pl.Trainer) -> list[str]:

@@ -61,7 +61,7 @@ class RunReport(Monitor):
 
         Args:
             path: of the file; None: "report.html" beside the directory of records.
-            every: steps of the optimizer between two records of what the module logs.
+            every: steps between two records of what the module logs; see `Monitor`.
             directory: of the records; None: "meshbolt_records" in the run's directory.
             pipeline_step: the step of the optimizer, counted from 0, whose first batch is measured if there is a pipeline, as
                 `PipelineTimeline` does; None: none is.
@@ -85,7 +85,6 @@ class RunReport(Monitor):
         self._waiting: _Waiting | None = None
         self._warned: Warned | None = None
         self._is_open = False
-        self._step = -1
 
     # A fit begins and ends ----------------------------------------------------------------------------------------------
 
@@ -101,7 +100,7 @@ class RunReport(Monitor):
             return
         self.path = self._asked_path or self.records.directory.parent / "report.html"
         self._seen, self._validated, self._steps_of = {}, {}, {}
-        self._waiting, self._measuring, self._step = None, None, -1
+        self._waiting, self._measuring = None, None
         path = self.path
 
         def try_to_write() -> None:
@@ -115,6 +114,7 @@ class RunReport(Monitor):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record what begins."""
+        super().on_train_start(trainer, pl_module)
         self._begin(trainer, pl_module)
 
     @override
@@ -126,6 +126,7 @@ class RunReport(Monitor):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Record what ended it, and write the report with what there is."""
+        super().on_exception(trainer, pl_module, exception)
         if self.records is None or trainer.state.fn != "fit":
             return
         text = f"{type(exception).__name__}: {exception}"
@@ -231,9 +232,8 @@ class RunReport(Monitor):
     ) -> None:
         """Record what was logged, where it is time to."""
         self._record_pipeline(trainer)
-        step, before, self._step = trainer.global_step, self._step, trainer.global_step
         # Not after each batch of a window: the last one speaks for it.
-        if trainer.is_global_zero and step != before and self.is_due(step):
+        if self.ends_step(trainer) and trainer.is_global_zero and self.is_due(self.steps_taken):
             self._record_metrics(trainer)
 
     @override

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from meshbolt.callbacks.amount import amount_in, data_parallel_size, samples_in
 from meshbolt.callbacks.clock import StepClock, StepTimes
 from meshbolt.callbacks.fetching import FetchTimer
 from meshbolt.callbacks.look import FlopsOfBatches, Look
-from meshbolt.callbacks.monitoring import Moment, Monitor
-from meshbolt.callbacks.summing import LateSums
+from meshbolt.callbacks.moment import Moment
+from meshbolt.callbacks.monitoring import Monitor
+from meshbolt.callbacks.summing import Part
 from meshbolt.compat import waits_observed
 from meshbolt.config import Plan
 from meshbolt.errors import ConfigError
@@ -65,7 +67,7 @@ class ThroughputMonitor(Monitor):
         """Take the settings.
 
         Args:
-            every: steps of the optimizer between two logs.
+            every: steps between two logs; see `Monitor`.
             window: steps of which percentiles are.
             peak_flops: floating-point operations per second that a device can do in the dtype of the run; None: known for usual
                 GPUs, and without it there is no MFU for others.
@@ -108,6 +110,7 @@ class ThroughputMonitor(Monitor):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to measure."""
+        super().on_train_start(trainer, pl_module)
         self.latest = {}
         device = trainer.strategy.root_device
         peak = self._peak(trainer)
@@ -118,26 +121,28 @@ class ThroughputMonitor(Monitor):
             is_whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
             self._look = Look(pl_module, None) if is_whole else None
         counted = FlopsOfBatches(self._look, given=self.flops)
-        self._run = run = _Run(trainer, peak=peak, window=self.window, every=self.every, counted=counted)
+        self._run = run = _Run(trainer, peak=peak, window=self.window, counted=counted)
+        run.part = self.take_part(SUMMED, functools.partial(self._tell, trainer, run))
         self._watching.enter_context(run.fetching.listening(trainer.profiler))  # type: ignore[attr-defined]
         self._watching.enter_context(waits_observed(device, run.clock.waiting, run.clock.waited))
         run.clock.begin("between")
+        self._watch_next(run)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was measured since the last log, and stop."""
-        if self._run is None:
+        run, self._run = self._run, None
+        if run is None:
             return
         self._watching.close()
-        self._take(trainer, wait=True)
-        if self._run.add_up(trainer, wait=True):
-            self._take(trainer, wait=True)
-        self._run.sums.close()
-        self._run = None
+        if run.moment is not None:
+            run.part.want(run.moment, functools.partial(run.numbers, run.taken, wait=True))
+        run.part.leave()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop."""
+        super().on_exception(trainer, pl_module, exception)
         self._watching.close()
         self._run = None
 
@@ -178,17 +183,15 @@ class ThroughputMonitor(Monitor):
         run = self._run
         if run is None:
             return
-        if trainer.global_step == run.step:
+        if not self.ends_step(trainer):
             run.clock.begin("between")
             return
-        run.end_step(trainer)
-        self._take(trainer)
-        if run.due is not None and run.due.step < trainer.global_step:
-            self._take(trainer, wait=True)
-            run.add_up(trainer)
-        is_due = run.taken == _FIRST_LOGGED or self.is_due(trainer.global_step)
-        if is_due and run.taken >= _FIRST_COUNTED:
-            run.due = Moment.now(trainer)
+        run.end_step(Moment.now(trainer))
+        run.part.go_on(self.steps_taken)
+        is_due = run.taken == _FIRST_LOGGED or self.is_due(self.steps_taken)
+        if is_due and run.moment is not None:
+            run.part.want(run.moment, functools.partial(run.numbers, run.taken))
+        self._watch_next(run)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,16 +208,18 @@ class ThroughputMonitor(Monitor):
         if self._run is not None:
             self._run.clock.begin(phase)
 
-    def _take(self, trainer: pl.Trainer, *, wait: bool = False) -> None:
+    def _watch_next(self, run: _Run) -> None:
+        """Watch the waits of the next step: of each on a CPU; on a GPU, where that takes events, of those before a log."""
+        if not run.on_gpu or self.is_due(self.steps_taken + 1) or run.taken + 1 == _FIRST_LOGGED:
+            run.clock.watch()
+
+    def _tell(self, trainer: pl.Trainer, run: _Run, moment: Moment, sums: Mapping[str, float]) -> None:
         """Log sums that are there."""
-        if self._run is None or (found := self._run.sums.take(wait=wait)) is None:
-            return
-        asked, sums = found
-        values = of_run(sums, ranks=self._run.sums.ranks, tells_passes_apart=self._run.tells_passes_apart)
-        peak = self._run.peak
-        source = {"throughput/peak_source": None if peak is None else peak.source}
+        values = of_run(sums, ranks=run.part.ranks, tells_passes_apart=run.tells_passes_apart)
+        source = {"throughput/peak_source": None if run.peak is None else run.peak.source}
+        asked = run.asked
         self.latest = {**values, **asked.percentiles, **source}
-        self.report(trainer, self.latest, moment=asked.moment, own=asked.own, steps=asked.steps)
+        self.report(trainer, self.latest, moment=moment, own=asked.own, steps=asked.steps)
 
     # What is not measured -------------------------------------------------------------------------------------------------
 
@@ -244,9 +249,8 @@ class ThroughputMonitor(Monitor):
 
 @dataclass(frozen=True)
 class _Asked:
-    """What numbers are about, for which sums are asked."""
+    """What is of this rank, of the numbers for which sums were asked."""
 
-    moment: Moment
     steps: int
     own: dict[str, float]
     percentiles: dict[str, Value]
@@ -255,18 +259,19 @@ class _Asked:
 class _Run:
     """What is measured of a run so far."""
 
-    def __init__(
-        self, trainer: pl.Trainer, *, peak: Peak | None, window: int, every: int, counted: FlopsOfBatches
-    ) -> None:
+    part: Part
+    asked: _Asked
+
+    def __init__(self, trainer: pl.Trainer, *, peak: Peak | None, window: int, counted: FlopsOfBatches) -> None:
         strategy = trainer.strategy
         self.clock = StepClock(strategy.root_device)
-        self.fetching = FetchTimer(begins=self._begin_fetch, ends=self._end_fetch)
-        self.sums = LateSums[_Asked](SUMMED)
+        self.fetching = FetchTimer(begins=self._begin_fetch, ends=self._end_fetch, updated=self._end_update)
         self.peak, self.counted = peak, counted
         self.tells_passes_apart = getattr(strategy, "pipeline", None) is None
-        self.step, self.taken = trainer.global_step, 0
-        self.due: Moment | None = None
-        self._on_gpu = strategy.root_device.type == "cuda"
+        self.taken = 0
+        self.moment: Moment | None = None
+        """The last step's, from the first one on that counts."""
+        self.on_gpu = strategy.root_device.type == "cuda"
         self._sharing = max(1, trainer.world_size // data_parallel_size(trainer))
         self._traffic = _traffic_of(strategy)
         self._before = self._traffic() if self._traffic is not None else None
@@ -274,18 +279,16 @@ class _Run:
         self._window = deque[float](maxlen=window)
         self._samples: int | None = 0
         self._tokens: int | None = 0
-        self._every = every
-        self._watch_next()
 
     def count(self, batch: Any, *, tokens: int | None) -> None:
         """Add a batch to the step."""
         self._samples, self._tokens = _added(self._samples, samples_in(batch)), _added(self._tokens, tokens)
 
-    def end_step(self, trainer: pl.Trainer) -> None:
+    def end_step(self, moment: Moment) -> None:
         """End a step, and read those that are there."""
-        for times in self.clock.read():
-            self._keep(times)
-        self.step, self.taken = trainer.global_step, self.taken + 1
+        self._read()
+        self.taken += 1
+        self.moment = moment if self.taken >= _FIRST_COUNTED else None
         after = self._traffic() if self._traffic is not None else None
         note = {
             "samples": self._samples,
@@ -296,29 +299,27 @@ class _Run:
         self._samples = self._tokens = 0
         self._before = after
         self.clock.end_step(self.taken, note)
-        self._watch_next()
 
-    def add_up(self, trainer: pl.Trainer, *, wait: bool = False) -> bool:
-        """Ask for the sums of what is read and was not logged; return whether any can be there.
+    def numbers(self, last: int, *, wait: bool = False) -> dict[str, float]:
+        """Return what this rank adds to the sums, of steps that were not logged; nothing, where it has read none.
 
-        A rank that has read nothing asks as well, since others wait for it. One step is always left: the last one.
+        Args:
+            last: the number of the last step.
+            wait: for what is still under way, at the end of a run.
         """
-        if self.taken < _FIRST_COUNTED:
-            return False
-        for times in self.clock.read(wait=True) if wait else ():
-            self._keep(times)
-        moment = self.due or Moment.now(trainer)
-        self.due = None
+        self._read(last=last, wait=wait)
         own = of_rank(self._steps, sharing=self._sharing, peak_flops=self.peak.flops_per_second if self.peak else None)
-        asked = _Asked(
-            moment=moment,
+        self.asked = _Asked(
             steps=len(self._steps),
             own={name: own[name] for name in own if name.endswith("_seconds")},
             percentiles=percentiles(self._window) if self._window else {},
         )
         self._steps.clear()
-        self.sums.ask(asked, own)
-        return True
+        return own
+
+    def _read(self, *, last: int | None = None, wait: bool = False) -> None:
+        for times in self.clock.read(last=last, wait=wait):
+            self._keep(times)
 
     def _begin_fetch(self) -> None:
         if self.clock.phase != "pause":  # validation gets batches too
@@ -328,11 +329,10 @@ class _Run:
         if self.clock.phase == "fetch":
             self.clock.begin("between")
 
-    def _watch_next(self) -> None:
-        """Watch the waits of the next step: of each on a CPU; on a GPU, where that takes events, of those before a log."""
-        following = self.step + 1
-        if not self._on_gpu or following % self._every == 0 or self.taken + 1 == _FIRST_LOGGED:
-            self.clock.watch()
+    def _end_update(self) -> None:
+        # Under manual optimisation, what comes after it may be another forward pass.
+        if self.clock.phase == "optimizer":
+            self.clock.begin("forward")
 
     def _keep(self, times: StepTimes) -> None:
         if times.number < _FIRST_COUNTED:

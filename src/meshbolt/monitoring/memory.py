@@ -164,7 +164,7 @@ _WHAT = {
     "parameters": ("This rank's parts of parameters", "after the step"),
     "gradients": (
         "Gradients, whole ones of a window too",
-        "when the last backward pass of the step begins or when the step of the optimizer does, the larger",
+        "when the last backward pass of the step begins or when its last update does, the larger",
     ),
     "optimizer": ("State of the optimizers, with copies of parameters that they update", "after the step"),
     "gathered": (
@@ -259,7 +259,7 @@ METRICS = (
         "The phase in which that was; null where it was in a step that is not logged.",
         "step_peak_phase of that step",
     ),
-    Metric("memory/peak_step", "number", "The step in which that was.", "number of the step of the optimizer, from 0"),
+    Metric("memory/peak_step", "number", "The step in which that was.", "Lightning's global_step when it began"),
     *_over_ranks("used", "In use after the step"),
     *_over_ranks("peak", "The most in use since the last log"),
     Metric(

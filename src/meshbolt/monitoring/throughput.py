@@ -37,7 +37,7 @@ METRICS = (
     Metric(
         "throughput/step_seconds",
         "seconds",
-        "Time of a step of the optimizer, with all its batches and their loading, without validation.",
+        "Time of a step, with all its batches and updates and their loading, without validation.",
         f"from the end of the step before to its own end, less validation; {_MEAN}",
     ),
     Metric(
@@ -74,7 +74,7 @@ METRICS = (
         "throughput/forward_seconds",
         "seconds",
         "Time of the forward passes with what they wait for; under a pipeline nobody can tell it from the backward's.",
-        f"from the batch's start to before_backward; {_MEAN}",
+        f"from the batch's start, or an update under manual optimisation, to before_backward or the batch's end; {_MEAN}",
     ),
     Metric(
         "throughput/backward_seconds",
@@ -92,8 +92,9 @@ METRICS = (
     Metric(
         "throughput/optimizer_seconds",
         "seconds",
-        "Part of a step: clipping and the optimizer's step, while they computed.",
-        f"from before_optimizer_step to the batch's end - what it waited for ranks or offloading; {_MEAN}",
+        "Part of a step: clipping and the updates of all optimizers, while they computed.",
+        "from before_optimizer_step to the batch's end, or that of the update under manual optimisation - what it waited for "
+        f"ranks or offloading; {_MEAN}",
     ),
     Metric(
         "throughput/offload_wait_seconds",

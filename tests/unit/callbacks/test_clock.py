@@ -42,6 +42,16 @@ def test_the_next_step_begins_where_one_ends() -> None:
     assert second.phases["between"] >= 0.02
 
 
+def test_later_steps_can_be_left_for_later() -> None:
+    clock = StepClock(torch.device("cpu"))
+    clock.begin("between")
+    for number in range(1, 4):
+        clock.end_step(number, None)
+    assert [step.number for step in clock.read(last=2)] == [1, 2]
+    assert clock.read(last=2) == []
+    assert [step.number for step in clock.read()] == [3]
+
+
 def test_waits_belong_to_the_phase_that_waited() -> None:
     clock = StepClock(torch.device("cpu"))
     clock.watch()

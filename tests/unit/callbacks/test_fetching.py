@@ -34,3 +34,14 @@ def test_listeners_come_and_go_in_any_order_and_nothing_stays_behind() -> None:
     assert vars(profiler) == before
     assert second.take() > 0
     assert second.take() == 0
+
+
+def test_updates_are_heard_of_when_they_are_over() -> None:
+    profiler, heard = PassThroughProfiler(), list[str]()
+    timer = FetchTimer(updated=lambda: heard.append("updated"))
+    with timer.listening(profiler):
+        profiler.start("optimizer_step")
+        assert heard == []
+        profiler.stop("optimizer_step")
+        profiler.stop("[Strategy]MeshStrategy.optimizer_step")
+    assert heard == ["updated"]

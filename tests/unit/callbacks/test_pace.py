@@ -8,6 +8,8 @@ import torch
 
 from meshbolt.callbacks.pace import Position, Speed, epoch_of, format_metrics, position_in_fit
 
+MANUAL = SimpleNamespace(automatic_optimization=False)
+
 
 def trainer(**changes: Any) -> Any:
     """What `position_in_fit` reads of a Trainer; the Trainer itself has no setters for it."""
@@ -18,7 +20,7 @@ def trainer(**changes: Any) -> Any:
         "accumulate_grad_batches": 1,
         "current_epoch": 1,
         "global_step": 12,
-        "optimizers": [None],
+        "lightning_module": SimpleNamespace(automatic_optimization=True),
     }
     return SimpleNamespace(**values | changes)
 
@@ -28,7 +30,8 @@ def trainer(**changes: Any) -> Any:
     [
         ({}, Position("step", 12, 30)),
         ({"accumulate_grad_batches": 2}, Position("batch", 12, 30)),
-        ({"optimizers": [None, None]}, Position("batch", 12, 30)),
+        ({"lightning_module": MANUAL}, Position("batch", 12, 30)),
+        ({"lightning_module": MANUAL, "max_steps": 20}, Position("update", 12, 20)),
         ({"max_steps": 20}, Position("step", 12, 20)),
         ({"max_steps": 20, "max_epochs": -1}, Position("step", 12, 20)),
         ({"max_steps": 20, "accumulate_grad_batches": 4}, Position("batch", 12, 30)),

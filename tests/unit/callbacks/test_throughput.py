@@ -142,6 +142,32 @@ def test_the_time_of_a_step_is_told_apart(tmp_path: Path) -> None:
     assert sum(value(last, f"{part}_seconds") for part in parts) == pytest.approx(value(last, "step_seconds"))
 
 
+def test_a_pass_behind_an_update_is_no_part_of_the_optimizer(tmp_path: Path) -> None:
+    class TwoUpdates(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            for _ in range(2):
+                time.sleep(STEP)
+                loss = self.out(self.embedding(batch[0])).square().mean()
+                self.manual_backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            time.sleep(2 * STEP)
+
+    monitor = ThroughputMonitor(every=6, flops=lambda _: 1.0)
+    records, _ = fit(tmp_path, TwoUpdates(), tokens(6), monitor)
+    assert [(each["step"], each["steps"]) for each in records] == [(6, 2), (12, 3)]
+    last = records[-1]
+    for part, steps in {"forward": 2, "optimizer": 4}.items():
+        assert steps * STEP <= value(last, f"{part}_seconds") < (steps + 1) * STEP, part
+
+
 def test_mfu_is_what_the_formula_says_over_the_time_and_the_peak(tmp_path: Path) -> None:
     dim, layers, length, batch, steps = 32, 3, 64, 4, 6
     module = ByteGPT(dim=dim, num_layers=layers, num_heads=2, max_length=length)

@@ -18,9 +18,9 @@ Everything that meshbolt's monitors log, by name, unit and formula. This page is
 what is not in it is not logged.
 
 Monitors are callbacks of the Trainer: `Trainer(callbacks=[ThroughputMonitor()])`, from `meshbolt.callbacks`. Each logs every
-`every=` steps of the optimizer, 10 by default, to whatever loggers the Trainer has, or none (`logger=False`), and always to
-records of its own: `meshbolt_records/rank_<rank>.jsonl` in the logger's directory of the run, else in `default_root_dir`, or
-where `directory=` says. A line is a JSON object:
+`every=` steps, 10 by default, to whatever loggers the Trainer has, or none (`logger=False`), and always to records of its own:
+`meshbolt_records/rank_<rank>.jsonl` in the logger's directory of the run, else in `default_root_dir`, or where `directory=`
+says. A line is a JSON object:
 
 ```json
 {"kind": "throughput", "step": 20, "time_seconds": 1764187200.5, "rank": 0, "run": "17641871", "values": {"throughput/mfu": 0.41}}
@@ -29,14 +29,23 @@ where `directory=` says. A line is a JSON object:
 `meshbolt.monitoring.read_records(directory)` yields the lines of all ranks in the order of their time, and `latest_run` keeps
 those of the last run in a directory. A value that is not known is null; numbers that JSON does not have are the texts "nan",
 "inf" and "-inf". If the module logs a metric of the same name, loggers get the module's, and that is said once.
+
+A **step** is the batches from one update of parameters to the next. With `accumulate_grad_batches` it is a window. Under manual
+optimisation it ends with a batch in which an optimizer has stepped, however often and however many of them: a batch of a GAN,
+with an update of each of its two networks, is one step, and so are four batches of which the last one updates. `every=`, all
+that is "of a step", and `steps` in a record count these. `step` in a record is Lightning's `global_step` at the end of that step,
+which counts each update by each optimizer, as `max_steps` and names of checkpoints do: it grows by two in a step of that GAN.
+
+What is brought together from all ranks takes one small sum over them, in the background, for each step that is logged, whichever
+monitors log it: of some twenty numbers, and five for each rank. A logger hears of all monitors' numbers of a step in one call
+(one row of a CSV file), when the sum is there.
 """
 
 ABOUT = {
     "throughput": """\
 Logged by `ThroughputMonitor`, first after the third step: the first step, which allocates and compiles, is in no number. All
 values but percentiles are of the whole run and the same on every rank; `own` beside them has this rank's times. Ranks that
-share a batch (by `tensor_parallel` or `pipeline_parallel`) count it once, a step is all batches of its window, and validation is
-not in it. For each log there is one sum of some twenty numbers over all ranks, in the background.
+share a batch (by `tensor_parallel` or `pipeline_parallel`) count it once, and validation is not in a step.
 
 On a GPU times are events in its stream, read one step later or when they are there: nothing waits for the device. What other
 work hides does not count as waiting: `data_wait_seconds` is time in which the stream was idle while a batch was not there, or
@@ -81,8 +90,8 @@ Logged by `OffloadMonitor`, by each rank of itself: see [offload.md](offload.md#
 what updates have taken and put, the same in every step; bytes per second are of what was on its way meanwhile.
 """,
     "communication": """\
-Logged by `CommunicationMonitor`: of this rank, per step of the optimizer, without validation; loggers get rank 0's. `rows` beside
-them is a table of what came since the last log (`steps` of them): for each axis of the mesh and collective its calls, `bytes` of
+Logged by `CommunicationMonitor`: of this rank, per step, without validation; loggers get rank 0's. `rows` beside them is a
+table of what came since the last log (`steps` of them): for each axis of the mesh and collective its calls, `bytes` of
 the larger side (what a gather returns, what a scatter is given, else what is sent), `seconds` from the call to the end of the
 wait for it, `exposed_seconds` of these in the wait, `bytes_per_second`, and `ceiling_bytes_per_second`: what the same collective
 had over this axis with nothing beside it, measured before the first step (`ceiling=False` leaves that out). What is hidden behind
