@@ -34,6 +34,15 @@ class Schedule(LRScheduler):
         """Return the rate of each group now."""
         return list(self.rates(self.last_epoch - 1))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a state that this class has returned, or DeepSpeed's schedule of the name."""
+        if set(state_dict) != {"last_batch_iteration"}:
+            super().load_state_dict(state_dict)
+            return
+        self.last_epoch = int(state_dict["last_batch_iteration"]) + 1
+        self._step_count = self.last_epoch + 1
+        self._last_lr = self.get_lr()
+
     def _each(self, name: str, value: Any) -> list[float]:
         """Return one value for each group, of a number or a list."""
         values = list(value) if isinstance(value, (list, tuple)) else [value] * len(self.optimizer.param_groups)

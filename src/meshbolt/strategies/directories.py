@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from meshbolt.checkpoint import TensorInfo, load_objects, load_tensors, open_tensors, saved_tensors
 from meshbolt.checkpoint.agreement import Ranks
 from meshbolt.checkpoint.chunks import bytes_of
+from meshbolt.checkpoint.deepspeed import DeepSpeedCheckpoint
 from meshbolt.checkpoint.optimizers import OWN, owners_in
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.collectives import agree_on_error
@@ -50,6 +51,7 @@ class LoadInto:
             but for descriptions in the places of tensors.
         leave_out: entries at the top of the tree that are not read.
         resumes: it is read for a run that goes on where the saved one goes back to, such as the beginning of a window.
+        of_deepspeeds: makes the tree of what DeepSpeed has saved; None: nothing here is loaded from such a directory.
         state_moves: the state of optimizers is copied to another place next; it stays in the checkpoint till then, and its
             tensors are read when they are used.
     """
@@ -59,6 +61,7 @@ class LoadInto:
     check: Callable[[Loaded], object] = _nothing_to_check
     leave_out: frozenset[str] = field(default=frozenset())
     resumes: bool = False
+    of_deepspeeds: Callable[[DeepSpeedCheckpoint], dict[str, Any]] | None = None
     state_moves: bool = False
 
 
@@ -73,7 +76,8 @@ class Loaded:
         random_state: of this rank's data-parallel coordinate, or of the first one where the numbers of them differ;
             empty if none was saved.
         same_ranks: whether as many data-parallel coordinates have saved it as load it.
-        is_file: whether it is a single file, which Lightning may have to bring up to date before it is compared.
+        is_file: whether it is a single file or a directory of DeepSpeed's, which Lightning may have to bring up to date before
+            it is compared.
     """
 
     tree: dict[str, Any]

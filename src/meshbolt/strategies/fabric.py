@@ -27,6 +27,7 @@ from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.announcing import say_what_is_offloaded
 from meshbolt.strategies.compat import BackwardSyncControl, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
+from meshbolt.strategies.deepspeeds import is_deepspeeds, tree_for_fabric
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
 from meshbolt.strategies.examples import example_of
@@ -317,6 +318,15 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             in_background=True,
         )
 
+    def after_save(self, action: Callable[[], None], *, makes: str) -> None:
+        """Do something on rank 0, once the checkpoint that was saved last is whole, and never if it fails.
+
+        Args:
+            action: without collectives.
+            makes: the path of what it makes.
+        """
+        self._saving.after(action, makes=makes)
+
     @override
     def load_checkpoint(
         self,
@@ -328,8 +338,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         """Read a checkpoint into modules, optimizers and other objects, in place.
 
         Args:
-            path: of a directory, or of a single file that torch.save has written.
-            state: what to read into, under the keys it was saved with; or, for a file of a state dict, one module.
+            path: of a directory, of one that DeepSpeed has written, or of a single file that torch.save has written.
+            state: what to read into, under the keys it was saved with; or, for a file of a state dict, one module. Of DeepSpeed's
+                a module, an optimizer and a scheduler under any keys, or one of them alone.
             strict: refuse any difference.
             weights_only: as `torch.load` has it.
 
@@ -341,6 +352,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             content = self._load(place, LoadInto(), weights_only=weights_only).tree
             self._load_objects({"": state}, Loaded(tree={"": content}), strict=strict)
             return {}
+        if isinstance(state, (nn.Module, Optimizer)) and is_deepspeeds(place, group=self._control_group):
+            return self.load_checkpoint(place, {"": state}, strict=strict, weights_only=weights_only)
         if not isinstance(state, MutableMapping):
             raise CheckpointError(
                 f"{place} cannot be read into {type(state).__name__}. Give the path of a checkpoint directory and a dictionary "
@@ -363,6 +376,11 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             weights=weights,
             parameters=owners,
             check=lambda loaded: self._check(state, loaded, strict=strict),
+            of_deepspeeds=lambda opened: tree_for_fabric(
+                opened,
+                {key: behind_entry(each) if isinstance(each, nn.Module) else each for key, each in state.items()},
+                {key: self._names(each) for key, each in state.items() if isinstance(each, Optimizer)},
+            ),
         )
 
     def _check(self, state: Mapping[str, Any], loaded: Loaded, *, strict: bool) -> str:
@@ -370,7 +388,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         missing = sorted(set(state) - set(loaded.tree))
         if strict and missing:
             raise CheckpointError(
-                f"The checkpoint does not hold {missing}; it holds {sorted(loaded.tree)}. Leave them out, or use strict=False."
+                f"The checkpoint does not hold {missing}; it holds {sorted(loaded.tree)}. Leave them out (of an engine's "
+                "load_checkpoint by load_optimizer_states=False or load_lr_scheduler_states=False), or use strict=False."
             )
         lists = ""
         for key, saved in loaded.tree.items():
@@ -436,7 +455,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
     def _engine_of(self, optimizer: Optimizer) -> Engine:
         """Return the engine whose shards an optimizer trains."""
-        first = optimizer.param_groups[0]["params"][0]
+        first = next((parameter for group in optimizer.param_groups for parameter in group["params"]), None)
         for engine in self._engines.values():
             if any(first is parameter for parameter in engine.parameters_by_name.values()):
                 return engine

@@ -15,8 +15,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
+from meshbolt.deepspeed_json.schedules import Schedule
 from meshbolt.engine.state import check_optimizer_state
 from meshbolt.errors import CheckpointError, ConfigError
+
+# The state of DeepSpeed's own schedules.
+_DEEPSPEEDS = "last_batch_iteration"
 
 
 def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup | None) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def check_training_state(
     optimizers: Sequence[Optimizer],
     names: Mapping[nn.Parameter, str],
     *,
-    schedulers: int,
+    schedulers: Sequence[Any],
     max_epochs: int | None = None,
     regrouped: Collection[int] = (),
 ) -> None:
@@ -111,7 +115,7 @@ def check_training_state(
         checkpoint: Lightning's dictionary.
         optimizers: this run's, made on the sharded parameters.
         names: of all parameters.
-        schedulers: how many of them this run has.
+        schedulers: this run's.
         max_epochs: after which this run ends; -1 or None for no such number.
         regrouped: numbers of the optimizers that take their groups from the checkpoint.
 
@@ -128,13 +132,14 @@ def check_training_state(
     saved = checkpoint["optimizer_states"]
     for what, there, here in (
         ("optimizer", len(saved), len(optimizers)),
-        ("learning rate scheduler", len(checkpoint["lr_schedulers"]), schedulers),
+        ("learning rate scheduler", len(checkpoint["lr_schedulers"]), len(schedulers)),
     ):
         if there != here:
             raise CheckpointError(
                 f"The checkpoint has the state of {there} {what}s, this run has {here}. Configure as many as when it was "
                 "written, or load only the weights."
             )
+    check_schedules(checkpoint["lr_schedulers"], schedulers)
     done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
     if max_epochs not in (None, -1) and done > max_epochs:
         raise ConfigError(
@@ -143,6 +148,25 @@ def check_training_state(
         )
     for number, (optimizer, state) in enumerate(zip(optimizers, saved, strict=True)):
         check_optimizer_state(optimizer, state, names, regrouped=number in regrouped)
+
+
+def check_schedules(saved: Sequence[Mapping[str, Any]], schedulers: Sequence[Any]) -> None:
+    """Check that the state of DeepSpeed's own schedules goes to such schedules: others would take no notice of it.
+
+    Args:
+        saved: the state of each.
+        schedulers: of this run.
+
+    Raises:
+        CheckpointError: one is another.
+    """
+    for state, scheduler in zip(saved, schedulers, strict=False):
+        if set(state) == {_DEEPSPEEDS} and not isinstance(scheduler, Schedule):
+            raise CheckpointError(
+                "The checkpoint has the state of one of DeepSpeed's own learning rate schedules, and this run's "
+                f"is {type(scheduler).__name__}, which cannot go on from it. Use that schedule, such as "
+                "meshbolt.deepspeed.WarmupLR, or load only the weights."
+            )
 
 
 def without_training_state(checkpoint: Mapping[str, Any], *, states_of: Collection[type]) -> dict[str, Any]:

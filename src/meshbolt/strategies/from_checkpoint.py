@@ -5,18 +5,22 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 
-from meshbolt.checkpoint.lazy import LazyTensor, read_all
+from meshbolt.checkpoint.deepspeed import is_deepspeed, open_deepspeed
+from meshbolt.checkpoint.directory import is_remote
+from meshbolt.checkpoint.lazy import read_all
 from meshbolt.checkpoint.optimizers import OWN
 from meshbolt.checkpoint.reader import CheckpointReader
-from meshbolt.compat import tree_leaves
+from meshbolt.compat import StoredTensor, tree_leaves
 from meshbolt.errors import CheckpointError, ConfigError
 from meshbolt.strategies.compat import built_from
+from meshbolt.strategies.deepspeeds import renaming
 from meshbolt.strategies.directories import left_out_of
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -42,7 +46,8 @@ def load_from_checkpoint(
 
     Args:
         module_class: the LightningModule's class.
-        path: the checkpoint's directory, or a file of Lightning's, which goes to Lightning's own method.
+        path: the checkpoint's directory, a directory that DeepSpeed has written, or a file of Lightning's, which goes to
+            Lightning's own method.
         map_location: the device that the module is moved to; None for the CPU.
         strict: refuse weights that the module does not have, and parameters that the checkpoint does not have; None for
             what the module's `strict_loading` says. Of a tied parameter one of the names is enough.
@@ -69,23 +74,25 @@ def load_from_checkpoint(
             f"hparams_file={overrides['hparams_file']!r} is for files of Lightning's; a checkpoint directory has the "
             "hyperparameters in it. Give those that differ as arguments: load_from_checkpoint(Model, path, width=8)."
         )
-    with CheckpointReader(path) as reader:
-        lazy = reader.tree(weights_only=weights_only)
+    with ExitStack() as stack:
+        name, lazy, renames = _opened(path, weights_only=weights_only, closing=stack)
         # What a constructor or a hook may keep is read; moments, which nobody keeps, are not.
         checkpoint = {key: value if key in _LEFT_LAZY else read_all(value) for key, value in lazy.items()}
         left_out = left_out_of("state_dict", checkpoint.pop(OWN, {}))
         if not isinstance(checkpoint.get("state_dict"), Mapping):
             raise CheckpointError(
-                f"Checkpoint {reader.name!r} has no 'state_dict', so that no Trainer has saved it. Its entries: "
+                f"Checkpoint {name!r} has no 'state_dict', so that no Trainer has saved it. Its entries: "
                 f"{', '.join(sorted(map(str, checkpoint)))}. Read one that Fabric saved with fabric.load."
             )
+        if renames:
+            checkpoint["state_dict"] = _renamed(module_class, checkpoint, overrides)
         try:
             module = built_from(module_class, checkpoint, strict=strict, overrides=overrides)
         except RuntimeError as error:
             if _REFUSED_BY_TORCH not in str(error):
                 raise
             refusal = CheckpointError(
-                f"Checkpoint {reader.name!r} does not fit {module_class.__name__}. {error}\nBuild the module as it was when it "
+                f"Checkpoint {name!r} does not fit {module_class.__name__}. {error}\nBuild the module as it was when it "
                 "was saved, or load what fits with strict=False."
             )
         else:
@@ -97,11 +104,32 @@ def load_from_checkpoint(
         return _whole(again).to(device)
 
 
+def _opened(
+    path: str | os.PathLike[str], *, weights_only: bool | None, closing: ExitStack
+) -> tuple[str, dict[str, Any], bool]:
+    """Return a checkpoint's name, what it holds, and whether its weights may be those of an attribute of the module."""
+    if not is_remote(path) and is_deepspeed(path):
+        opened = open_deepspeed(path, weights_only=weights_only is not False)
+        return opened.name, opened.as_lightning(), not opened.is_lightnings
+    reader = closing.enter_context(CheckpointReader(path))
+    return reader.name, reader.tree(weights_only=weights_only), False
+
+
+def _renamed(
+    module_class: type[pl.LightningModule], checkpoint: dict[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return weights that an engine of DeepSpeed's has saved, under the names that a module has them."""
+    saved = checkpoint["state_dict"]
+    module = _forgiving(module_class, checkpoint, overrides)
+    name_of = str if module is None else renaming(saved, module, within=True)
+    return {name_of(name): value for name, value in saved.items()}
+
+
 def _whole(module: Module) -> Module:
     """Read what parts of a module have kept of the checkpoint, instead of copying it, while it can be read."""
     for child in module.modules():
         for name, value in list(vars(child).items()):
-            if any(isinstance(leaf, LazyTensor) for leaf in tree_leaves(value)):
+            if any(isinstance(leaf, StoredTensor) for leaf in tree_leaves(value)):
                 vars(child)[name] = read_all(value)
     return module
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -24,6 +24,7 @@ from meshbolt.errors import CheckpointError, MeshboltError
 from meshbolt.plugins import MeshCheckpointIO
 from meshbolt.strategies.agreements import Agreement
 from meshbolt.strategies.checks import mesh_io_inside
+from meshbolt.strategies.deepspeeds import is_deepspeeds, read_deepspeed
 from meshbolt.strategies.directories import Loaded, LoadInto, ToSave, load_tree, savable
 from meshbolt.strategies.files import agree_on_path, load_file
 
@@ -213,6 +214,18 @@ class Saving:
         else:
             self._saver.follow(lambda: make_link(path, to=to), makes=path)
 
+    def after(self, action: Callable[[], None], *, makes: str) -> None:
+        """Do something once the checkpoint that was saved last is whole, on rank 0, and never if it fails.
+
+        Args:
+            action: without collectives.
+            makes: the path of what it makes.
+        """
+        if self._saver is None:
+            action()
+        else:
+            self._saver.follow(action, makes=makes)
+
     # What the plugin calls --------------------------------------------------------------------------------------------
 
     def write(self, checkpoint: Mapping[str, Any], path: str) -> None:
@@ -232,7 +245,7 @@ class Saving:
         self._saver.save(path, **what)
 
     def read(self, path: str, *, weights_only: bool | None) -> dict[str, Any]:
-        """Read a checkpoint directory, or a plain Lightning file to be divided among the ranks; on every rank."""
+        """Read a checkpoint directory, a directory of DeepSpeed's, or a file of Lightning's, to be divided among the ranks."""
         if self._plan is None:
             raise AssertionError("A checkpoint was read before the ranks were connected.")
         self._meet(path)
@@ -241,6 +254,8 @@ class Saving:
             content = load_file(path, weights_only=weights_only, group=self._group)
             self._loaded = Loaded(tree=content, is_file=True)
             agree_on_error(lambda: self._into.check(self._loaded), group=self._group)
+        elif is_deepspeeds(path, group=self._group):
+            self._loaded = read_deepspeed(path, self._into, weights_only=weights_only, group=self._group)
         else:
             self._loaded = load_tree(path, self._into, weights_only=weights_only, plan=self._plan, group=self._group)
         return self._loaded.tree

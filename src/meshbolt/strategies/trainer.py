@@ -30,6 +30,7 @@ from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import look_before_dividing, plain_optimizer, trainer_of
 from meshbolt.strategies.core import MeshCore
+from meshbolt.strategies.deepspeeds import tree_for_trainer
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import redirect_entries
 from meshbolt.strategies.examples import example_of_run
@@ -405,6 +406,9 @@ class MeshStrategy(OwnProgress, AfterExceptions, DeepSpeedSettings, MeshCore, Pa
             check=check,
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
             resumes=self._resumes,
+            of_deepspeeds=lambda opened: tree_for_trainer(
+                opened, self.engine, self.optimizers if self._resumes else (), precision=self.precision_plugin
+            ),
         )
 
     def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any], *, strict: bool) -> str:
@@ -422,7 +426,7 @@ class MeshStrategy(OwnProgress, AfterExceptions, DeepSpeedSettings, MeshCore, Pa
                 checkpoint,
                 self.optimizers,
                 {parameter: name for name, parameter in self.engine.parameters_by_name.items()},
-                schedulers=len(self.lr_scheduler_configs),
+                schedulers=[config.scheduler for config in self.lr_scheduler_configs],
                 max_epochs=module.trainer.max_epochs,
                 regrouped=optimizers_regrouped_by(checkpoint, module.trainer),
             )

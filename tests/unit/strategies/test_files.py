@@ -25,7 +25,7 @@ def checkpoint(*, optimizers: int = 1, schedulers: int = 0) -> dict[str, Any]:
 
 
 def check(saved: dict[str, Any], *, max_epochs: int | None = None) -> None:
-    check_training_state(saved, [torch.optim.SGD([WEIGHT], lr=0.1)], NAMES, schedulers=0, max_epochs=max_epochs)
+    check_training_state(saved, [torch.optim.SGD([WEIGHT], lr=0.1)], NAMES, schedulers=(), max_epochs=max_epochs)
 
 
 def test_a_checkpoint_that_fits_passes() -> None:

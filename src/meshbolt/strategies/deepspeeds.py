@@ -1,0 +1,218 @@
+"""A directory that DeepSpeed has written in the place of a checkpoint of ours: what it holds, under this run's names.
+
+The tensors stay in their files; each rank reads of them what its shards need, when it needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from meshbolt.checkpoint.deepspeed import DeepSpeedCheckpoint, is_deepspeed, open_deepspeed
+from meshbolt.checkpoint.directory import is_remote
+from meshbolt.collectives import agree_on_error, same_on_all_ranks
+from meshbolt.engine import Engine
+from meshbolt.errors import CheckpointError
+from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.directories import Loaded, LoadInto
+from meshbolt.strategies.files import check_schedules
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def is_deepspeeds(path: str, *, group: dist.ProcessGroup | None) -> bool:
+    """Return whether a path is a directory that DeepSpeed has written; a collective of all ranks.
+
+    Args:
+        path: the same on every rank.
+        group: of all ranks, for tensors on the CPU.
+
+    Raises:
+        CheckpointError: it is for some ranks, and for others it is not; on every rank.
+    """
+    same, found = same_on_all_ranks(not is_remote(path) and is_deepspeed(path), group=group)
+    if not same:
+        kinds = ["a checkpoint of DeepSpeed's" if there else "something else, or nothing" for there in found]
+        raise CheckpointError(
+            f"{path} is not the same on all ranks: {kinds} by rank. Put it on a file system that all ranks share."
+        )
+    return bool(found[0])
+
+
+def read_deepspeed(path: str, into: LoadInto, *, weights_only: bool | None, group: dist.ProcessGroup | None) -> Loaded:
+    """Return what a directory of DeepSpeed's holds; its tensors are whole, and in its files.
+
+    Args:
+        path: the same on every rank.
+        into: what it is read for.
+        weights_only: False builds objects of any class, which runs code from the files; else plain data only.
+        group: of all ranks, for tensors on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read, or is another one for other ranks; on every rank.
+        Exception: what `into.check` raises; likewise.
+    """
+    found: list[Loaded] = []
+    seen: list[tuple[Any, ...]] = []
+
+    def read() -> None:
+        opened = open_deepspeed(path, weights_only=weights_only is not False)
+        seen.append((opened.tag, opened.global_steps, sorted(opened.weights)))
+        if into.of_deepspeeds is None:
+            raise CheckpointError(
+                f"{path} was written by DeepSpeed. Give a module, an optimizer, or a dictionary of them."
+            )
+        found.append(Loaded(tree=into.of_deepspeeds(opened), is_file=True))
+
+    agree_on_error(read, group=group)
+    same, saves = same_on_all_ranks(seen[0], group=group)
+    if not same:
+        raise CheckpointError(
+            f"{path} is not the same on all ranks: {[f'{tag} after {steps} steps' for tag, steps, _ in saves]} by rank. It was "
+            "saved to at this moment, in which case load again, or the machines do not share the file system."
+        )
+    agree_on_error(lambda: into.check(found[0]), group=group)
+    return found[0]
+
+
+def tree_for_trainer(
+    opened: DeepSpeedCheckpoint, engine: Engine, optimizers: Sequence[Optimizer], *, precision: MeshPrecision
+) -> dict[str, Any]:
+    """Return Lightning's dictionary of what DeepSpeed has saved, under Lightning or without it.
+
+    Args:
+        opened: the checkpoint.
+        engine: of this run's module, with nothing gathered.
+        optimizers: of this run; those of a run that goes on take the saved state, and without any it is left out.
+        precision: of this run.
+    """
+    tree: dict[str, Any] = opened.as_lightning()
+    renamed = renaming(tree["state_dict"], engine.module, within=not opened.is_lightnings)
+    tree["state_dict"] = {renamed(name): value for name, value in tree["state_dict"].items()}
+    states = tree.pop("optimizer_states", [])
+    if optimizers:
+        names = {parameter: name for name, parameter in engine.parameters_by_name.items()}
+        own = [*optimizers[: len(states)], *[None] * (len(states) - len(optimizers))]
+        tree["optimizer_states"] = [
+            _arranged(_renamed(state, renamed), optimizer, names) for state, optimizer in zip(states, own, strict=True)
+        ]
+    if opened.loss_scaler is not None:
+        tree[type(precision).__qualname__] = opened.loss_scaler.as_state()
+    return tree
+
+
+def tree_for_fabric(
+    opened: DeepSpeedCheckpoint, state: Mapping[str, Any], names: Mapping[str, Mapping[nn.Parameter, str]]
+) -> dict[str, Any]:
+    """Return what DeepSpeed has saved under the keys of those who take it; beside them the caller's entries and its counters.
+
+    Args:
+        opened: the checkpoint.
+        state: what is loaded into: the user's module, its optimizer, its scheduler.
+        names: for each key of an optimizer, of all its module's parameters.
+
+    Raises:
+        CheckpointError: there are two of a kind, and DeepSpeed saves one.
+    """
+    module = next((each for each in state.values() if isinstance(each, nn.Module)), nn.Module())
+    renamed = renaming(opened.weights, module, within=False)
+    tree: dict[str, Any] = {**{key: getattr(opened, key) for key in _COUNTERS}, **opened.client_state}
+    taken: dict[str, str] = {}
+    for key, target in state.items():
+        what, value = _for(target, opened, names.get(key, {}), renamed)
+        if what in taken:
+            raise CheckpointError(
+                f"{opened.name} was written by DeepSpeed, which saves one {what}, and {taken[what]!r} and {key!r} are both given "
+                f"to take it. Leave one of them out, or load it from another checkpoint."
+            )
+        if what:
+            taken[what] = key
+            tree.pop(key, None)
+        if value is not None:
+            tree[key] = value
+    return tree
+
+
+def _for(
+    target: Any, opened: DeepSpeedCheckpoint, names: Mapping[nn.Parameter, str], renamed: Callable[[str], str]
+) -> tuple[str, Any]:
+    """Return what kind of thing takes a part of the checkpoint, or "", and that part; None where there is none."""
+    if isinstance(target, nn.Module):
+        return "module", {renamed(name): value for name, value in opened.weights.items()}
+    if isinstance(target, Optimizer):
+        return "optimizer", opened.optimizer and _arranged(_renamed(opened.optimizer, renamed), target, names)
+    if isinstance(target, LRScheduler):
+        check_schedules([opened.scheduler or {}], [target])
+        return "learning rate scheduler", opened.scheduler
+    if isinstance(target, MeshPrecision):
+        return "loss scale", {} if opened.loss_scaler is None else opened.loss_scaler.as_state()
+    return "", None
+
+
+def renaming(saved: Collection[str], module: nn.Module, *, within: bool) -> Callable[[str], str]:
+    """Return what gives a saved name as this run's module has it.
+
+    Args:
+        saved: names of weights.
+        module: of this run.
+        within: the module that was saved may be an attribute of this one.
+    """
+    own = module.state_dict()
+    # Layers of a pipeline that share weights stand in files under their numbers.
+    tied: Mapping[str, str] = getattr(module, "tied_prefixes", {})
+    before = "" if not within or any(name in own for name in saved) else _attribute(saved, own)
+
+    def renamed(name: str) -> str:
+        if name in own:
+            return name
+        first = next((prefix for prefix in tied if name.startswith(prefix)), None)
+        known = name if first is None else f"{tied[first]}{name.removeprefix(first)}"
+        return f"{before}{known}"
+
+    return renamed
+
+
+def _attribute(saved: Collection[str], own: Collection[str]) -> str:
+    """Return the name of the attribute whose weights these are, with a dot; empty where there is none, or several."""
+    first = next(iter(saved), "")
+    before = {name.removesuffix(first) for name in own if name.endswith(f".{first}")}
+    fitting = [each for each in before if all(f"{each}{name}" in own for name in saved)]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _renamed(state: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[str, Any]:
+    """Return an optimizer's state with other names; numbers stay."""
+
+    def named(key: Any) -> Any:
+        return renamed(key) if isinstance(key, str) else key
+
+    groups = [{**group, "params": [named(key) for key in group["params"]]} for group in state["param_groups"]]
+    return {**state, "state": {named(key): value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def _arranged(
+    state: Mapping[str, Any], optimizer: Optimizer | None, names: Mapping[nn.Parameter, str]
+) -> dict[str, Any]:
+    """Return an optimizer's state with each group in the order of this run's, as far as they have the same parameters.
+
+    DeepSpeed keeps no order that anybody can see, and leaves frozen parameters out of its groups.
+
+    Args:
+        state: by name.
+        optimizer: of this run; None: there is none, and nothing is arranged.
+        names: of all parameters.
+    """
+    groups = state["param_groups"]
+    own = [] if optimizer is None else optimizer.param_groups
+    arranged = []
+    for theirs, ours in zip(groups, own if len(own) == len(groups) else [{}] * len(groups), strict=True):
+        order = [names[parameter] for parameter in ours.get("params", ())]
+        frozen = {names[parameter] for parameter in ours.get("params", ()) if not parameter.requires_grad}
+        same = set(order) - frozen == set(theirs["params"]) - frozen
+        arranged.append({**theirs, "params": order} if same and order else theirs)
+    return {**state, "param_groups": arranged}
