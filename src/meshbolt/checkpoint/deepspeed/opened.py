@@ -189,7 +189,13 @@ def _find(layout: Layout, models: Models, *, weights_only: bool) -> _Found:
         if (first_config.get("zero_optimization") or {}).get("round_robin_gradients"):
             raise CheckpointError(_MIXED_UP)
         trained, common = trained_universal(layout.universal, _shapes_of_all(models), weights_only=weights_only)
-        return _Found(kind="universal", stage=stage_of(common), trained=trained, saved=common)
+        lost = sorted(models.buffers - models.state.keys())
+        notes = (
+            f"Buffers ({', '.join(lost[:3])}) are in no file: DeepSpeed's converter leaves out those of a pipeline.",
+        )
+        return _Found(
+            kind="universal", stage=stage_of(common), trained=trained, saved=common, notes=notes if lost else ()
+        )
     if layout.optimizers:
         return _in_parts(layout, models, weights_only=weights_only)
     kind = "pipeline" if layout.layers else "plain"

@@ -31,36 +31,51 @@ def layer_weights(
         CheckpointError: a file cannot be read.
     """
     found: dict[str, torch.Tensor] = {}
-    guessed = []
+    unclear = []
     for number in sorted(layers):
         state = read_file(layers[number], weights_only=weights_only)
-        prefix = _prefix_of(number, state, known)
-        if prefix is None:
-            guessed.append(number)
-            prefix = f"{number}."
+        prefixes = _prefixes_of(number, state, known=known, found=found)
+        if len(prefixes) > 1:
+            # What is trained is in the optimizer's files under its name.
+            state = {key: value for key, value in state.items() if f"{prefixes[0]}{key}" not in known}
+            unclear += [number] if state else []
+        prefix = prefixes[0] if len(prefixes) == 1 else f"{number}."
         found |= {f"{prefix}{key}": value for key, value in state.items() if f"{prefix}{key}" not in found}
     notes: tuple[str, ...] = ()
-    if known and guessed:
+    if unclear:
         notes = (
-            f"Layers {guessed} are tied ones, and no file tells which: their weights are under their numbers. Rename them, or "
-            "load with strict=False.",
+            f"Layers {unclear} are tied ones, and no file tells which of several alike: in the place of tied_modules.<key> their "
+            "names have the number.",
         )
     return found, notes
 
 
-def _prefix_of(number: int, state: Mapping[str, Any], known: Mapping[str, tuple[int, ...] | None]) -> str | None:
-    """Return what a layer's names have before them; None where that is not known."""
-    if not state or not known or any(f"{number}.{key}" in known for key in state):
-        return f"{number}."
-    tied = {name.removeprefix(_TIED).split(".")[0] for name in known if name.startswith(_TIED)}
-    fitting = [key for key in sorted(tied) if _fits(state, known, prefix=f"{_TIED}{key}.")]
-    return f"{_TIED}{fitting[0]}." if len(fitting) == 1 else None
+def _prefixes_of(
+    number: int,
+    state: Mapping[str, Any],
+    *,
+    known: Mapping[str, tuple[int, ...] | None],
+    found: Mapping[str, torch.Tensor],
+) -> list[str]:
+    """Return what a layer's names can have before them."""
+    own = f"{number}."
+    if any(f"{own}{key}" in known for key in state):
+        return [own]
+    keys = dict.fromkeys(name.removeprefix(_TIED).split(".")[0] for name in known if name.startswith(_TIED))
+    fitting = [f"{_TIED}{key}." for key in keys if _fits(state, known, prefix=f"{_TIED}{key}.")]
+    # A layer that nobody trains has no names in other files, and may look like a tied one.
+    return [each for each in fitting if _is_same(state, found, prefix=each)] or [own]
 
 
 def _fits(state: Mapping[str, Any], known: Mapping[str, tuple[int, ...] | None], *, prefix: str) -> bool:
     """Return whether known names under a prefix are all in a layer, in the same shapes."""
     inner = {name.removeprefix(prefix): shape for name, shape in known.items() if name.startswith(prefix)}
     return all(name in state and shape in (None, tuple(state[name].shape)) for name, shape in inner.items())
+
+
+def _is_same(state: Mapping[str, Any], found: Mapping[str, torch.Tensor], *, prefix: str) -> bool:
+    """Return whether what was found under a prefix, if anything, is what a layer has."""
+    return all(torch.equal(found[f"{prefix}{key}"], value) for key, value in state.items() if f"{prefix}{key}" in found)
 
 
 def tied_first(names: Collection[str]) -> list[str]:

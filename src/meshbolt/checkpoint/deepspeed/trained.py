@@ -126,9 +126,14 @@ def _trained_in_rows(shapes: Sequence[Shapes], ranks: Sequence[Mapping[str, Any]
     base = ranks[0][_BASE]
     settings = [dict(group) for group in base["param_groups"]] if isinstance(base, Mapping) else None
     found = Trained(groups=settings)
+    paddings = ranks[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+    if [len(each) for each in paddings] != [len(group) for group in shapes] or len(ranks[0][_ROWS]) != len(shapes):
+        raise CheckpointError(
+            f"its optimizer files have {len(ranks[0][_ROWS])} groups of {[len(each) for each in paddings]} parameters, and the "
+            f"model's file has groups of {[len(group) for group in shapes]}: they are of different saves"
+        )
     for number, group in enumerate(shapes):
-        paddings = ranks[0].get("param_alignment_paddings")
-        places = list(_one_after_another(group, paddings=paddings[number] if paddings else [0] * len(group)))
+        places = list(_one_after_another(group, paddings=paddings[number]))
         parts = [_part_of(rank, number) for rank in ranks]
         _take(found, places, [parts])
         if found.groups is not None:

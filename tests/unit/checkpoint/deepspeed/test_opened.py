@@ -229,6 +229,31 @@ def test_a_pipeline_is_read_under_the_names_of_its_module(world: int, tmp_path: 
     ]
 
 
+def test_a_frozen_layer_that_looks_like_a_tied_one_keeps_its_number(tmp_path: Path) -> None:
+    first, second = stages()
+    first.frozen = {"2.weight": torch.randn(6, 4)}
+    write_pipeline(
+        tmp_path, [first, second], {0: "tied_modules.words.", 1: "1.", 2: "2.", 3: "3.", 4: "tied_modules.words."}
+    )
+    opened = open_deepspeed(tmp_path)
+    assert_same(values(opened.weights), {**first.weights(), **second.weights()})
+    assert opened.notes == ()
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_of_tied_layers_that_are_alike_only_what_is_not_trained_is_unclear(counts: bool, tmp_path: Path) -> None:
+    shapes = [{"tied_modules.one.weight": (3, 3), "tied_modules.two.weight": (3, 3), "2.weight": (2, 3)}]
+    both = [trained(shapes), trained([{"3.weight": (3, 2)}])]
+    if counts:
+        both[0].frozen = {f"tied_modules.{key}.count": torch.ones(1) for key in ("one", "two")}
+    write_pipeline(tmp_path, both, {0: "tied_modules.one.", 1: "tied_modules.two.", 2: "2.", 3: "3."})
+    opened = open_deepspeed(tmp_path)
+    trained_ones = {"tied_modules.one.weight", "tied_modules.two.weight", "2.weight", "3.weight"}
+    assert opened.weights.keys() == (trained_ones | {"0.count", "1.count"} if counts else trained_ones)
+    assert bool(opened.notes) == counts
+    assert not counts or "Layers [0, 1] are tied ones, and no file tells which" in opened.notes[0]
+
+
 def test_a_pipeline_without_zero_is_read_in_the_order_of_its_layers(tmp_path: Path) -> None:
     both = [
         trained([{"0.weight": (6, 4), "1.weight": (4, 4)}, {"1.bias": (4,)}], dtype=torch.float32),
