@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -71,7 +72,20 @@ def typed_errors(parser: jsonargparse.ArgumentParser, *, around: Around = plainl
             )
             parser.add_instantiator(build, object)
             yield
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
         if refusals:
             raise refusals[-1] from None
+        if (refusal := _cause(error)) is not None:
+            raise refusal from None
         raise
+
+
+def _cause(error: BaseException) -> MeshboltError | None:
+    """Return the error of ours that another came from; a function that makes an object goes through no instantiator.
+
+    jsonargparse raises from the first of the errors that it met, and keeps the others in a list of its innermost frame.
+    """
+    met: list[Any] = [error.__cause__]
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        met += [each for value in frame.f_locals.values() if isinstance(value, list) for each in value]
+    return next((each for each in met if isinstance(each, MeshboltError)), None)

@@ -16,14 +16,17 @@ from meshbolt.cli.strategy import check_strategy_name
 from meshbolt.config import Plan, Settings, resolve
 from meshbolt.config.load import Loaded
 from meshbolt.config.schema import PLAIN_FIELDS
+from meshbolt.deepspeed_json.effective import origin_of
+from meshbolt.deepspeed_json.translate import Translation
 from meshbolt.environment import DEBUG, FAST_PATH
 from meshbolt.errors import ConfigError, did_you_mean
 from meshbolt.plugins import MeshPrecision
 from meshbolt.precision import PrecisionPolicy, precision_policy
 from meshbolt.strategies import PRESETS, MeshStrategy
+from meshbolt.strategies.from_deepspeed import Flags, compare_flags, precision_plugin
 
 DEFAULT = "default"
-_STRATEGY = "trainer.strategy"
+_STRATEGY, _FROM_DEEPSPEED = "trainer.strategy", "from_deepspeed"
 _FLAGS: Mapping[str, str] = MappingProxyType(
     {"None": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
 )
@@ -44,8 +47,20 @@ class Row(NamedTuple):
     origin: str
 
 
-def explain_plan(loaded: Loaded) -> list[Row]:
-    """Return every value of the plan, in the plan's own order, with its origin.
+class Explained(NamedTuple):
+    """What a configuration of `fit` comes to.
+
+    Attributes:
+        rows: every value of the plan, in the plan's own order, with its origin.
+        translation: of the DeepSpeed file that the strategy was made from; None without one.
+    """
+
+    rows: list[Row]
+    translation: Translation | None
+
+
+def explain(loaded: Loaded) -> Explained:
+    """Return what a configuration comes to.
 
     Args:
         loaded: a configuration of `fit`.
@@ -56,33 +71,94 @@ def explain_plan(loaded: Loaded) -> list[Row]:
         UnsupportedError: a setting asks for what this version does not have.
     """
     check_keys(loaded)
-    plan, precision_origin = _plan(loaded)
-    rows = [Row(key, value, _origin(key, loaded, precision_origin, plan)) for key, value in plan.rows().items()]
-    return [*rows, *_stages(plan)]
+    strategy = _strategy(loaded)
+    plan, precision_origin = _plan(loaded, strategy)
+    if (made := strategy.deepspeed_translation) is not None:
+        _check_sizes(loaded, made, plan)
+    rows = [
+        Row(key, value, origin_in_plan(key, loaded, precision_origin, plan, made)) for key, value in plan.rows().items()
+    ]
+    return Explained([*rows, *stages_of(plan)], made)
 
 
-def _stages(plan: Plan) -> list[Row]:
-    """Return how many stages there are, which the setting may leave to its schedule."""
+def explain_plan(loaded: Loaded) -> list[Row]:
+    """Return every value of the plan, in the plan's own order, with its origin.
+
+    Args:
+        loaded: a configuration of `fit`.
+
+    Raises:
+        MeshboltError: as `explain` has it.
+    """
+    return explain(loaded).rows
+
+
+def stages_of(plan: Plan) -> list[Row]:
+    """Return how many stages there are, which the setting may leave to its schedule.
+
+    Args:
+        plan: with or without a pipeline.
+    """
     stages = plan.settings.pipeline_parallel.stages
     origin = "follows from pipeline_parallel.size, schedule and stages_per_rank"
     return [Row("pipeline_parallel.stages", stages, origin)] if stages > 1 else []
 
 
-def _plan(loaded: Loaded) -> tuple[Plan, str]:
-    device_type = _device_type(str(loaded.get("trainer.accelerator", "auto")))
-    strategy = _strategy(loaded)
+def _plan(loaded: Loaded, strategy: MeshStrategy) -> tuple[Plan, str]:
+    devices = devices_of(loaded)
     settings: Settings = strategy.settings
-    policy, origin = _precision(loaded, device_type=device_type, reduce_dtype=settings.zero.reduce_dtype)
-    num_devices = _count_devices(loaded.get("trainer.devices", "auto"), device_type=device_type)
-    world_size = num_devices * _count_nodes(loaded.get("trainer.num_nodes", 1))
+    policy, origin = policy_of(loaded, strategy, device_type=devices.type)
     plan = resolve(
         settings,
-        world_size=world_size,
+        world_size=devices.number * devices.nodes,
         precision=policy,
-        device_type=device_type,
-        ranks_per_node=num_devices,
+        device_type=devices.type,
+        ranks_per_node=devices.number,
     )
     return plan, origin
+
+
+class Devices(NamedTuple):
+    """The devices that a configuration asks for.
+
+    Attributes:
+        type: "cpu" or "cuda".
+        number: on each machine.
+        nodes: machines.
+    """
+
+    type: str
+    number: int
+    nodes: int
+
+
+def devices_of(loaded: Loaded) -> Devices:
+    """Return the devices that a configuration asks for, as Lightning counts them.
+
+    Args:
+        loaded: with the flags of a Trainer.
+
+    Raises:
+        ConfigError: a flag has a value that it cannot have.
+    """
+    kind = _device_type(str(loaded.get("trainer.accelerator", "auto")))
+    number = _count_devices(loaded.get("trainer.devices", "auto"), device_type=kind)
+    return Devices(kind, number, _count_nodes(loaded.get("trainer.num_nodes", 1)))
+
+
+def _check_sizes(loaded: Loaded, made: Translation, plan: Plan) -> None:
+    """Compare a DeepSpeed file with the flags of the Trainer and the ranks, as `fit` does when it begins."""
+    steps = loaded.get("trainer.accumulate_grad_batches") or 1
+    written = str(loaded.get("trainer.precision"))
+    flags = Flags(
+        accumulate=steps,
+        clip=loaded.get("trainer.gradient_clip_val") or None,
+        algorithm=loaded.get("trainer.gradient_clip_algorithm") or "norm",
+        precision=_FLAGS.get(written, written),
+    )
+    compare_flags(made, flags)
+    if isinstance(steps, int):
+        made.batch.each_on(plan.mesh.dp_replicate * plan.mesh.dp_shard, steps=steps)
 
 
 def _strategy(loaded: Loaded) -> MeshStrategy:
@@ -107,8 +183,15 @@ def build_strategy(written: Any) -> MeshStrategy:
     Raises:
         MeshboltError: a value is wrong.
     """
+    if str(class_path_of(written)).endswith(f".{_FROM_DEEPSPEED}"):
+        # What became of the file's keys is shown by who asks for it.
+        written = {"class_path": class_path_of(written), "init_args": {**(_arguments(written)), "show": False}}
     strategy: MeshStrategy = _instantiate(MeshStrategy, written, key=_STRATEGY)
     return strategy
+
+
+def _arguments(written: Any) -> Mapping[str, Any]:
+    return (written.get("init_args") or {}) if isinstance(written, Mapping) else {}
 
 
 def _instantiate(kind: type, written: Any, *, key: str) -> Any:
@@ -123,13 +206,33 @@ def _instantiate(kind: type, written: Any, *, key: str) -> Any:
         return parser.instantiate_classes(parsed)[key]
 
 
-def _precision(loaded: Loaded, *, device_type: str, reduce_dtype: str) -> tuple[PrecisionPolicy, str]:
+def policy_of(loaded: Loaded, strategy: Any, *, device_type: str) -> tuple[PrecisionPolicy, str]:
+    """Return the dtypes of a run, and where its precision is from.
+
+    Args:
+        loaded: with the Trainer's flags.
+        strategy: that runs it.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        ConfigError: there is no such precision.
+    """
+    reduce_dtype = strategy.settings.zero.reduce_dtype
+    made = strategy.deepspeed_translation
+    if made is not None and (carried := precision_plugin(made.precision)) is not None:
+        return carried.policy(reduce_dtype=reduce_dtype), origin_of(made, "precision.flag")
     for key in (f"{_STRATEGY}.init_args.precision_plugin", "trainer.plugins"):
         asked = loaded.get(key)
         for written in asked if isinstance(asked, list) else [asked]:
-            if str(_class_path(written)).startswith("meshbolt.plugins."):
-                plugin: MeshPrecision = _instantiate(MeshPrecision, written, key=key)
+            is_ours = isinstance(written, MeshPrecision) or str(class_path_of(written)).startswith("meshbolt.plugins.")
+            if is_ours:
+                plugin = (
+                    written if isinstance(written, MeshPrecision) else _instantiate(MeshPrecision, written, key=key)
+                )
                 return plugin.policy(reduce_dtype=reduce_dtype), _given(loaded, key)
+    if loaded.get("trainer.precision") is None:
+        own = strategy.precision_plugin.policy(reduce_dtype=reduce_dtype)
+        return own, DEFAULT if own.flag == _FLAGS["None"] else _given(loaded, _STRATEGY)
     written = str(loaded.get("trainer.precision"))
     flag, origin = _FLAGS.get(written, written), _given(loaded, "trainer.precision")
     if flag == "16-mixed" and device_type == "cpu":
@@ -137,7 +240,12 @@ def _precision(loaded: Loaded, *, device_type: str, reduce_dtype: str) -> tuple[
     return precision_policy(flag, reduce_dtype=reduce_dtype), origin
 
 
-def _class_path(written: Any) -> Any:
+def class_path_of(written: Any) -> Any:
+    """Return the class that is named, where arguments may stand beside it.
+
+    Args:
+        written: as a configuration has it.
+    """
     return written.get("class_path") if isinstance(written, Mapping) else written
 
 
@@ -169,7 +277,16 @@ def _count_nodes(nodes: Any) -> int:
     return int(nodes)
 
 
-def _origin(key: str, loaded: Loaded, precision_origin: str, plan: Plan) -> str:
+def origin_in_plan(key: str, loaded: Loaded, precision_origin: str, plan: Plan, made: Translation | None) -> str:
+    """Return where a value of a plan is from, in words.
+
+    Args:
+        key: of the plan's rows.
+        loaded: what was given.
+        precision_origin: where the precision is from.
+        plan: that the value is of.
+        made: of the DeepSpeed file that the strategy was made from; None without one.
+    """
     if key == "world_size":
         return _given(loaded, "trainer.devices", "trainer.num_nodes")
     if key == "device":
@@ -184,6 +301,8 @@ def _origin(key: str, loaded: Loaded, precision_origin: str, plan: Plan) -> str:
     section, _, name = key.partition(".")
     if section in ("mesh", "precision"):
         return f"follows from world_size{_sizes_of(plan)}" if section == "mesh" else "follows from precision.flag"
+    if made is not None and section not in _arguments(loaded.get(_STRATEGY)):
+        return origin_of(made, key)
     return _setting_origin(section, name, loaded)
 
 

@@ -21,6 +21,7 @@ from meshbolt.errors import ConfigError, MeshboltError
 
 _CLIPS_SINCE = (0, 19, 3)
 _CLIP = "gradient_clipping"
+_STAGES = "pipeline.stages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,14 @@ class Options:
             defaults that differ between versions the one that changes nothing: the Trainer decides about clipping.
         data_parallel_size: ranks that see different samples, where accumulation follows from it.
         world_size: all ranks, where they are known: those that see different samples follow.
+        stages: of a module that knows how many it has.
     """
 
     auto: Mapping[str, Any] = field(default_factory=dict)
     deepspeed_version: str | None = None
     data_parallel_size: int | None = None
     world_size: int | None = None
+    stages: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class Translation:
         optimizer: to use where the module makes none.
         scheduler: to use where the module makes none.
         receipt: what became of every key.
+        version: of the DeepSpeed whose defaults count; None: not given.
     """
 
     settings: Mapping[str, Any]
@@ -64,6 +68,7 @@ class Translation:
     optimizer: Named | None
     scheduler: Named | None
     receipt: Receipt
+    version: str | None = None
 
 
 def translate(config: str | Path | Mapping[str, Any], options: Options | None = None) -> Translation:
@@ -82,6 +87,8 @@ def translate(config: str | Path | Mapping[str, Any], options: Options | None = 
         raise ConfigError(f"auto={options.auto!r} is no dictionary. Give values by dotted key.")
     values, source = read(config)
     given = check(values, source=source, auto=options.auto)
+    if options.stages is not None:
+        _take_stages(given, options.stages)
     version = _version(options.deepspeed_version)
     precision, batch = precision_of(given), batch_of(given, ranks=_data_parallel(given, options))
     settings = settings_of(given, version=version, microbatches=batch.steps)
@@ -114,6 +121,7 @@ def translate(config: str | Path | Mapping[str, Any], options: Options | None = 
         optimizer=optimizer,
         scheduler=scheduler,
         receipt=given.receipt(),
+        version=options.deepspeed_version,
     )
 
 
@@ -128,6 +136,25 @@ def _data_parallel(given: Given, options: Options) -> int | None:
             f"multiple of that. Start a multiple of {copies} ranks."
         )
     return options.world_size // copies
+
+
+def _take_stages(given: Given, stages: int) -> None:
+    """Let the module say how many stages there are.
+
+    Raises:
+        ConfigError: the file has another number.
+    """
+    asked = given.get(_STAGES)
+    if asked not in (None, stages):
+        raise ConfigError(
+            f"{given.source}: {_STAGES!r} is {asked}, and the PipelineModule has num_stages={stages}. Leave the key out, or make "
+            "them equal."
+        )
+    given.values[_STAGES] = stages
+    if given.is_auto(_STAGES):
+        given.autos.remove(_STAGES)
+        given.filled[_STAGES] = stages
+    given.add(_STAGES, becomes=f"MeshStrategy(pipeline_parallel={stages})", why="as the PipelineModule has it")
 
 
 def _whole_step(batch: Batch) -> Batch:

@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -24,6 +24,22 @@ from meshbolt.plugins import HalfPrecision, MeshPrecision, MixedPrecision
 from meshbolt.strategies.compat import asked_precision, trainer_of
 
 _log = logging.getLogger(__name__)
+
+
+class Flags(NamedTuple):
+    """The flags of a Trainer that a file has a say in.
+
+    Attributes:
+        accumulate: batches of a window.
+        clip: largest norm of gradients; None: no clipping.
+        algorithm: of clipping: "norm" or "value".
+        precision: as the Trainer names it; "32-true" also where none was given.
+    """
+
+    accumulate: int
+    clip: float | None
+    algorithm: str
+    precision: str
 
 
 class DeepSpeedSettings:
@@ -100,6 +116,11 @@ class DeepSpeedSettings:
         return strategy
 
     @property
+    def deepspeed_translation(self) -> Translation | None:
+        """What the file came to; None where the strategy was not made from one."""
+        return self._deepspeed
+
+    @property
     def deepspeed_receipt(self) -> Receipt:
         """What became of every key of the file.
 
@@ -145,15 +166,15 @@ class DeepSpeedSettings:
         Raises:
             ConfigError: they disagree.
         """
-        if self._deepspeed is None:
-            return
-        source = self._deepspeed.receipt.source
-        for key, asked, flag, has in _pairs(self._deepspeed, trainer):
-            if asked != has:
-                raise ConfigError(
-                    f"{source} has {key}, which asks for {flag}={asked!r}, and the Trainer has {flag}={has!r}. Change one of "
-                    "them, or use Trainer(**meshbolt.deepspeed.trainer_arguments(...))."
-                )
+        if self._deepspeed is not None:
+            algorithm = trainer.gradient_clip_algorithm
+            flags = Flags(
+                accumulate=trainer.accumulate_grad_batches,
+                clip=trainer.gradient_clip_val or None,
+                algorithm=str(getattr(algorithm, "value", algorithm) or "norm"),
+                precision=asked_precision(trainer),
+            )
+            compare_flags(self._deepspeed, flags)
 
     def _check_loader(self, dataloader: Any) -> None:
         """Compare a loader's batches with the sizes of the file; all ranks raise, or none.
@@ -197,29 +218,39 @@ def precision_plugin(precision: Precision | None, *, device_type: str | None = N
     )
 
 
-def _pairs(made: Translation, trainer: pl.Trainer) -> list[tuple[str, Any, str, Any]]:
+def compare_flags(made: Translation, flags: Flags) -> None:
+    """Compare the flags of a Trainer with a file.
+
+    Args:
+        made: of the file.
+        flags: as the Trainer has them.
+
+    Raises:
+        ConfigError: they disagree.
+    """
+    for key, asked, flag, has in _pairs(made, flags):
+        if asked != has:
+            raise ConfigError(
+                f"{made.receipt.source} has {key}, which asks for {flag}={asked!r}, and the Trainer has {flag}={has!r}. Change "
+                "one of them, or use Trainer(**meshbolt.deepspeed.trainer_arguments(...))."
+            )
+
+
+def _pairs(made: Translation, flags: Flags) -> list[tuple[str, Any, str, Any]]:
     """Return a key of the file, what it asks for, the Trainer's flag for it, and its value."""
     pairs: list[tuple[str, Any, str, Any]] = []
     if made.accumulate is not None:
         key = "pipeline.stages" if "pipeline_parallel" in made.settings else "gradient_accumulation_steps"
-        pairs.append((repr(key), made.accumulate, "accumulate_grad_batches", trainer.accumulate_grad_batches))
+        pairs.append((repr(key), made.accumulate, "accumulate_grad_batches", flags.accumulate))
     if made.clip is not None:
-        pairs.append(("'gradient_clipping'", made.clip or None, "gradient_clip_val", trainer.gradient_clip_val or None))
+        pairs.append(("'gradient_clipping'", made.clip or None, "gradient_clip_val", flags.clip))
         if made.clip:
-            algorithm = trainer.gradient_clip_algorithm
-            pairs.append(
-                (
-                    "'gradient_clipping'",
-                    "norm",
-                    "gradient_clip_algorithm",
-                    str(getattr(algorithm, "value", algorithm) or "norm"),
-                )
-            )
+            pairs.append(("'gradient_clipping'", "norm", "gradient_clip_algorithm", flags.algorithm))
     if made.precision is not None:
-        flag, asked = made.precision.flag, asked_precision(trainer)
+        flag, asked = made.precision.flag, flags.precision
         is_carried = (
             precision_plugin(made.precision) is not None and asked == "32-true"
-        )  # no flag was given, and the strategy has the plugin
+        )  # by the strategy, without a flag
         pairs.append(("a precision block", flag, "precision", flag if is_carried else asked))
     return pairs
 

@@ -44,3 +44,12 @@ def test_what_can_be_built_is_built() -> None:
         built = made.instantiate_classes(parsed)["it"]
 
     assert built.settings.zero.stage == 1
+
+
+def test_an_error_out_of_a_method_that_makes_a_strategy_comes_out_as_it_went_in() -> None:
+    made = parser(MeshStrategy)
+    given = {"class_path": "meshbolt.MeshStrategy.from_deepspeed", "init_args": {"config": {"fp61": {}}, "show": False}}
+    parsed = made.parse_object({"it": given})
+
+    with pytest.raises(ConfigError, match="did you mean 'fp16'"), typed_errors(made):
+        made.instantiate_classes(parsed)

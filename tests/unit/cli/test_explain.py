@@ -93,6 +93,27 @@ def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert "example: meshbolt explain configs/" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ds.json", "run.yaml"], r"ds\.json is explained by itself, and beside it stands run\.yaml"),
+        (["run.yaml", "script.py:a"], r"script\.py:a is explained by itself"),
+        (["run.yaml", "--deepspeed_version", "0.19.8"], "is for a DeepSpeed file by itself"),
+        (["script.py:a", "--auto.x=1"], "is for a DeepSpeed file by itself"),
+        (["ds.json", "--deepspeed_vers=1"], "did you mean 'deepspeed_version'"),
+        (["missing.json"], "cannot be read"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds.json").write_text("{}")
+    (tmp_path / "run.yaml").write_text("trainer: {strategy: zero2}")
+    with pytest.raises(ConfigError, match=said):
+        run(["explain", *arguments])
+
+
 def test_a_missing_configuration_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(["explain"])

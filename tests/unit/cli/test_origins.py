@@ -44,3 +44,17 @@ def test_files_and_the_command_line_are_told_apart(form: str, config: Path) -> N
 )
 def test_what_cannot_be_explained_has_no_origins_and_is_not_refused(arguments: list[str]) -> None:
     assert origins_of(arguments) == {}
+
+
+def test_settings_out_of_deepspeeds_file_name_its_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}, "bf16": {"enabled": true}}')
+    (config := tmp_path / "run.yaml").write_text(
+        "trainer: {accelerator: cpu, devices: 2, strategy: {class_path: meshbolt.MeshStrategy.from_deepspeed, "
+        f"init_args: {{config: {file}}}}}}}"
+    )
+    origins = origins_of(["--config", str(config)])
+
+    assert origins["zero.stage"] == f"{file}: zero_optimization.stage"
+    assert origins["precision.flag"] == f"{file}: bf16.enabled"
+    assert origins["world_size"] == f"{config}: trainer.devices"
+    assert capsys.readouterr().out == ""

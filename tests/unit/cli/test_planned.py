@@ -162,9 +162,53 @@ def test_switches_are_traced_to_their_environment_variables(plan: Any, monkeypat
     assert plan()["fast_path"][1:] == (False, f"environment variable {FAST_PATH}")
 
 
+DEEPSPEED = "{class_path: meshbolt.MeshStrategy.from_deepspeed, init_args: {config: %s%s}}"
+FILE = "{zero_optimization: {stage: 1}, bf16: {enabled: true}, gradient_accumulation_steps: 2}"
+
+
+def test_a_strategy_from_deepspeeds_file_is_traced_into_the_file(plan: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = plan(strategy=DEEPSPEED % (FILE, ", compile: true"), accumulate_grad_batches="2")
+
+    assert rows["zero.stage"][1:] == (1, "the DeepSpeed configuration: zero_optimization.stage")
+    assert rows["precision.flag"][1:] == ("bf16-mixed", "the DeepSpeed configuration: bf16.enabled")
+    assert (rows["precision.param_dtype"].value, rows["precision.autocast_dtype"].value) == ("bfloat16", None)
+    assert rows["compile"][1:] == (True, "f: trainer.strategy.init_args.compile")
+    assert rows["zero.replicate"].origin == "default of meshbolt"
+    assert rows["world_size"].origin == "f: trainer.devices"
+    assert capsys.readouterr().out == "", "the receipt is shown by who asks for it"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "accumulate_grad_batches=2, and the Trainer has accumulate_grad_batches=1"),
+        ({"accumulate_grad_batches": "2", "precision": "32-true"}, ""),
+        ({"accumulate_grad_batches": "2", "precision": "bf16-mixed"}, ""),
+        ({"accumulate_grad_batches": "2", "precision": "64-true"}, "precision='64-true'"),
+    ],
+)
+def test_flags_that_disagree_with_deepspeeds_file_are_refused_as_fit_refuses_them(
+    plan: Any, flags: dict[str, str], said: str
+) -> None:
+    if not said:
+        assert plan(strategy=DEEPSPEED % (FILE, ""), **flags)["precision.flag"].value == "bf16-mixed"
+        return
+    with pytest.raises(ConfigError, match=said):
+        plan(strategy=DEEPSPEED % (FILE, ""), **flags)
+
+
+def test_sizes_that_do_not_go_with_the_devices_are_refused(plan: Any) -> None:
+    sizes = "{train_batch_size: 12, train_micro_batch_size_per_gpu: 2}"
+    plan(strategy=DEEPSPEED % (sizes, ""), devices="2", accumulate_grad_batches="3")
+    with pytest.raises(ConfigError, match="2 x 3 x 4 = 24, not 12"):
+        plan(strategy=DEEPSPEED % (sizes, ""), devices="4", accumulate_grad_batches="3")
+
+
 @pytest.mark.parametrize(
     ("trainer", "error", "message"),
     [
+        ({"strategy": DEEPSPEED % ("no/such.json", "")}, ConfigError, "'no/such.json' cannot be read"),
+        ({"strategy": DEEPSPEED % ("{fp61: {}}", "")}, ConfigError, "did you mean 'fp16'"),
         ({"strategy": "ddp"}, ConfigError, "'ddp' is a strategy of Lightning"),
         ({"strategy": ""}, ConfigError, "'auto' is a strategy of Lightning"),
         ({"strategy": "zerro2"}, ConfigError, "did you mean 'zero2'"),
