@@ -3,6 +3,7 @@
     python benchmarks/run_export.py --gigabytes 4
 
 A checkpoint of weights and two moments, in tensors of up to 256 MiB, is written once, without ever being in memory whole.
+Beside it stands as much as DeepSpeed saves it under ZeRO-3, in the files of eight ranks.
 Then each conversion runs in a process of its own, whose memory is sampled every millisecond: RssAnon is what it holds, RSS
 counts mapped files as well. The bound for exports is two shards of 512 MiB and the largest tensor. One JSON line each; the
 exit code is 1 if an export is over the bound.
@@ -24,6 +25,7 @@ MIB = 2**20
 LARGEST_BYTES = 256 * MIB
 BOUND_BYTES = 2 * 512 * MIB + LARGEST_BYTES
 WIDTH = 8192
+RANKS = 8
 EXPORTS = {"safetensors": {"everything": True}, "hf": {}, "lightning": {}, "dcp": {}}
 
 
@@ -86,6 +88,29 @@ def make(folder: Path, num_bytes: int) -> None:
     save_directory(folder / "run.ckpt", tensors=tensors, objects=objects)
 
 
+def make_deepspeeds(folder: Path, num_bytes: int) -> None:
+    """Write as much as DeepSpeed does under ZeRO-3: of each rank a file with its parts of weights and moments."""
+    import torch
+
+    shape = torch.Size((LARGEST_BYTES // 4 // WIDTH, WIDTH))
+    names = [f"net.layers.{number}.weight" for number in range(-(-num_bytes // (3 * LARGEST_BYTES)))]
+    place = folder / "deepspeed" / "global_step1"
+    place.mkdir(parents=True)
+    for rank in range(RANKS):
+        model = {
+            "module": {name: torch.empty(0, dtype=torch.bfloat16) for name in names},
+            "buffer_names": [],
+            "param_shapes": [dict.fromkeys(names, shape)],
+            "global_steps": 1,
+            "dp_world_size": RANKS,
+        }
+        torch.save(model, place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        flat, first, second = (torch.randn(len(names) * shape.numel() // RANKS) for _ in range(3))
+        state = {"state": {0: {"exp_avg": first, "exp_avg_sq": second}}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
+        shards = {"zero_stage": 3, "partition_count": RANKS, "optimizer_state_dict": state, "fp32_flat_groups": [flat]}
+        torch.save({"optimizer_state_dict": shards}, place / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+
 def convert(folder: Path, what: str) -> None:
     """Run one conversion and print what it took."""
     import torch
@@ -126,6 +151,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.step == "make":
         make(arguments.folder, int(arguments.gigabytes * 10**9))
+        make_deepspeeds(arguments.folder, int(arguments.gigabytes * 10**9))
         return 0
     if arguments.step:
         convert(arguments.folder, arguments.step)
@@ -135,7 +161,7 @@ def main() -> int:
         # Large blocks go back to the system at once, so that resident memory is what is held.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TRIM_THRESHOLD_": "0"}
         subprocess.run([*command, "--step", "make"], env=environment, check=True)
-        steps = [f"{direction}:{name}" for name in EXPORTS for direction in ("export", "import")]
+        steps = [f"{direction}:{name}" for name in EXPORTS for direction in ("export", "import")] + ["import:deepspeed"]
         codes = [subprocess.run([*command, "--step", step], env=environment, check=False).returncode for step in steps]
     return int(any(codes))
 
