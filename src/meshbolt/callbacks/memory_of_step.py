@@ -48,7 +48,7 @@ class MemoryOfStep:
         look: who keeps what in the first forward passes.
         phase: the one that runs.
         at_backward: what was held when the last backward pass that was looked at began; in a pipeline, when most was in use.
-        activations_bytes: what forward passes keep, by difference.
+        activations_bytes: what forward passes keep, by difference; of the last step that was looked at, once it is over.
         step_peak: of the last step.
         peak: the highest of the steps since the last log.
     """
@@ -65,6 +65,9 @@ class MemoryOfStep:
         self._reached = Peak(0, "between", 0)
         # The least that was in use beside what is known, between two steps.
         self._rest_bytes: int | None = None
+        # What was allocated beside what is known, between two steps, and when the last backward pass began.
+        self._heap_rest_bytes: int | None = None
+        self._heap_in_step_bytes: int | None = None
         self.gauge.read()
         self.gauge.reset_peak()
 
@@ -98,9 +101,10 @@ class MemoryOfStep:
 
         def passed(held: Callable[[], HeldMemory]) -> None:
             nonlocal highest
-            usage = self.gauge.read()
-            if usage.used_bytes > highest:
-                highest = usage.used_bytes
+            usage, heap = self.gauge.read(), self.gauge.heap_bytes()
+            level = usage.used_bytes if heap is None else heap
+            if level > highest:
+                highest = level
                 self.note_forward(usage, held())
 
         self._engine.after_forward = None if held is None else functools.partial(passed, held)
@@ -109,11 +113,24 @@ class MemoryOfStep:
         """Note what is held where a backward pass begins."""
         self.at_backward = held
         self.activations_bytes = self.activations_at(usage.used_bytes, held)
+        self._heap_in_step_bytes = self._heap_beside(held)
+        self._take_from_heap()
 
     def note_rest(self, usage: Usage, held: HeldMemory) -> None:
         """Note what is held between two steps."""
         rest = usage.used_bytes - held.total()
         self._rest_bytes = rest if self._rest_bytes is None else min(self._rest_bytes, rest)
+        self._heap_rest_bytes = self._heap_beside(held)
+        self._take_from_heap()
+
+    def _heap_beside(self, held: HeldMemory) -> int | None:
+        heap = self.gauge.heap_bytes()
+        return None if heap is None else heap - held.total()
+
+    def _take_from_heap(self) -> None:
+        """Compare what is allocated in the step and after it, both times without what is known."""
+        if self._heap_in_step_bytes is not None and self._heap_rest_bytes is not None:
+            self.activations_bytes = max(0, self._heap_in_step_bytes - self._heap_rest_bytes)
 
     def activations_at(self, used_bytes: int, held: HeldMemory) -> int:
         """Return what forward passes keep, where so much is in use and held."""
@@ -224,4 +241,5 @@ class Look:
         return leaving
 
     def _without_gathered(self) -> int:
-        return self._gauge.read().used_bytes - gathered_bytes(self._engine)
+        heap = self._gauge.heap_bytes()
+        return (self._gauge.read().used_bytes if heap is None else heap) - gathered_bytes(self._engine)

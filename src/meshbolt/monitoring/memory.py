@@ -21,6 +21,7 @@ except ImportError:  # of Unix only
     resource = None  # type: ignore[assignment]
 
 from meshbolt.compat import allocator_figures, peak_allocated, reset_peak
+from meshbolt.monitoring.heap import Heap
 from meshbolt.monitoring.metric import Metric
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -57,6 +58,9 @@ class Gauge(Protocol):
     def reset_peak(self) -> None:
         """Let the peak begin anew, at what is in use; what it was is to be read before."""
 
+    def heap_bytes(self) -> int | None:
+        """Return what is allocated, where `read` counts freed memory that is kept for later too; None: nobody can tell."""
+
 
 def gauge_of(device: torch.device) -> Gauge:
     """Return what reads the memory of a device: its own, or the process's on a CPU."""
@@ -88,6 +92,10 @@ class DeviceGauge:
         """Let the allocator's peak begin anew."""
         reset_peak(self._device)
 
+    def heap_bytes(self) -> int | None:
+        """Return None: `read` counts no freed memory."""
+        return None
+
 
 class ProcessGauge:
     """Reads the anonymous memory of the process that makes it, which a fork of that does not inherit."""
@@ -97,6 +105,7 @@ class ProcessGauge:
         # Opened once: opening takes twenty times as long as reading.
         self._status, self._clear = _opened(_STATUS, os.O_RDONLY), _opened(_CLEAR, os.O_WRONLY)
         self.limit_bytes = memory_limit_bytes()
+        self._heap = Heap()
 
     def __del__(self) -> None:
         for file in (self._status, self._clear):
@@ -121,6 +130,10 @@ class ProcessGauge:
         if self._clear is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(self._clear, _RESETS_PEAK, 0)
+
+    def heap_bytes(self) -> int | None:
+        """Return what the process has allocated and not freed."""
+        return self._heap.allocated_bytes()
 
     def _text(self) -> bytes:
         return b"" if self._status is None else os.pread(self._status, 8192, 0)
@@ -207,8 +220,10 @@ METRICS = (
     Metric(
         "memory/activations_bytes",
         "bytes",
-        "What forward passes keep for the backward pass, with what torch's allocator holds back.",
-        "in use when the last backward pass of the step begins - what is known then - the lowest other_bytes so far",
+        "What forward passes keep for the backward pass; on a CPU an upper bound where its C library does not tell what is "
+        "allocated.",
+        "in use when the last backward pass of the step begins - what is known then - the lowest other_bytes so far; on a CPU "
+        "with glibc 2.33 and later: allocated - known when that pass begins, less the same after the step",
     ),
     Metric(
         "memory/other_bytes",
@@ -239,7 +254,8 @@ METRICS = (
         "memory/step_peak_bytes",
         "bytes",
         "The most that was in use in this step.",
-        "torch's peak of allocated bytes, or VmHWM without mapped files, since the step before",
+        "torch's peak of allocated bytes, or VmHWM without mapped files, since the step before; a process keeps much of what "
+        "it has freed, so that on a CPU this may be little more than used_bytes",
     ),
     Metric(
         "memory/step_peak_phase",

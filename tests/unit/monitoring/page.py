@@ -75,6 +75,12 @@ Activations and the rest are the difference to what is in use: what torch's allo
 process on a CPU, which is Python's and its libraries' too. A tier is named in front of what lies elsewhere: `host_`, of a run on
 GPUs, and `file_`.
 
+On a CPU a process keeps much of what it has freed, so that `used_bytes`, `other_bytes` and peaks show what it takes of the
+machine, not what it needs, and a step's peak may be little more than what is in use after it. Activations are what the C library
+says is allocated (glibc from 2.33 on): exact but for some KiB after the first step, which sets up libraries. Without it (musl,
+macOS, jemalloc or tcmalloc in its place, or a heap in so many pieces that asking takes more than 2 ms) they are what the process
+has grown by since it was smallest: an upper bound, and for small models much too high.
+
 The peak begins anew in each step, and is read at the end of its phases (`between` two steps, `forward`, `backward`, `optimizer`);
 under `pipeline_parallel` all passes are in `forward`. Nothing is waited for.
 
