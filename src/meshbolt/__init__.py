@@ -29,6 +29,7 @@ if not _is_doctor():
     from meshbolt.blocks import Recompute
     from meshbolt.callbacks import LogProgress as _LogProgress
     from meshbolt.checkpoint import Checkpoint
+    from meshbolt.deepspeed import initialize
     from meshbolt.engine import load_pretrained
     from meshbolt.errors import (
         CheckpointError,
@@ -64,6 +65,7 @@ __all__ = [
     "UnsupportedError",
     "Zero",
     "__version__",
+    "initialize",
     "load_from_checkpoint",
     "load_pretrained",
 ]

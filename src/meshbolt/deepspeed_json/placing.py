@@ -200,7 +200,9 @@ def _pipeline(given: Given, microbatches: int | None) -> PipelineParallel | None
         )
     if size == 1:
         return None
-    return PipelineParallel(size=size, microbatches=microbatches or "auto")
+    # With fewer microbatches than stages nothing can take turns: all forward passes come first.
+    order = {"schedule": "gpipe"} if microbatches is not None and microbatches < size else {}
+    return PipelineParallel(size=size, microbatches=microbatches or "auto", **order)
 
 
 def _checkpoint(given: Given) -> Checkpoint | None:

@@ -256,6 +256,7 @@ class Derivatives:
 def _called_by_itself() -> UnsupportedError:
     return UnsupportedError(
         "loss.backward() was called by itself: the gradients that it makes of parameters would stay on this rank. Call "
-        "self.manual_backward(loss) in manual optimisation, fabric.backward(loss) in Fabric. For the derivative with respect to "
-        "inputs only, call torch.autograd.grad(loss, inputs) or loss.backward(inputs=[...])."
+        "self.manual_backward(loss) in manual optimisation, fabric.backward(loss) in Fabric, engine.backward(loss) after "
+        "meshbolt.initialize. For the derivative with respect to inputs only, call torch.autograd.grad(loss, inputs) or "
+        "loss.backward(inputs=[...])."
     )

@@ -18,9 +18,9 @@ from meshbolt.pipeline.cost import Cost, CountCost
 from meshbolt.pipeline.cuts import cuts_of
 from meshbolt.pipeline.emulate import emulate
 from meshbolt.pipeline.held import Elsewhere, HeldElsewhereError
-from meshbolt.pipeline.microbatch import batch_size, part_sizes, split_batch
+from meshbolt.pipeline.microbatch import Microbatches, batch_size, part_sizes, split_batch
 from meshbolt.pipeline.picture import draw
-from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan
+from meshbolt.pipeline.plan import Call, Crossing, CutError, PipelinePlan, plan_of_layers
 from meshbolt.pipeline.report import PipelineReport
 from meshbolt.pipeline.runtime import Pipeline
 from meshbolt.pipeline.schedule import SCHEDULES
@@ -41,6 +41,7 @@ __all__ = [
     "Foreign",
     "Gathered",
     "HeldElsewhereError",
+    "Microbatches",
     "Pipeline",
     "PipelineParallel",
     "PipelinePlan",
@@ -60,6 +61,7 @@ __all__ = [
     "is_foreign",
     "is_in_step",
     "part_sizes",
+    "plan_of_layers",
     "plan_timeline",
     "run_stage",
     "split_batch",

@@ -15,6 +15,21 @@ import torch
 from meshbolt.errors import ConfigError
 
 
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+    """A batch that is in microbatches already, whose losses count alike whatever samples they have.
+
+    Attributes:
+        parts: one or more, of any form.
+    """
+
+    parts: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ConfigError("Microbatches(()) is no batch. Give one microbatch or more.")
+
+
 def split_batch(batch: Any, count: int) -> list[Any]:
     """Return a batch in microbatches, as equal as its samples allow, of the batch's own form.
 

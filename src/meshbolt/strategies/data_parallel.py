@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
 
+from meshbolt.collectives import same_on_all_ranks
 from meshbolt.config import Plan
 from meshbolt.engine.debug import SameBatch
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
@@ -34,6 +35,7 @@ class DataParallelRanks:
     _mesh: DeviceMesh | None
     _samples_group: dist.ProcessGroup | None = None
     _copies_group: dist.ProcessGroup | None = None
+    _control_group: dist.ProcessGroup | None
     _same_batch: SameBatch | None = None
 
     @property
@@ -160,6 +162,25 @@ class DataParallelRanks:
         box = [collect_random_state(self.root_device)]
         dist.broadcast_object_list(box, group=self._copies_group, group_src=0)
         restore_random_state(box[0], self.root_device)
+
+    def told_by_ranks(self, value: Any) -> list[Any]:
+        """Return what every rank says, by rank; all ranks together.
+
+        Args:
+            value: this rank's, small and such that it can be pickled.
+        """
+        return same_on_all_ranks(value, group=self._control_group)[1]
+
+    def given_to_copies(self, value: Any, *, source: int) -> Any:
+        """Return what one rank has on all that see the same samples; they call it together.
+
+        Args:
+            value: that rank's; not used on the others.
+            source: global rank, one of them.
+        """
+        box = [value]
+        dist.broadcast_object_list(box, src=source, group=self._copies_group)
+        return box[0]
 
     def _look_at_step(self, name: str, args: tuple[Any, ...]) -> None:
         """Compare a batch with those of the ranks that are to see the same: the first of each loader, in debug mode all.

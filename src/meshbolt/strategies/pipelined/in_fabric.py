@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,19 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshbolt.config import Plan
 from meshbolt.errors import ConfigError, UnsupportedError
+from meshbolt.pipeline import Microbatches, PipelinePlan
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.examples import example_of
 from meshbolt.strategies.pipelined.results import detached, join_results, placed
 from meshbolt.strategies.pipelined.staged import FirstStep, StagedModule
+
+
+@runtime_checkable
+class KnowsItsStages(Protocol):
+    """A module that says which of its layers are on which stage, so that no example of its inputs is needed."""
+
+    def plan_of_stages(self) -> PipelinePlan:
+        """Return how it is cut."""
 
 
 class FabricSteps(StagedModule):
@@ -37,6 +46,11 @@ class FabricSteps(StagedModule):
         super().__init__(module, plan=plan, mesh=mesh, device=device)
 
     def _first_step(self) -> FirstStep:
+        count = self._setting.microbatches
+        count = count if isinstance(count, int) else 2 * self._setting.size
+        if isinstance(self._module, KnowsItsStages):
+            plan = self._module.plan_of_stages()
+            return FirstStep(kind="forward", look=_nothing, microbatch=None, count=count, trains=True, plan=plan)
         name = self._setting.example_batch
         if name is not None and not hasattr(self._module, name):
             raise ConfigError(
@@ -50,14 +64,7 @@ class FabricSteps(StagedModule):
             with self._precision.forward_context():
                 return call(self._module)
 
-        count = self._setting.microbatches
-        return FirstStep(
-            kind="forward",
-            look=look,
-            microbatch=None,
-            count=count if isinstance(count, int) else 2 * self._setting.size,
-            trains=True,
-        )
+        return FirstStep(kind="forward", look=look, microbatch=None, count=count, trains=True)
 
     def train(self, batch: Any, loss_fn: Callable[[nn.Module, Any], Tensor]) -> Tensor:
         """Run a batch forwards and backwards; gradients are added to those of the parameters.
@@ -93,7 +100,7 @@ class FabricSteps(StagedModule):
             function: takes the module and a microbatch.
 
         Returns:
-            What the function returns for the whole batch, on every rank of the pipeline.
+            What the function returns for the whole batch, on every rank of the pipeline; of `Microbatches` a list, for each.
         """
         parts, sizes = self._split(batch)
         kind = f"pipeline_evaluate {_name_of(function)}"
@@ -101,6 +108,8 @@ class FabricSteps(StagedModule):
             found = self._running().call(
                 self._pipeline.evaluate, self._function(function), parts, seed=self._next_seed(), kind=kind
             )
+        if isinstance(batch, Microbatches):
+            return placed(self._tell(lambda: detached(found)), self._device)
         return self._told(found, sizes)
 
     def _function(self, function: Callable[[nn.Module, Any], Any]) -> Callable[[Any], Any]:
@@ -116,6 +125,10 @@ class FabricSteps(StagedModule):
     def _next_seed(self) -> int:
         self._steps += 1
         return self._seed(self._steps)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _loss_in(result: Any) -> Tensor:

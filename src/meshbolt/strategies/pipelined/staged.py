@@ -21,7 +21,16 @@ from meshbolt.engine.deferred import attached
 from meshbolt.engine.placeholders import model_state, states_of_all_stages
 from meshbolt.errors import TopologyError, UnsupportedError
 from meshbolt.mesh import MeshAxis, stage_group
-from meshbolt.pipeline import Pipeline, PipelinePlan, batch_size, cuts_of, is_foreign, part_sizes, split_batch
+from meshbolt.pipeline import (
+    Microbatches,
+    Pipeline,
+    PipelinePlan,
+    batch_size,
+    cuts_of,
+    is_foreign,
+    part_sizes,
+    split_batch,
+)
 from meshbolt.strategies.compat import refuse_norms_of_stages
 
 
@@ -35,6 +44,7 @@ class FirstStep:
         microbatch: that it takes.
         count: of microbatches in a batch.
         trains: it has a backward pass.
+        plan: how it is cut, where the module itself knows; None: to be looked at.
     """
 
     kind: str
@@ -42,6 +52,7 @@ class FirstStep:
     microbatch: Any
     count: int
     trains: bool
+    plan: PipelinePlan | None = None
 
 
 class StagedModule:
@@ -181,6 +192,8 @@ class StagedModule:
                 gathered=gathered_in(self._module, self._plan),
                 splits_backward=self._setting.split_backward,
             )
+            if first.plan is not None:
+                return pipeline, first.plan
             return pipeline, pipeline.plan(lambda _: first.look(), first.microbatch, kind=first.kind)
 
     def _check_same(self) -> None:
@@ -226,6 +239,8 @@ class StagedModule:
         return self._engine
 
     def _split(self, batch: Any) -> tuple[list[Any], list[int]]:
+        if isinstance(batch, Microbatches):
+            return list(batch.parts), [1] * len(batch.parts)
         samples = batch_size(batch)
         parts = split_batch(batch, min(self._count, samples))
         return parts, part_sizes(samples, len(parts))

@@ -1,0 +1,5 @@
+"""`deepspeed.ops.lion`."""
+
+from meshbolt.deepspeed.ops.refused import DeepSpeedCPULion, FusedLion
+
+__all__ = ["DeepSpeedCPULion", "FusedLion"]

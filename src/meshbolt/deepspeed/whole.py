@@ -1,0 +1,55 @@
+"""Sharded parameters that answer as whole ones for a while, to whoever holds them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from meshbolt.compat import tree_map
+
+_wholes: dict[int, nn.Parameter] = {}
+
+
+class _Whole(DTensor):
+    """A shard in whose place another tensor is used, whatever is done with it."""
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Do an operation on the whole tensor."""
+        if func is torch.Tensor.__deepcopy__:
+            return copy.deepcopy(_whole_of(args[0]), *args[1:])
+        return func(*tree_map(_whole_of, args), **tree_map(_whole_of, dict(kwargs or {})))
+
+
+def _whole_of(leaf: Any) -> Any:
+    return _wholes[id(leaf)] if type(leaf) is _Whole else leaf
+
+
+@contextmanager
+def answering_as(pairs: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Let shards answer as whole parameters: scripts hold the parameter that they ask for, and look at that.
+
+    Args:
+        pairs: by shard, the whole one.
+    """
+    every: list[tuple[Any, Any]] = list(pairs.items())
+    taken = [(shard, whole) for shard, whole in every if type(shard) is DTensor and shard is not whole]
+    for shard, whole in taken:
+        _wholes[id(shard)] = whole
+        shard.__class__ = _Whole
+    try:
+        yield
+    finally:
+        for shard, _ in taken:
+            shard.__class__ = DTensor
+            del _wholes[id(shard)]
