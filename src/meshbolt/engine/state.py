@@ -105,7 +105,7 @@ def check_optimizer_state(
         regrouped: the optimizer takes its groups from the checkpoint too, before it is loaded.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: they differ; groups by name may have their parameters in another order, and lack those that are frozen.
     """
     _check_class(optimizer, saved)
     ours = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -113,7 +113,7 @@ def check_optimizer_state(
     if regrouped:
         ours = [[name for name in group if name in set(names.values())] for group in theirs]
     by_number = _is_by_number(saved)
-    if [len(group) for group in ours] != [len(group) for group in theirs] or (not by_number and ours != theirs):
+    if not (_same_lengths(ours, theirs) if by_number else _same_names(ours, theirs, frozen=_frozen(optimizer, names))):
         difference = "" if by_number else _first_difference(ours, theirs)
         raise CheckpointError(
             f"The checkpoint's {type(optimizer).__name__} has parameter groups of {[len(g) for g in theirs]} parameters, this "
@@ -158,7 +158,7 @@ def load_optimizer_state(
     state: dict[nn.Parameter, dict[str, Any]] = {}
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         counts_on_device = bool(other.get("fused") or other.get("capturable"))
-        for parameter, key in zip(group["params"], other["params"], strict=True):
+        for parameter, key in _keys_of(group, other, names):
             if key in saved["state"] and not held_elsewhere(parameter):
                 place = _Place(
                     parameter=parameter,
@@ -245,6 +245,31 @@ class _Place:
         return own if self.as_plain else as_sharded(own, like=parameter)
 
 
+def _keys_of(
+    group: Mapping[str, Any], saved: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+) -> Iterable[tuple[nn.Parameter, Any]]:
+    """Return the parameters of a group, each with the key of its saved state: its name, or its number."""
+    if all(isinstance(key, str) for key in saved["params"]):
+        return [(parameter, names[parameter]) for parameter in group["params"]]
+    return zip(group["params"], saved["params"], strict=True)
+
+
+def _same_lengths(ours: list[list[str]], theirs: list[list[Any]]) -> bool:
+    return [len(group) for group in ours] == [len(group) for group in theirs]
+
+
+def _same_names(ours: list[list[str]], theirs: list[list[str]], *, frozen: set[str]) -> bool:
+    """Return whether groups have the same parameters, in any order; those that are not trained may be left out of saved ones."""
+    return len(ours) == len(theirs) and all(
+        set(mine) - set(their) <= frozen and set(their) <= set(mine) for mine, their in zip(ours, theirs, strict=True)
+    )
+
+
+def _frozen(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> set[str]:
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {names[parameter] for parameter in parameters if not parameter.requires_grad}
+
+
 def _is_by_number(saved: Mapping[str, Any]) -> bool:
     return any(not isinstance(key, str) for group in saved["param_groups"] for key in group["params"])
 
@@ -271,7 +296,7 @@ def _check_shapes(optimizer: Optimizer, saved: Mapping[str, Any], names: Mapping
     """Check that state has the shape of its parameter, or none."""
     wrong = []
     for group, other in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        for parameter, key in zip(group["params"], other["params"], strict=True):
+        for parameter, key in _keys_of(group, other, names):
             shapes = [tuple(getattr(value, "shape", ())) for value in saved["state"].get(key, {}).values()]
             wrong += [f"{names[parameter]} {shape}" for shape in shapes if shape not in ((), tuple(parameter.shape))]
     if wrong:

@@ -92,12 +92,29 @@ def test_state_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
     before = optimizer.state_dict()
     for wrong in (
         optimizer_state(*made((2, 3))),
-        {"class": "AdamW", "state": {}, "param_groups": [{"params": ["p1", "p0"]}]},
+        {"class": "AdamW", "state": {}, "param_groups": [{"params": ["p0"]}, {"params": ["p1"]}]},
+        {"class": "AdamW", "state": {}, "param_groups": [{"params": ["p0"]}]},
         optimizer_state(*trained_pair(torch.optim.SGD, lr=0.1)),
     ):
         with pytest.raises(CheckpointError):
             load_optimizer_state(optimizer, wrong, names)
     assert same(optimizer.state_dict(), before)
+
+
+def test_a_group_may_have_its_parameters_in_another_order_and_frozen_ones_beside_them() -> None:
+    optimizer, names = trained_pair(torch.optim.AdamW)
+    saved = optimizer_state(optimizer, names)
+    saved["param_groups"][0]["params"].reverse()
+    frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+    other, others_names = made((2, 3), (3,))
+    other.param_groups[0]["params"].insert(1, frozen)
+    load_optimizer_state(other, saved, {**others_names, frozen: "frozen"})
+    for parameter, name in others_names.items():
+        assert torch.equal(other.state[parameter]["exp_avg"], saved["state"][name]["exp_avg"])
+    assert frozen not in other.state
+    frozen.requires_grad_(True)
+    with pytest.raises(CheckpointError, match=r"only here: \['frozen'\]"):
+        load_optimizer_state(other, saved, {**others_names, frozen: "frozen"})
 
 
 def test_state_of_other_shapes_is_refused() -> None:
