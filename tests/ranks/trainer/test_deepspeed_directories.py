@@ -1,0 +1,256 @@
+"""Directories that DeepSpeed has written as `ckpt_path`, and in Fabric: files are made by `tests.deepspeed_fixtures`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from tests.deepspeed_fixtures import Trained, trained, write, write_plain, write_rows, write_shards
+from tests.rows import full
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import meshbolt
+from meshbolt.deepspeed import WarmupLR
+from meshbolt.fabric import MeshStrategy as FabricStrategy
+from meshbolt.testing import run_ranks
+
+SHAPES = [
+    {"words.weight": (11, 6), "layers.0.weight": (13, 6), "layers.2.weight": (6, 13)},
+    {"layers.0.bias": (13,), "layers.2.bias": (6,)},
+]
+
+
+class Inner(nn.Module):
+    """Uneven sizes, tied weights, a frozen layer and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 6)
+        self.layers = nn.Sequential(nn.Linear(6, 13), nn.Tanh(), nn.Linear(13, 6))
+        self.old = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.words.weight
+        self.old.requires_grad_(False)
+        self.register_buffer("count", torch.zeros(3, dtype=torch.long))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        scores: Tensor = self.head(x + self.layers(x) + self.old(x))
+        return scores
+
+
+def groups_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the groups, in another order than DeepSpeed has them and with a frozen weight in one."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    weights = [p for _, p in reversed(named) if p.dim() > 1]
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    return [{"params": [*weights, *frozen]}, {"params": [p for _, p in named if p.dim() == 1]}]
+
+
+class Net(pl.LightningModule):
+    """A module whose attribute an engine of DeepSpeed's has trained."""
+
+    def __init__(self, scheduler: Callable[[Any], Any] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+        self.inner = Inner()
+        self.scheduler = scheduler or (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 100))
+        self.found: dict[str, Any] = {}
+
+    def training_step(self, tokens: Tensor, _index: int) -> Tensor:
+        return self.inner(tokens).logsumexp(-1).mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(groups_of(self), lr=0.5)
+        return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": "step"}]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.arange(16).view(4, 4) % 11, batch_size=2)  # type: ignore[arg-type]
+
+    def on_train_start(self) -> None:
+        (optimizer,) = self.trainer.optimizers
+        with self.trainer.strategy.gathered(self, optimizer=optimizer) as state:
+            self.found = {
+                "weights": {name: value.detach().clone() for name, value in self.inner.state_dict().items()},
+                "moments": {name: {key: value.clone() for key, value in kept.items()} for name, kept in state.items()},
+                "steps": self.trainer.global_step,
+                "rates": [group["lr"] for group in optimizer.param_groups],
+                "schedule": self.trainer.lr_scheduler_configs[0].scheduler.last_epoch,
+            }
+
+
+def run(**options: Any) -> Trained:
+    """Return what the module was trained to."""
+    return trained(
+        SHAPES,
+        **{
+            "frozen": {"old.weight": torch.randn(6, 6), "old.bias": torch.randn(6)},
+            "buffers": {"count": torch.tensor([4, 5, 6])},
+            "tied": {"head.weight": "words.weight"},
+            **options,
+        },
+    )
+
+
+def fitted(path: Path | str, *, module: Net | None = None, **settings: Any) -> Net:
+    """Fit from a directory."""
+    module = module or Net()
+    trainer = pl.Trainer(
+        strategy=meshbolt.MeshStrategy(**settings),
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        max_epochs=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, ckpt_path=path)
+    return module
+
+
+def assert_is(found: dict[str, Any], expected: Trained) -> None:
+    """Check weights, moments, steps, rates and the schedule."""
+    assert found["weights"].keys() == expected.weights().keys()
+    for name, value in expected.weights().items():
+        assert torch.equal(found["weights"][name], value), name
+    for name in expected.masters:
+        kept = found["moments"][f"inner.{name}"]
+        assert kept["step"].item() == expected.step
+        for key, values in expected.moments.items():
+            assert torch.equal(kept[key], values[name]), (name, key)
+    assert (found["steps"], found["schedule"]) == (10, 7)
+    assert found["rates"] == [0.1, 0.05]
+
+
+def taken_up(paths: dict[str, Path], expected: Trained, settings: dict[str, Any]) -> None:
+    for path in paths.values():
+        assert_is(fitted(path, **settings).found, expected)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [
+        (2, {"zero": 3}),
+        (1, {"zero": 1}),
+        full(2, {"zero": 0}),
+        full(2, {"zero": 1}),
+        full(2, {"zero": 2}),
+        full(3, {"zero": 3}),
+        full(2, {"zero": 2, "offload": "cpu"}),
+        (2, {"zero": 1, "pipeline_parallel": meshbolt.PipelineParallel(2, cuts=["inner.layers"], microbatches=2)}),
+    ],
+)
+def test_a_fit_takes_up_what_deepspeed_has_saved_under_any_plan(
+    ranks: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = run(dtype=torch.bfloat16)
+    write_rows(tmp_path / "two", expected, stage=2)
+    paths = {"rows": tmp_path / "two", "shards": write_shards(tmp_path / "three", expected, pieces=50)}
+    run_ranks(taken_up, ranks, paths, expected, settings, timeout=60)
+
+
+def only_weights(path: Path, expected: Trained) -> None:
+    module = fitted(path, checkpoint=meshbolt.Checkpoint(load_weights_only=True))
+    assert torch.equal(module.found["weights"]["words.weight"], expected.masters["words.weight"])
+    assert (module.found["moments"], module.found["steps"], module.found["rates"]) == ({}, 0, [0.5, 0.5])
+
+
+def test_a_fit_takes_only_weights_where_that_is_asked_for(tmp_path: Path) -> None:
+    expected = run()
+    write_rows(tmp_path, expected)
+    run_ranks(only_weights, 2, tmp_path, expected)
+
+
+def in_fabric(path: Path, expected: Trained) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricStrategy(zero=2))
+    fabric.launch()
+    inner = Inner()
+    model, optimizer = fabric.setup(inner, torch.optim.AdamW(groups_of(inner), lr=0.5))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+    state = {"model": model, "adam": optimizer, "rates": scheduler, "epoch": 0}
+    rest = fabric.load(path, state)
+    assert (state["epoch"], scheduler.last_epoch) == (4, 7)
+    assert rest == {"global_steps": 10, "global_samples": 40, "skipped_steps": 1}
+    other, fresh = Inner(), Inner()
+    model_of_weights, raw = fabric.setup(other, torch.optim.AdamW(groups_of(other), lr=0.5))
+    fabric.load_raw(path, model_of_weights)
+    fabric.load_raw(path, raw)
+    for each, adam in ((inner, optimizer), (other, raw)):
+        with fabric.strategy.gathered(each, optimizer=adam) as moments:  # type: ignore[attr-defined]
+            found = {name: value.detach() for name, value in each.state_dict().items()}
+            assert all(torch.equal(found[name], value) for name, value in expected.weights().items())
+            for name in expected.masters:
+                assert torch.equal(moments[name]["exp_avg_sq"], expected.moments["exp_avg_sq"][name])
+    with pytest.raises(meshbolt.CheckpointError, match="saves one module, and 'one' and 'two' are both given"):
+        fabric.load(path, {"one": model, "two": model_of_weights})
+    del fresh
+
+
+def test_fabric_finds_who_takes_what_by_their_kind_and_returns_the_rest(tmp_path: Path) -> None:
+    expected = run(client={"epoch": 4})
+    write_rows(tmp_path, expected)
+    run_ranks(in_fabric, 2, tmp_path, expected)
+
+
+def refusal(path: str, module: Net | None) -> tuple[str, str]:
+    with pytest.raises(meshbolt.MeshboltError) as error:
+        fitted(path, module=module, zero=2)
+    return type(error.value).__name__, str(error.value)
+
+
+def refused(folder: Path) -> None:
+    def warm(optimizer: Any) -> Any:
+        return WarmupLR(optimizer, warmup_max_lr=0.5)
+
+    cases = {
+        "cut": (None, "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", "cannot be read"),
+        "lost": (None, "data-parallel ranks [0] are missing"),
+        "strange": (None, "tests.ranks.trainer.test_deepspeed_directories.Strange", "weights_only=False"),
+        "schedule": (None, "StepLR", "meshbolt.deepspeed.WarmupLR"),
+        "other": (Net(warm), "do not fit this module", "inner.words.weight", "words.other"),
+        "seen by one rank": (None, "own is not the same on all ranks", "file system that all ranks share"),
+    }
+    os.chdir(folder / f"rank{dist.get_rank()}")
+    for name, (module, *words) in cases.items():
+        found = refusal("own" if name.startswith("seen") else str(folder / name), module)
+        others: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(others, found)
+        assert others == [found] * len(others), name
+        assert found[0] == "CheckpointError", (name, found)
+        assert not [word for word in words if word not in found[1]], (name, found[1])
+
+
+class Strange:
+    """A class that no file may build by itself."""
+
+
+def test_what_cannot_be_loaded_is_the_same_error_on_every_rank(tmp_path: Path) -> None:
+    place = write_rows(tmp_path / "cut", run(), bf16=True)
+    path = place / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (write_rows(tmp_path / "lost", run()) / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    write_rows(tmp_path / "strange", run(client={"mine": Strange()}))
+    place = write_rows(tmp_path / "schedule", run())
+    write(place / "mp_rank_00_model_states.pt", run().common(lr_scheduler={"last_batch_iteration": 3}))
+    write_plain(tmp_path / "other", trained([{"words.other": (3, 2)}]), kind="torch")
+    write_rows(tmp_path / "rank0" / "own", run())
+    (tmp_path / "rank1").mkdir()
+    run_ranks(refused, 2, tmp_path, timeout=60)
+
+
+def test_a_module_is_built_from_weights_that_were_those_of_its_attribute(tmp_path: Path) -> None:
+    expected = run()
+    write_shards(tmp_path, expected)
+    module = meshbolt.load_from_checkpoint(Net, tmp_path)
+    assert all(torch.equal(module.inner.state_dict()[name], value) for name, value in expected.weights().items())
+    assert module.inner.head.weight is module.inner.words.weight
