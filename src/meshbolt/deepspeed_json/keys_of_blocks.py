@@ -80,6 +80,7 @@ PARALLEL = (
     ignored("pipeline.partition", TEXT, "stages are cut so that they take the same time: PipelineParallel(cuts=...)"),
     ignored("pipeline.seed_layers", SWITCH, "weights are drawn as without a pipeline"),
     mapped("pipeline.activation_checkpoint_interval", SIZE, "recompute='full'", "each block by itself; 0 is off"),
+    ignored("pipeline.use_reentrant", OPTIONAL_SWITCH, "activations are computed again without re-entering autograd"),
     ignored("pipeline.pipe_partitioned", SWITCH, "activations between stages are sent whole"),
     ignored("pipeline.grad_partitioned", SWITCH, "activations between stages are sent whole"),
 )
