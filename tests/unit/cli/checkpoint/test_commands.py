@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.deepspeed_fixtures import trained, write_rows, write_shards
 from tests.unit.checkpoint.formats_support import assert_equal, contents, saved, trainer_tree, weights
 
 from meshbolt.cli.checkpoint.main import COMMANDS, run
@@ -170,3 +171,42 @@ def test_classes_are_built_where_that_is_said(call: Call, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="objects of the classes"):
         call("import", "whole.ckpt", "again.ckpt")
     assert call("import", "whole.ckpt", "again.ckpt", "--weights-only", "false")[0] == DONE
+
+
+def test_import_takes_a_directory_of_deepspeeds_and_the_tag(call: Call, tmp_path: Path) -> None:
+    write_rows(tmp_path / "ds", trained([{"one": (2, 3)}]), tag="one")
+    write_shards(tmp_path / "ds", trained([{"two": (4,)}], world=3), tag="two")
+    code, said = call("import", "--from", "deepspeed", "ds", "latest.ckpt", "--prefix", "net.")
+    assert code == DONE
+    assert "note: Tag 'two': ZeRO stage 3, written by 3 data-parallel ranks of DeepSpeed 0.19.8" in " ".join(
+        said.split()
+    )
+    assert "state_dict.net.two" in contents(tmp_path / "latest.ckpt")[0]
+    code, done = call.json("import", "ds", "one.ckpt", "--tag", "one")
+    assert (code, done["format"]) == (DONE, "deepspeed")
+    assert "state_dict.one" in contents(tmp_path / "one.ckpt")[0]
+    with pytest.raises(CheckpointError, match=r"no checkpoint 'three' \(known: one, two\)"):
+        call("import", "ds", "three.ckpt", "--tag", "three")
+
+
+def test_ls_and_inspect_know_the_directories_of_deepspeed(call: Call, tmp_path: Path) -> None:
+    place = write_rows(tmp_path / "ds", trained([{"net.a": (2, 3)}], client={"mine": 1}), stage=1)
+    broken = write_rows(tmp_path / "broken", trained([{"net.a": (2, 3)}]))
+    (broken / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"")
+    code, listed = call.json("ls")
+    assert code == DONE
+    by_path = {entry["path"]: entry for entry in listed}
+    assert by_path.keys() == {"run.ckpt", "ds/global_step10", "broken/global_step10"}
+    found = by_path["ds/global_step10"]
+    assert (found["by"], found["step"], found["zero"], found["ranks"]) == ("deepspeed", 10, 1, 2)
+    assert "is empty" in by_path["broken/global_step10"]["fault"]
+    code, said = call("inspect", "ds", "--tensors")
+    assert code == DONE
+    assert "DeepSpeed 0.19.8" in said
+    assert "meshbolt checkpoint import" in said
+    assert "net.a" in said
+    code, content = call.json("inspect", str(place), "--tensors")
+    assert code == DONE
+    assert content["tensors"] == {"net.a": {"dtype": "float32", "shape": [2, 3], "bytes": 24}}
+    assert content["entries"]["optimizer"] == {"tensors": 3, "bytes": 52}
+    assert content["objects"] == {"mine": "int"}
