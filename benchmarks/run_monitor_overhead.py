@@ -116,6 +116,7 @@ def main() -> None:
     for index, clock in enumerate(("wall", "processor")):
         ratios = [each[True][index] / each[False][index] for each in rounds]
         print(f"with / without, {clock}: {statistics.median(ratios):.4f} ({min(ratios):.4f} to {max(ratios):.4f})")
+        print("  of each round:", *(f"{ratio:.4f}" for ratio in ratios))
     print(f"inside of hooks: {1e6 * hooks:.0f} us a step, {hooks / plain:.2%} of it")
 
 

@@ -44,8 +44,8 @@ class MemoryMonitor(Monitor):
 
     Parameters, gradients, state of optimizers, gathered parameters and buffers are what their storages take on the device, in
     host memory and in files; activations and the rest are what is in use beside them: what torch's allocator has on a GPU, the
-    anonymous memory of the process on a CPU. Nothing is waited for. Peaks are reset in each step, so that
-    `torch.cuda.max_memory_allocated` starts anew with them.
+    anonymous memory of the process on a CPU, for activations what is allocated there. Nothing is waited for. Peaks are reset in
+    each step, so that `torch.cuda.max_memory_allocated` starts anew with them.
 
     A rank that runs out of memory says where it was, who holds what, and which settings would save how much; the error goes on.
 
@@ -177,7 +177,7 @@ class MemoryMonitor(Monitor):
         if not self.ends_step(trainer):
             return
         run.step.end_step(run.updates, closely=run.closely)
-        run.updates, run.is_first = trainer.global_step, False
+        run.updates, run.is_first = self.moment.step, False
         run.part.go_on(self.steps_taken)
         if usage is not None:
             held = run.held_before = run.held()
@@ -192,7 +192,7 @@ class MemoryMonitor(Monitor):
     def _log(self, trainer: pl.Trainer, run: _Run, usage: Usage, held: HeldMemory) -> None:
         self.report(trainer, {**run.values(usage, held), **run.step.values()})
         own = dict(zip(_names(trainer.global_rank), (usage.used_bytes, run.step.peak.peak_bytes), strict=True))
-        run.part.want(Moment.now(trainer), lambda: {**dict.fromkeys(run.names, 0.0), **own})
+        run.part.want(self.moment, lambda: {**dict.fromkeys(run.names, 0.0), **own})
         run.step.begin_interval()
 
     def _tell(self, trainer: pl.Trainer, ranks: range, moment: Moment, sums: Mapping[str, float]) -> None:

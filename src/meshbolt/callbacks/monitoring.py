@@ -35,6 +35,7 @@ class Monitor(Onlooker):
     Attributes:
         kind: what records are called.
         steps_taken: how many steps this fit has taken that this monitor knows of, with those before a resume: see `Together`.
+        moment: at which the last of them ended.
     """
 
     kind: ClassVar[str]
@@ -55,7 +56,7 @@ class Monitor(Onlooker):
             raise ConfigError(f"{type(self).__name__}(every={every!r}) is not a number of steps. Use 1 or more.")
         self.every, self.directory = every, directory
         self.records: Records | None = None
-        self.steps_taken = 0
+        self.steps_taken, self.moment = 0, Moment(0, 0)
         self._together: Together | None = None
         self._taken: set[str] = set()
 
@@ -79,7 +80,7 @@ class Monitor(Onlooker):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count steps; what a subclass does comes after this."""
         self._together = together_of(trainer)
-        self.steps_taken = self._together.steps
+        self.steps_taken, self.moment = self._together.steps, self._together.moment
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -117,6 +118,7 @@ class Monitor(Onlooker):
             return False
         self._together.end_batch(trainer)
         before, self.steps_taken = self.steps_taken, self._together.steps
+        self.moment = self._together.moment
         return self.steps_taken != before
 
     def is_due(self, step: int) -> bool:
@@ -152,15 +154,12 @@ class Monitor(Onlooker):
         """
         for name in values:
             find_metric(name)
-        moment = moment or self._last_moment(trainer)
+        if moment is None:
+            moment = self.moment if self.moment.step == trainer.global_step else Moment.now(trainer)
         if self.records is not None:
             self.records.write(kind or self.kind, step=moment.step, values=values, **further)
         if trainer.is_global_zero and trainer.loggers:
             self._tell_loggers(trainer, values, moment)
-
-    def _last_moment(self, trainer: pl.Trainer) -> Moment:
-        last = None if self._together is None else self._together.moment
-        return last if last is not None and last.step == trainer.global_step else Moment.now(trainer)
 
     def _tell_loggers(self, trainer: pl.Trainer, values: Mapping[str, Value], moment: Moment) -> None:
         taken = (values.keys() & trainer.callback_metrics.keys()) - self._taken

@@ -138,7 +138,7 @@ class RankMonitor(Monitor):
         run.end_step()
         run.part.go_on(self.steps_taken)
         if self.is_due(self.steps_taken):
-            run.part.want(Moment.now(trainer), functools.partial(run.numbers, run.taken))
+            run.part.want(self.moment, functools.partial(run.numbers, run.taken))
         self._watch_next(run)
 
     def _watch_next(self, run: _Run) -> None:

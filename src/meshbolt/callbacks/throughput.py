@@ -186,7 +186,7 @@ class ThroughputMonitor(Monitor):
         if not self.ends_step(trainer):
             run.clock.begin("between")
             return
-        run.end_step(Moment.now(trainer))
+        run.end_step(self.moment)
         run.part.go_on(self.steps_taken)
         is_due = run.taken == _FIRST_LOGGED or self.is_due(self.steps_taken)
         if is_due and run.moment is not None:

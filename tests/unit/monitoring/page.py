@@ -105,7 +105,9 @@ computation takes up to its wait, so that its bytes per second are a lower bound
 
 An axis that all ranks stand along also has what the Trainer, meshbolt and other monitors tell each other; groups that are no
 axis are `other`. On CPUs (gloo) ZeRO's reduce-scatters run as `all_to_all` and are listed so; of two ranks each sends only the
-other's half. Under NCCL no rank waits but its device: calls and bytes are known, times are not.
+other's half. Under NCCL no rank waits but its device: calls and bytes are counted, times are not. There `seconds`,
+`exposed_seconds` and `bytes_per_second` of rows, and `_exposed_seconds` of axes, are null; what the device waits for all of them
+together is `throughput/exposed_communication_seconds`.
 """,
 }
 
