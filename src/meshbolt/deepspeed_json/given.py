@@ -91,6 +91,8 @@ class Given:
             value = AUTO
             if key not in self.notes:
                 outcome, becomes, why = IGNORED, "", "auto: the default of meshbolt"
+            elif AUTO not in why:
+                why = f"auto: the default{'; ' if why else ''}{why}"
         return Row(key=key, value=value, outcome=outcome, becomes=becomes, why=why)
 
 

@@ -68,6 +68,48 @@ since. Without the key and without `deepspeed_version` the Trainer decides, whic
 receipt says this.
 
 `configs/deepspeed/` has files as they are in use, and under `receipts/` what becomes of each.
+
+## Checkpoints
+
+What DeepSpeed has saved is read without DeepSpeed, and without running code from its files. Give its directory as `ckpt_path`
+(to `fabric.load`, to `engine.load_checkpoint`), or make a checkpoint of it that any plan loads:
+
+```console
+$ meshbolt checkpoint import --from deepspeed runs/deepspeed start.ckpt --tag global_step1000
+imported runs/deepspeed to start.ckpt: deepspeed, 75 tensors, 1.1 GiB
+note: Tag 'global_step1000': ZeRO stage 3, written by 8 data-parallel ranks of DeepSpeed 0.19.8 after 1000 steps.
+```
+
+The directory is the one that DeepSpeed was told to save to, the one of a tag in it, or the `.ckpt` directory of Lightning's
+`DeepSpeedStrategy`. Without `--tag` it is the save that `latest` names. `--prefix model.` is put before the names, where a
+LightningModule has as `self.model` what DeepSpeed's engine had. `meshbolt checkpoint ls` and `inspect` know these directories.
+
+| what wrote it | what is taken |
+|---|---|
+| ZeRO 1, 2 and 3, any number of ranks | Master weights in float32, frozen ones in the same dtype, buffers in their own, tied ones under each name; what the optimizer keeps for each parameter, its settings, the count of steps. |
+| DeepSpeed's optimizer for bfloat16 (stage 1 with gradients in float32) | The same. |
+| no ZeRO | The same, where it kept master weights: its files do not name them, so they are found by their values. In float32 the optimizer's state has numbers, as torch's has; a run takes them in the order of its own optimizer's parameters. |
+| `PipelineModule`, with ZeRO 1 or without | The same under the names of the module: `3.weight`, `tied_modules.embed.weight`. Without ZeRO no file has the key of a tied layer: its weights have the number of its first use. |
+| `ds_to_universal.py` | The same. Of a pipeline, buffers are missing there. |
+| Lightning's `DeepSpeedStrategy` | Loops, callbacks, hyperparameters and schedulers besides, so that a run goes on as after a save of ours. |
+
+The learning rate scheduler, a dynamic loss scale with its counters, and what the user saved as `client_state` are taken, too; of
+an engine without Lightning, the latter stands in the imported checkpoint under `client_state`, and DeepSpeed's counters and JSON
+under `deepspeed`. `meshbolt.checkpoint.deepspeed.open_deepspeed(path)` gives all of it to a program.
+
+Where `zero_to_fp32.py` and its kin go wrong, this does not: frozen weights of stage 1 are there, frozen weights come in
+float32, the optimizer for bfloat16 is read, integers stay integers, and with `round_robin_gradients` each parameter has its own
+values (`safe_get_full_fp32_param` and `ds_to_universal.py` of 0.19.8 mix them up; what that converter has made of such a run is
+refused).
+
+Refused, with what to do instead: slices of tensor parallelism (make them universal with `ds_to_universal.py`, which joins them,
+and import that), experts of a mixture, and optimizer state in NVMe swap files. A file that is missing, cut off, left over from
+another number of ranks or of another save is named. DeepSpeed's files have no checksums: a bit that has changed in them is
+not noticed. Classes of your own in `client_state` or in Lightning's hyperparameters are named and refused, unless you trust the
+files: `--weights-only false`.
+
+Tensors stay in the files until they are used; memory holds the one at hand. Files in torch's old kind
+(`"checkpoint_serialization": false`) are read whole.
 """
 
 
