@@ -5,7 +5,7 @@ The tensors stay in their files; each rank reads of them what its shards need, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from meshbolt.checkpoint.deepspeed import DeepSpeedCheckpoint, is_deepspeed, open_deepspeed
 from meshbolt.checkpoint.directory import is_remote
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
-from meshbolt.engine import Engine
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.directories import Loaded, LoadInto
@@ -81,40 +80,33 @@ def read_deepspeed(path: str, into: LoadInto, *, weights_only: bool | None, grou
 
 
 def tree_for_trainer(
-    opened: DeepSpeedCheckpoint, engine: Engine, optimizers: Sequence[Optimizer], *, precision: MeshPrecision
+    opened: DeepSpeedCheckpoint, module: nn.Module, *, precision: MeshPrecision, resumes: bool
 ) -> dict[str, Any]:
     """Return Lightning's dictionary of what DeepSpeed has saved, under Lightning or without it.
 
     Args:
         opened: the checkpoint.
-        engine: of this run's module, with nothing gathered.
-        optimizers: of this run; those of a run that goes on take the saved state, and without any it is left out.
+        module: of this run, with nothing gathered.
         precision: of this run.
+        resumes: the run goes on from there; else the optimizer's state is left out.
     """
     tree: dict[str, Any] = opened.as_lightning()
-    renamed = renaming(tree["state_dict"], engine.module, within=not opened.is_lightnings)
+    renamed = renaming(tree["state_dict"], module, within=not opened.is_lightnings)
     tree["state_dict"] = {renamed(name): value for name, value in tree["state_dict"].items()}
     states = tree.pop("optimizer_states", [])
-    if optimizers:
-        names = {parameter: name for name, parameter in engine.parameters_by_name.items()}
-        own = [*optimizers[: len(states)], *[None] * (len(states) - len(optimizers))]
-        tree["optimizer_states"] = [
-            _arranged(_renamed(state, renamed), optimizer, names) for state, optimizer in zip(states, own, strict=True)
-        ]
+    if resumes:
+        tree["optimizer_states"] = [_renamed(state, renamed) for state in states]
     if opened.loss_scaler is not None:
         tree[type(precision).__qualname__] = opened.loss_scaler.as_state()
     return tree
 
 
-def tree_for_fabric(
-    opened: DeepSpeedCheckpoint, state: Mapping[str, Any], names: Mapping[str, Mapping[nn.Parameter, str]]
-) -> dict[str, Any]:
+def tree_for_fabric(opened: DeepSpeedCheckpoint, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what DeepSpeed has saved under the keys of those who take it; beside them the caller's entries and its counters.
 
     Args:
         opened: the checkpoint.
         state: what is loaded into: the user's module, its optimizer, its scheduler.
-        names: for each key of an optimizer, of all its module's parameters.
 
     Raises:
         CheckpointError: there are two of a kind, and DeepSpeed saves one.
@@ -124,7 +116,7 @@ def tree_for_fabric(
     tree: dict[str, Any] = {**{key: getattr(opened, key) for key in _COUNTERS}, **opened.client_state}
     taken: dict[str, str] = {}
     for key, target in state.items():
-        what, value = _for(target, opened, names.get(key, {}), renamed)
+        what, value = _for(target, opened, renamed)
         if what in taken:
             raise CheckpointError(
                 f"{opened.name} was written by DeepSpeed, which saves one {what}, and {taken[what]!r} and {key!r} are both given "
@@ -138,14 +130,12 @@ def tree_for_fabric(
     return tree
 
 
-def _for(
-    target: Any, opened: DeepSpeedCheckpoint, names: Mapping[nn.Parameter, str], renamed: Callable[[str], str]
-) -> tuple[str, Any]:
+def _for(target: Any, opened: DeepSpeedCheckpoint, renamed: Callable[[str], str]) -> tuple[str, Any]:
     """Return what kind of thing takes a part of the checkpoint, or "", and that part; None where there is none."""
     if isinstance(target, nn.Module):
         return "module", {renamed(name): value for name, value in opened.weights.items()}
     if isinstance(target, Optimizer):
-        return "optimizer", opened.optimizer and _arranged(_renamed(opened.optimizer, renamed), target, names)
+        return "optimizer", opened.optimizer and _renamed(opened.optimizer, renamed)
     if isinstance(target, LRScheduler):
         check_schedules([opened.scheduler or {}], [target])
         return "learning rate scheduler", opened.scheduler
@@ -193,26 +183,3 @@ def _renamed(state: Mapping[str, Any], renamed: Callable[[str], str]) -> dict[st
 
     groups = [{**group, "params": [named(key) for key in group["params"]]} for group in state["param_groups"]]
     return {**state, "state": {named(key): value for key, value in state["state"].items()}, "param_groups": groups}
-
-
-def _arranged(
-    state: Mapping[str, Any], optimizer: Optimizer | None, names: Mapping[nn.Parameter, str]
-) -> dict[str, Any]:
-    """Return an optimizer's state with each group in the order of this run's, as far as they have the same parameters.
-
-    DeepSpeed keeps no order that anybody can see, and leaves frozen parameters out of its groups.
-
-    Args:
-        state: by name.
-        optimizer: of this run; None: there is none, and nothing is arranged.
-        names: of all parameters.
-    """
-    groups = state["param_groups"]
-    own = [] if optimizer is None else optimizer.param_groups
-    arranged = []
-    for theirs, ours in zip(groups, own if len(own) == len(groups) else [{}] * len(groups), strict=True):
-        order = [names[parameter] for parameter in ours.get("params", ())]
-        frozen = {names[parameter] for parameter in ours.get("params", ()) if not parameter.requires_grad}
-        same = set(order) - frozen == set(theirs["params"]) - frozen
-        arranged.append({**theirs, "params": order} if same and order else theirs)
-    return {**state, "param_groups": arranged}

@@ -379,7 +379,6 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             of_deepspeeds=lambda opened: tree_for_fabric(
                 opened,
                 {key: behind_entry(each) if isinstance(each, nn.Module) else each for key, each in state.items()},
-                {key: self._names(each) for key, each in state.items() if isinstance(each, Optimizer)},
             ),
         )
 

@@ -407,7 +407,7 @@ class MeshStrategy(OwnProgress, AfterExceptions, DeepSpeedSettings, MeshCore, Pa
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
             resumes=self._resumes,
             of_deepspeeds=lambda opened: tree_for_trainer(
-                opened, self.engine, self.optimizers if self._resumes else (), precision=self.precision_plugin
+                opened, module, precision=self.precision_plugin, resumes=self._resumes
             ),
         )
 
