@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MAX_WHEEL_BYTES = 1_000_000
+# Some 450 modules of two to three kilobytes each, deflated; data or generated files that slip in would be far over it.
+MAX_WHEEL_BYTES = 1_250_000
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_the_wheel_is_pure_python_for_any_platform(wheel: Path) -> None:
     assert not compiled
 
 
-def test_the_wheel_is_under_one_megabyte(wheel: Path) -> None:
+def test_the_wheel_holds_code_alone(wheel: Path) -> None:
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
 
 
