@@ -45,7 +45,7 @@ def _reworded(row: Row, run: Run, *, unused: Mapping[str, str]) -> Row:
     sizes = run.sizes
     numbers = {TOTAL: sizes.total, EACH: sizes.micro, STEPS: sizes.steps}
     if row.key in numbers:
-        why = f"with {sizes.ranks} data-parallel ranks" if row.given else "follows from the other sizes"
+        why = f"data-parallel ranks: {sizes.ranks}" if row.given else "follows from the other sizes"
         return _with(row, outcome=HONOURED, becomes=f"engine: {numbers[row.key]}", why=why)
     if row.key == CLIP:
         said = f"engine.step() clips to a norm of {run.clip}" if run.clip else "no clipping"
