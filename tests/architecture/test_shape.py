@@ -25,7 +25,7 @@ BOUNDS = [
 ]
 MAX_PARAMETERS = 10
 # The public contract, one keyword for each setting, the constructor that both strategies hand them on to, and DeepSpeed's call.
-MANY_PARAMETERS_ALLOWED = (" MeshStrategy.__init__", " MeshCore.__init__", " initialize")
+MANY_PARAMETERS_ALLOWED = (" MeshStrategy.__init__", " MeshCore.__init__", " PipelineModule.__init__", " initialize")
 
 
 @pytest.fixture(scope="module")

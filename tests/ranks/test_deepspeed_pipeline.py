@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from meshbolt import ConfigError, UnsupportedError, deepspeed
 from meshbolt.compat import whole_of
-from meshbolt.deepspeed.pipe import PipelineModule
+from meshbolt.deepspeed.pipe import LayerSpec, PipelineModule
 from meshbolt.engine.placeholders import held_elsewhere
 from meshbolt.testing import run_ranks
 
@@ -454,6 +454,68 @@ def test_a_checkpoint_goes_on_with_other_stages(first: Row, second: Row, tmp_pat
     for found in run_ranks(loads, second.ranks, second, str(tmp_path), timeout=60):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert (found["steps"], found["note"]) == (4, "here")
+
+
+# Forms of layers and microbatches -----------------------------------------------------------------------------------------
+
+
+WIDE = 40  # what is smaller is built with its values even under zero.Init
+
+
+class Masked(nn.Module):
+    """A layer that passes on what it does not change, among it a tensor that needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDE, WIDE)
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, mask = given
+        return x + torch.tanh(self.inner(x)) * mask, mask
+
+
+def mean_of_pair(given: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor]) -> Tensor:
+    return ((given[0] - labels[0]) ** 2).mean() * labels[1]
+
+
+def in_odd_forms(stages: int, blocks: dict[str, Any], late: bool) -> list[float]:
+    with deepspeed.zero.Init(enabled=late):
+        # Seeds of their own give layers the same weights for any number of stages.
+        specs = [LayerSpec(Masked) for _ in range(4)]
+        module = PipelineModule(specs, num_stages=stages, loss_fn=mean_of_pair, seed_layers=True)
+    assert late == any(parameter.is_meta for parameter in module.parameters())
+    engine = deepspeed.initialize(model=module, config=Row(stages=stages, window=3, zero=1, blocks=blocks).file())[0]
+    generator = torch.Generator().manual_seed(2)
+    parts: list[Any] = []
+    for samples, length in ((2, 5), (3, 2), (1, 7)) * 3:
+        x = torch.randn(samples, length, WIDE, generator=generator)
+        mask = torch.rand(samples, length, 1, generator=generator) > 0.3
+        labels = [torch.randn(samples, length, WIDE, generator=generator), torch.tensor(0.5)]
+        parts.append(((x, mask), labels))
+    iterator = iter(parts)
+    return [float(engine.train_batch(iterator)) for _ in range(3)]
+
+
+PRECISIONS = {
+    "float32": {},
+    "bf16": {"bf16": {"enabled": True}, "optimizer": {"type": "SGD", "params": {"lr": 1 / 32}}},
+    "fp16": {
+        "fp16": {"enabled": True, "initial_scale_power": 8},
+        "optimizer": {"type": "SGD", "params": {"lr": 1 / 32}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "late"), [("float32", False), full("float32", True), full("bf16", False), full("fp16", False)]
+)
+def test_tuples_cross_stages_in_microbatches_of_any_shape(precision: str, late: bool) -> None:
+    blocks = {**PRECISIONS[precision], "scheduler": {}}
+    ((*expected,),) = run_ranks(in_odd_forms, 1, 1, blocks, False, timeout=60)
+    assert len(set(expected)) == 3
+    for found in run_ranks(in_odd_forms, 2, 2, blocks, late, timeout=60):
+        # In 16 bits each microbatch's gradients are rounded before they are added up in float32: the same sums.
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 # What is refused ----------------------------------------------------------------------------------------------------------

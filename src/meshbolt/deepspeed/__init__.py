@@ -3,7 +3,7 @@
 `trainer_arguments` makes the arguments of a Trainer from a file; `receipt` only says what would become of its keys. The schedules
 that a file can name are here, too. `initialize` returns the engine of DeepSpeed's loop, so that a script written for it trains
 with `from meshbolt import deepspeed`; what such scripts call beside it has the place that it has there: `zero`, `comm`,
-`checkpointing`, `ops`, `utils`, `accelerator`. Read `initialize.py` first, then `engine.py`.
+`checkpointing`, `ops`, `utils`, `accelerator`, `pipe`. Read `initialize.py` first, then `engine.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from meshbolt.deepspeed import checkpointing, comm, ops, pipe, utils, zero
+from meshbolt.deepspeed import checkpointing, comm, moe, ops, pipe, runtime, utils, zero
 from meshbolt.deepspeed.accelerator import get_accelerator
 from meshbolt.deepspeed.engine import DeepSpeedEngine
 from meshbolt.deepspeed.initialize import initialize
+from meshbolt.deepspeed.pipe import PipelineModule
 from meshbolt.deepspeed.ranks import init_distributed
 from meshbolt.deepspeed_json import Options, Receipt
 from meshbolt.deepspeed_json import translate as _translate
@@ -27,6 +28,7 @@ __all__ = [
     "LRRangeTest",
     "OneCycle",
     "Options",
+    "PipelineModule",
     "Receipt",
     "WarmupCosineLR",
     "WarmupDecayLR",
@@ -37,8 +39,11 @@ __all__ = [
     "get_accelerator",
     "init_distributed",
     "initialize",
+    "moe",
     "ops",
+    "pipe",
     "receipt",
+    "runtime",
     "trainer_arguments",
     "utils",
     "zero",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def partition_uniform(num_items: int, num_parts: int) -> list[int]:
-    """Return where each part begins, and the end: as many items in each as can be, one more in the first ones where some are left.
+    """Return where each part begins, and the end: as many items in each, and one more in the first ones where some are left.
 
     Args:
         num_items: as many as parts or more.

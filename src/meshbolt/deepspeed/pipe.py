@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meshbolt.blocks import Recompute, recompute_blocks
+from meshbolt.deepspeed import checkpointing
 from meshbolt.deepspeed.partition import partition_balanced, partition_uniform
 from meshbolt.deepspeed.topology import (
     PipeDataParallelTopology,
@@ -60,8 +61,8 @@ class LayerSpec:
     def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
         if not (isinstance(typename, type) and issubclass(typename, nn.Module)):
             raise ConfigError(
-                f"{type(self).__name__}({typename!r}) is to name a class of modules. Give the class, not an instance; functions go "
-                "into the list of layers as they are."
+                f"{type(self).__name__}({typename!r}) is to name a class of modules. Give the class, not an instance; functions "
+                "go into the list of layers as they are."
             )
         self.typename, self.module_args, self.module_kwargs = typename, module_args, module_kwargs
 
@@ -114,6 +115,7 @@ class _Function(nn.Module):
         self.function = function
 
     def forward(self, inputs: Any) -> Any:
+        """Call it."""
         return self.function(inputs)
 
 
@@ -126,9 +128,11 @@ class _Tied(nn.Module):
 
     @property
     def layer(self) -> nn.Module:
+        """The layer that has the parameters."""
         return self._owner[0][self.key]
 
     def forward(self, inputs: Any) -> Any:
+        """Use it."""
         return self.layer(inputs) if self._use is None else self._use(self.layer, inputs)
 
 
@@ -345,7 +349,8 @@ class PipelineModule(nn.Module):
     def _seed_before(self, index: int, _layer: nn.Module, _inputs: Any) -> None:
         start = self.parts[self.stage_owner(index)]
         if interval := self.activation_checkpoint_interval:
-            index = start + (index - start) % interval  # DeepSpeed counts from the beginning of what it computes again at once
+            # DeepSpeed counts from the beginning of what it computes again at once.
+            index = start + (index - start) % interval
         self.seed_fn(self.base_seed * (self.micro_offset + 1) + index)
 
 
@@ -366,15 +371,13 @@ def _stages(num_stages: int | None, topology: ProcessTopology | None) -> int:
     if world > 1 and world % num_stages:
         fitting = [count for count in range(1, world + 1) if world % count == 0]
         raise ConfigError(
-            f"PipelineModule(num_stages={num_stages}): {world} ranks are no multiple of {num_stages}. Use one of {fitting}, or start "
-            "other ranks."
+            f"PipelineModule(num_stages={num_stages}): {world} ranks are no multiple of {num_stages}. Use one of {fitting}, or "
+            "start other ranks."
         )
     return num_stages
 
 
 def _check(specs: Sequence[Any], stages: int, function: Any, checkpointable: Any) -> None:
-    from meshbolt.deepspeed import checkpointing
-
     for index, spec in enumerate(specs):
         if isinstance(spec, PipelineModule):
             raise UnsupportedError(f"Layer {index} is a PipelineModule itself. Put its layers into the list.")
@@ -386,7 +389,7 @@ def _check(specs: Sequence[Any], stages: int, function: Any, checkpointable: Any
         raise ConfigError(
             f"PipelineModule was given {len(specs)} layers for {stages} stages, and each stage needs one. Use fewer stages."
         )
-    known = (None, checkpointing.checkpoint, getattr(checkpointing, "non_reentrant_checkpoint", None))
+    known = (None, checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint)
     if function not in known:
         raise UnsupportedError(
             f"PipelineModule(activation_checkpoint_func={function!r}): activations are computed again by torch. Leave it out."

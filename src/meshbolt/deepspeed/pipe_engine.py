@@ -18,9 +18,9 @@ from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.pipeline import Microbatches
 
 _ONLY = (
-    "engine.{name} was called on the engine of a PipelineModule, whose forward and backward passes of different microbatches take "
-    "turns. Call engine.train_batch(data_iter) for a whole window of microbatches and the step after it, engine.eval_batch(data_iter) "
-    "to evaluate."
+    "engine.{name} was called on the engine of a PipelineModule, whose passes of different microbatches take turns. Call "
+    "engine.train_batch(data_iter) for a whole window of microbatches and the step after it, engine.eval_batch(data_iter) to "
+    "evaluate."
 )
 _HAS, _ENDED, _NONE = "has data", "is at its end", "has none"
 
@@ -67,7 +67,8 @@ class PipelineEngine(DeepSpeedEngine):
         Args:
             dataset: of all ranks.
         """
-        strategy, sampler = self._run.strategy, None
+        strategy = self._run.strategy
+        sampler: Any = None
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
             ranks, rank = strategy.data_parallel_size, strategy.data_parallel_rank
             sampler = DistributedSampler(dataset, ranks, rank, shuffle=False)
@@ -116,7 +117,7 @@ class PipelineEngine(DeepSpeedEngine):
         if _ENDED in by_rank:
             short = [rank for rank, each in enumerate(by_rank) if each == _ENDED]
             raise StopIteration(f"The iterator of rank {short[0]} has fewer than the {count} microbatches of a step.")
-        own = [rank for rank, place in enumerate(map(self._data_rank, range(len(by_rank)))) if place == self._data_rank()]
+        own = [rank for rank in range(len(by_rank)) if self._data_rank(rank) == self._data_rank(self.global_rank)]
         having = [rank for rank in own if by_rank[rank] == _HAS]
         if not having:
             raise ConfigError(
@@ -127,17 +128,16 @@ class PipelineEngine(DeepSpeedEngine):
             parts = strategy.given_to_copies(parts, source=having[0])
         return tuple(tree_map(self._placed, part) for part in parts)
 
-    def _data_rank(self, rank: int | None = None) -> int:
-        mesh = self._run.strategy.plan.mesh
-        return mesh.data_parallel_rank(self.global_rank if rank is None else rank)
+    def _data_rank(self, rank: int) -> int:
+        return self._run.strategy.plan.mesh.data_parallel_rank(rank)
 
     def _in_form(self, batch: Any) -> tuple[Any, Any]:
         if self.batch_fn is not None:
             batch = self.batch_fn(batch)
         if not isinstance(batch, (tuple, list)) or len(batch) < 1 + (self.module.loss_fn is not None):
             raise ConfigError(
-                f"A microbatch is a {type(batch).__name__}, and has to be (inputs, labels): tensors, or tuples of them. Return that "
-                "from the dataset, or change it by engine.set_batch_fn(fn)."
+                f"A microbatch is a {type(batch).__name__}, and has to be (inputs, labels): tensors, or tuples of them. Return "
+                "that from the dataset, or change it by engine.set_batch_fn(fn)."
             )
         inputs, *labels = batch
         inputs = tuple(inputs) if isinstance(inputs, list) else inputs
@@ -177,7 +177,9 @@ class PipelineEngine(DeepSpeedEngine):
             ConfigError: there is nothing to take microbatches from, or no optimizer.
         """
         if not torch.is_grad_enabled():
-            raise ConfigError("engine.train_batch was called with gradients disabled. Call engine.eval_batch to evaluate.")
+            raise ConfigError(
+                "engine.train_batch was called with gradients disabled. Call engine.eval_batch to evaluate."
+            )
         self._need_optimizer("train_batch")
         if data_iter is not None:
             self.set_dataiterator(data_iter)

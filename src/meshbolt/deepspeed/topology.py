@@ -30,7 +30,7 @@ class ProcessTopology:
                 f"ProcessTopology(axes={list(axes)}, dims={list(dims)}): give each axis a name and a size."
             )
         self.axes, self.dims = list(axes), list(dims)
-        self.ProcessCoord: Any = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc] # noqa: PYI024
+        self.ProcessCoord: Any = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]
 
     def check(self) -> None:
         """Refuse a grid that meshbolt does not have.
@@ -45,8 +45,8 @@ class ProcessTopology:
             )
         if self.get_dim("model") > 1:
             raise UnsupportedError(
-                f"The topology has {self.get_dim('model')} ranks on the axis 'model', whose layers the script would divide. Leave the "
-                'axis out, write ordinary layers, and put "tensor_parallel": {"autotp_size": ...} into the JSON.'
+                f"The topology has {self.get_dim('model')} ranks on the axis 'model', whose layers a script divides. Leave "
+                'the axis out, write ordinary layers, and put "tensor_parallel": {"autotp_size": ...} into the JSON.'
             )
         wide = [axis for axis, dim in zip(self.axes, self.dims, strict=True) if dim > 1]
         if wide != [axis for axis in _ORDER if axis in wide]:

@@ -201,8 +201,8 @@ def _pipeline(given: Given, microbatches: int | None) -> PipelineParallel | None
     if size == 1:
         return None
     # With fewer microbatches than stages nothing can take turns: all forward passes come first.
-    order = {"schedule": "gpipe"} if microbatches is not None and microbatches < size else {}
-    return PipelineParallel(size=size, microbatches=microbatches or "auto", **order)
+    schedule = "gpipe" if microbatches is not None and microbatches < size else "1f1b"
+    return PipelineParallel(size=size, microbatches=microbatches or "auto", schedule=schedule)
 
 
 def _checkpoint(given: Given) -> Checkpoint | None:

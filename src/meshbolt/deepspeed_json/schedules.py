@@ -41,7 +41,7 @@ class Schedule(LRScheduler):
             return
         self.last_epoch = int(state_dict["last_batch_iteration"]) + 1
         self._step_count = self.last_epoch + 1
-        self._last_lr = self.get_lr()
+        self._last_lr = [*self.get_lr()]
 
     def _each(self, name: str, value: Any) -> list[float]:
         """Return one value for each group, of a number or a list."""

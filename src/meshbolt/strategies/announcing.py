@@ -59,8 +59,8 @@ def say_what_is_let_go(module: nn.Module, stages: Stages) -> None:
         rank_zero_info(
             f"pipeline: {type(module).__name__} was built with all its values in __init__, on every rank. This one keeps "
             f"{format_bytes(kept)} of its parameters, and lets go of {format_bytes(others)} now. Build it in configure_model "
-            "(for Fabric under fabric.init_module()), or train it by `meshbolt fit --meta true`, and no rank ever holds more "
-            "than its stages."
+            "(for Fabric under fabric.init_module(), in DeepSpeed's loop under deepspeed.zero.Init()), or train it by "
+            "`meshbolt fit --meta true`, and no rank ever holds more than its stages."
         )
 
 

@@ -15,6 +15,7 @@ from lightning.fabric.plugins.precision.precision import Precision
 from lightning.fabric.strategies.parallel import ParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from meshbolt.collectives import agree_on_error
@@ -27,7 +28,7 @@ from meshbolt.plugins import MeshPrecision
 from meshbolt.strategies.announcing import say_what_is_offloaded
 from meshbolt.strategies.compat import BackwardSyncControl, FabricScriptLauncher
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.deepspeeds import is_deepspeeds, tree_for_fabric
+from meshbolt.strategies.deepspeeds import is_deepspeeds, take_rates, tree_for_fabric
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import Entry, behind_entry, redirect_entries
 from meshbolt.strategies.examples import example_of
@@ -151,7 +152,8 @@ class MeshStrategy(MeshCore, ParallelStrategy):
         without a pipeline.
 
         Args:
-            batch: the whole one, on every rank of the pipeline; its tensors are divided along their first dim.
+            batch: the whole one, on every rank of the pipeline; its tensors are divided along their first dim. Or
+                `meshbolt.pipeline.Microbatches`, which is divided already.
             loss_fn: takes the module and a microbatch, and returns the microbatch's mean loss.
 
         Returns:
@@ -178,7 +180,7 @@ class MeshStrategy(MeshCore, ParallelStrategy):
 
         Returns:
             What the function returns for the whole batch, on every rank of the pipeline: tensors whose first dim is the
-            microbatch's samples are joined, numbers are averaged.
+            microbatch's samples are joined, numbers are averaged. Of `Microbatches` a list with what it returns for each.
 
         Raises:
             ConfigError: there is no pipeline.
@@ -361,6 +363,9 @@ class MeshStrategy(MeshCore, ParallelStrategy):
             )
         loaded = self._load(place, self._wanted(state, strict=strict), weights_only=weights_only)
         self._load_objects(state, loaded, strict=strict)
+        found = {key: each for key, each in state.items() if isinstance(each, Optimizer) and key in loaded.tree}
+        schedulers = [each for each in state.values() if isinstance(each, LRScheduler)]
+        take_rates([loaded.tree[key] for key in found], found.values(), schedulers)
         return {key: value for key, value in loaded.tree.items() if key not in state}
 
     def _wanted(self, state: Mapping[str, Any], *, strict: bool) -> LoadInto:
