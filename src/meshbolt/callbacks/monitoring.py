@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -86,7 +87,9 @@ class Monitor(Onlooker):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the other monitors of this fit, without a word to other ranks."""
         self._together = None
-        part_ways(trainer)
+        # A logger that fails, too, is not to hide the exception.
+        with contextlib.suppress(Exception):
+            part_ways(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

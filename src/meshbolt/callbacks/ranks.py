@@ -79,14 +79,18 @@ class RankMonitor(Monitor):
             super().setup(trainer, pl_module, stage)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to measure, before other monitors do."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to measure."""
+        super().on_train_start(trainer, pl_module)
         self._watching.close()
         self.latest, self._suspect, self._times_in_a_row, self._named = {}, -1, 0, set()
         self._run = run = _Run(trainer)
         device = trainer.strategy.root_device
         self._watching.enter_context(run.fetching.listening(trainer.profiler))  # type: ignore[attr-defined]
         self._watching.enter_context(waits_observed(device, self._waiting, self._waited))
+        run.part = self.take_part(run.names, functools.partial(self._tell, trainer, run))
+        run.clock.begin("between")
+        self._watch_next(run)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -115,17 +119,6 @@ class RankMonitor(Monitor):
             self._run.note_wait(perf_counter() - since[1])
 
     # A step -----------------------------------------------------------------------------------------------------------
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin the first step."""
-        super().on_train_start(trainer, pl_module)
-        if (run := self._run) is None:
-            return
-        run.part = self.take_part(run.names, functools.partial(self._tell, trainer, run))
-        run.forget_fetches()
-        run.clock.begin("between")
-        self._watch_next(run)
 
     @override
     def on_train_batch_end(
@@ -219,7 +212,7 @@ class _Run:
             self._waited_for_others += seconds
 
     def forget_fetches(self) -> None:
-        """Leave out what was got before the first step."""
+        """Leave out what was got by validation."""
         self.fetching.take()
         self._waited_for_others = 0.0
 

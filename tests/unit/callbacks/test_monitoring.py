@@ -120,3 +120,18 @@ def test_a_name_that_the_module_logs_is_said_once_and_stays_in_the_records(tmp_p
     lines = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
     assert {line[lines[0].index(NAME)] for line in lines[1:]} - {""} == {"1.0"}
     assert len(list(read_records(Path(logger.log_dir, "meshbolt_records")))) == 3
+
+
+def test_a_logger_that_fails_does_not_hide_what_ended_the_fit(tmp_path: Path) -> None:
+    class Fails(Module):
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            if batch_idx == 2:
+                raise RuntimeError("enough")
+            return super().training_step(batch, batch_idx)
+
+    class Full(CSVLogger):
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+            raise OSError("no space left")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        fit([Watcher(every=1)], Fails(), logger=Full(tmp_path), log_every_n_steps=6)
