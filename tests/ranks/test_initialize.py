@@ -150,6 +150,74 @@ def test_windows_end_where_they_are_counted_or_said_to_end(way: Callable[[], Non
     run_ranks(way, 2, timeout=60)
 
 
+def dropped_inside_of_a_window() -> None:
+    engine, reference = made(Net(), config=config(2, window=3)), Reference(window=1, clip=0.3)
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("meshbolt.deepspeed.engine").addHandler(handler)
+    for index in range(6):
+        engine.optimizer.zero_grad()
+        train(engine, range(index, index + 1))
+    assert [record.levelname for record in records] == ["WARNING"]
+    assert "leave zero_grad() out" in records[0].getMessage()
+    for index in (2, 5):  # what is left: a third of the gradient of the last batch
+        reference.scale = 3.0
+        for rank in range(2):
+            x, y = batch(index, rank)
+            (F.mse_loss(reference.module(x), y) / 2).backward()
+        reference.step()
+    assert_equal(engine, reference.module)
+
+
+def test_gradients_that_are_dropped_inside_of_a_window_are_warned_of() -> None:
+    run_ranks(dropped_inside_of_a_window, 2, timeout=60)
+
+
+OTHER_PLACES: dict[str, dict[str, Any]] = {
+    "state on the host": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "parameters too": {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+        }
+    },
+}
+
+
+def in_other_places(name: str, clip: float) -> None:
+    engine = made(Net(), config=config(2, window=2, clip=clip, **OTHER_PLACES[name]))
+    reference = Reference(window=2, clip=clip)
+    losses, expected = train(engine, range(6)), reference.train(range(6))
+    torch.testing.assert_close(losses, expected[dist.get_rank()], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(engine.get_global_grad_norm(), reference.norms[-1], rtol=1e-5, atol=1e-6)
+    assert_equal(engine, reference.module)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [("state on the host", 0.0), full("state on the host", 0.3), full("parameters too", 0.0), ("parameters too", 0.3)],
+)
+def test_offloaded_state_and_parameters_train_as_one_process(name: str, clip: float) -> None:
+    run_ranks(in_other_places, 2, name, clip, timeout=60)
+
+
+def under_autocast() -> None:
+    block = config(1, torch_autocast={"enabled": True, "dtype": "bfloat16"})
+    engine, expected = made(Net().layers, config=block), Net().layers
+    x, y = batch(0, dist.get_rank())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.mse_loss(expected(x).float(), y)
+    assert F.mse_loss(engine(x), y).item() == loss.item()
+    assert (engine.torch_autocast_enabled(), engine.torch_autocast_dtype()) == (True, torch.bfloat16)
+    assert (engine.bfloat16_enabled(), engine.fp16_enabled(), engine(x).dtype) == (False, False, torch.float32)
+
+
+def test_torch_autocast_casts_by_operation_as_on_one_device() -> None:
+    run_ranks(under_autocast, 2, timeout=60)
+
+
 def own_optimizers() -> None:
     for stage in STAGES:
         reference = Reference(window=1)
@@ -271,6 +339,7 @@ def parameters_whole_for_a_while() -> None:
         engine, expected = made(Net(), config=config(stage)), Net()
         own = dict(expected.named_parameters())
         for name, parameter in engine.module.named_parameters():
+            assert (parameter.ds_shape, parameter.ds_numel) == (own[name].shape, own[name].numel())
             with deepspeed.zero.GatheredParameters(parameter):
                 assert type(parameter.data.cpu()) is torch.Tensor
                 torch.testing.assert_close(parameter.data.clone(), own[name].data, rtol=0, atol=0)

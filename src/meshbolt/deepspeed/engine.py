@@ -18,6 +18,7 @@ from meshbolt.deepspeed.checkpoints import load_checkpoint, save_16bit_model, sa
 from meshbolt.deepspeed.data import DeepSpeedDataLoader, loader_of
 from meshbolt.deepspeed.outputs import Outputs
 from meshbolt.deepspeed.run import Run
+from meshbolt.deepspeed.whole import mark
 from meshbolt.errors import ConfigError, UnsupportedError
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class DeepSpeedEngine(Answers):
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self._is_boundary: bool | None = None
         self._backwards = 0
+        self._has_run = self._has_warned = False
         self._is_stepping = self._is_inside_no_sync = self._step_applied = False
         self._norm: torch.Tensor | None = None
         self._set_up()
@@ -72,6 +74,7 @@ class DeepSpeedEngine(Answers):
         # Beside the modules of this one, or parameters would have two names.
         self.__dict__["_entry"], self.__dict__["_core"] = entry, strategy.engine
         self._outputs = Outputs(self.module, precision=self._run.translation.precision)
+        mark(self.module)
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self._refuse_other_steps)
             self._tell_scale(overflow=False)
@@ -93,7 +96,7 @@ class DeepSpeedEngine(Answers):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Call the module; float inputs are rounded to 16 bits under an fp16 or bf16 block, whose outputs are left in them."""
-        precision = self._run.strategy.precision
+        precision, self._has_run = self._run.strategy.precision, self._has_run or torch.is_grad_enabled()
         inputs, kwargs = precision.convert_input((inputs, kwargs))
         with precision.forward_context():
             output = self._entry(*inputs, **kwargs)
@@ -121,6 +124,7 @@ class DeepSpeedEngine(Answers):
                 f"engine.backward was given {what}{graph}. It needs the loss of a batch: one number, computed from what the "
                 "engine returned, with gradients enabled."
             )
+        self._look_at_window()
         if scale_wrt_gas:
             loss = loss / self.gradient_accumulation_steps()
         with ExitStack() as stack:
@@ -130,11 +134,25 @@ class DeepSpeedEngine(Answers):
             # The loss may have come through the modules of other engines, as a generator's does through the discriminator.
             inside: Any = loss
             for engine in _living:
-                if engine is not self:
+                if engine is not self and engine._has_run:
+                    if not engine.is_gradient_accumulation_boundary():
+                        stack.enter_context(engine._core.accumulate())
                     inside = stack.enter_context(engine._core.backward(inside))
             self._run.strategy.backward(inside, None, retain_graph=retain_graph)
         self._backwards += 1
+        self._has_run = False
         return loss.detach()
+
+    def _look_at_window(self) -> None:
+        """Warn, once, where somebody has dropped what a window has accumulated: DeepSpeed's ZeRO stages keep it."""
+        if not self._backwards or self._has_warned or any(p.grad is not None for p in self._trained()):
+            return
+        self._has_warned = True
+        _log.warning(
+            "The gradients of %s batches were dropped before the end of their window, by zero_grad() of the engine, the module "
+            "or the optimizer, and do not count. engine.step() drops gradients by itself: leave zero_grad() out.",
+            self._backwards,
+        )
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from meshbolt.strategies.compat import connect_ranks, default_backend
 PORT = 29500
 _HERE = "127.0.0.1"
 _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+_chosen = {"timeout": DEFAULT_TIMEOUT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,7 @@ def init_distributed(
     if dist.is_initialized():
         place_of_this_process()
         return
+    _chosen["timeout"] = timeout
     if dist_init_required is False:
         raise ConfigError(
             "dist_init_required=False says that the ranks are connected, and they are not. Call init_distributed() or "
@@ -233,6 +235,11 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind((_HERE, 0))
         return int(listener.getsockname()[1])
+
+
+def chosen_timeout() -> timedelta:
+    """Return how long a collective waits for its peers, as `init_distributed` was told."""
+    return _chosen["timeout"]
 
 
 def device_type() -> str:

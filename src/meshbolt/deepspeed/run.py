@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from meshbolt.deepspeed.pipe import PipelineModule
-from meshbolt.deepspeed.ranks import LaunchedRanks, device_type, place_of_this_process
+from meshbolt.deepspeed.ranks import LaunchedRanks, chosen_timeout, device_type, place_of_this_process
 from meshbolt.deepspeed_json import Options, Translation, translate
 from meshbolt.deepspeed_json.batch import EACH, TOTAL, Batch
 from meshbolt.deepspeed_json.key import AUTO
@@ -99,9 +99,8 @@ def begin(config: Config, *, deepspeed_version: str | None, pipeline: PipelineMo
     if pipeline is not None:
         pipeline.take_settings(settings, microbatches=sizes.steps)
     place, kind = place_of_this_process(), device_type()
-    strategy = FabricMeshStrategy(
-        **settings, precision_plugin=precision_plugin(translation.precision, device_type=kind)
-    )
+    plugin = precision_plugin(translation.precision, device_type=kind)
+    strategy = FabricMeshStrategy(**settings, precision_plugin=plugin, timeout=chosen_timeout())
     fabric = Fabric(
         accelerator=kind,
         devices=place.local_world_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any
 
 import torch
@@ -33,6 +34,26 @@ class _Whole(DTensor):
 
 def _whole_of(leaf: Any) -> Any:
     return _wholes[id(leaf)] if type(leaf) is _Whole else leaf
+
+
+class ZeroParamStatus(Enum):
+    """Whether a parameter can be read: a shard cannot, outside of `zero.GatheredParameters`."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+def mark(module: nn.Module) -> None:
+    """Give the shards of a module the attributes by which scripts know that they have to be gathered to be read.
+
+    Args:
+        module: sharded.
+    """
+    for number, parameter in enumerate(module.parameters()):
+        if isinstance(parameter, DTensor):
+            attributes = {"ds_id": number, "ds_shape": parameter.shape, "ds_numel": parameter.numel()}
+            vars(parameter).update(attributes, ds_status=ZeroParamStatus.NOT_AVAILABLE)
 
 
 @contextmanager

@@ -12,9 +12,11 @@ import torch.distributed as dist
 from torch import nn
 
 from meshbolt.deepspeed.engine import engine_of
-from meshbolt.deepspeed.whole import answering_as
+from meshbolt.deepspeed.whole import ZeroParamStatus, answering_as
 from meshbolt.engine.deferred import REMEDY, Deferred, attach
 from meshbolt.errors import ConfigError, UnsupportedError
+
+__all__ = ["GatheredParameters", "Init", "ZeroParamStatus"]
 
 _open: list[Init] = []
 _waiting: list[Deferred] = []

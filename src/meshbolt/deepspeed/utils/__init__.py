@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from meshbolt.deepspeed.accelerator import get_accelerator
 from meshbolt.deepspeed.data import RepeatingLoader
 from meshbolt.deepspeed.engine import engine_of
+from meshbolt.deepspeed.utils.logging import log_dist, logger
 from meshbolt.deepspeed.zero import GatheredParameters
 from meshbolt.errors import ConfigError, UnsupportedError
 from meshbolt.units import format_bytes
@@ -31,21 +31,6 @@ __all__ = [
     "set_random_seed",
     "set_z3_leaf_modules",
 ]
-
-logger = logging.getLogger("meshbolt.deepspeed")
-
-
-def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
-    """Log a message on some ranks.
-
-    Args:
-        message: what to say.
-        ranks: on which; None or -1 among them: on all.
-        level: of Python's logging.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if ranks is None or -1 in ranks or rank in ranks:
-        logger.log(level, "[Rank %d] %s", rank, message)
 
 
 def see_memory_usage(message: str, force: bool = False) -> None:

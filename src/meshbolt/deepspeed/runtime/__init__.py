@@ -1,0 +1,5 @@
+"""`deepspeed.runtime`: names that scripts import from there."""
+
+from meshbolt.deepspeed.runtime import config, engine, lr_schedules, utils
+
+__all__ = ["config", "engine", "lr_schedules", "utils"]
