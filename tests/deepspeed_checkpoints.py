@@ -13,7 +13,7 @@ import functools
 import itertools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,8 @@ KINDS: Mapping[str, Kind] = {
     "universal_zero3": Kind(stage=3, universal=True),
     **{f"lightning_zero{stage}": Kind(stage=stage, how="lightning") for stage in range(4)},
     "lightning_zero2_bf16": Kind(stage=2, dtype="bf16", how="lightning"),
-    "pipeline": Kind(how="pipeline"),
+    # Without ZeRO DeepSpeed clips each stage by its own norm (0.19.8).
+    "pipeline": Kind(how="pipeline", config={"gradient_clipping": 0.0}),
     "pipeline_zero1": Kind(stage=1, ranks=4, how="pipeline"),
     "pipeline_bf16": Kind(stage=1, dtype="bf16", ranks=4, how="pipeline"),
 }
@@ -212,7 +213,7 @@ def _with_engine(kind: Kind, folder: Path) -> dict[str, Any]:
         config=config_of(kind, folder=folder),
     )
     for step in range(BEFORE):
-        _step(engine, step)
+        take_step(engine, step)
     _settle(module)
     client_state: dict[str, Any] = {"note": "of the user's", "numbers": [1, 2, 3]}
     if kind.universal:
@@ -220,7 +221,7 @@ def _with_engine(kind: Kind, folder: Path) -> dict[str, Any]:
     engine.save_checkpoint(str(folder / "saved"), client_state=client_state, **kind.save)
     gather = _of_module if kind.zero.get("round_robin_gradients") else _gathered
     truth = gather(engine, module)
-    losses = [_step(engine, BEFORE + step) for step in range(AFTER)]
+    losses = [take_step(engine, BEFORE + step) for step in range(AFTER)]
     return {
         **truth,
         "losses": losses,
@@ -236,7 +237,8 @@ def _settle(module: Net) -> None:
         dist.broadcast(buffer, 0)
 
 
-def _step(engine: Any, step: int) -> float:
+def take_step(engine: Any, step: int) -> float:
+    """Take a step with an engine, and return the mean loss of all ranks."""
     tokens = tokens_of(step, rank=dist.get_rank(), size=dist.get_world_size())
     loss = loss_of(engine(tokens), tokens)
     engine.backward(loss)
@@ -439,17 +441,20 @@ def _scores(embedding: nn.Embedding, x: Tensor) -> Tensor:
     return F.linear(x, embedding.weight)
 
 
-def _piped() -> nn.Module:
-    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+def piped(pipe: Any) -> Any:
+    """Return the module of a pipeline.
 
+    Args:
+        pipe: DeepSpeed's `deepspeed.pipe`, or ours.
+    """
     tied = ("embedding", nn.Embedding, WORDS, WIDTH)
-    return PipelineModule(
+    return pipe.PipelineModule(
         layers=[
-            TiedLayerSpec(*tied),
-            LayerSpec(Block),
-            LayerSpec(nn.LayerNorm, WIDTH),
-            LayerSpec(Block),
-            TiedLayerSpec(*tied, forward_fn=_scores),
+            pipe.TiedLayerSpec(*tied),
+            pipe.LayerSpec(Block),
+            pipe.LayerSpec(nn.LayerNorm, WIDTH),
+            pipe.LayerSpec(Block),
+            pipe.TiedLayerSpec(*tied, forward_fn=_scores),
         ],
         num_stages=2,
         loss_fn=loss_of,
@@ -459,8 +464,9 @@ def _piped() -> nn.Module:
 
 def _with_pipeline(kind: Kind, folder: Path) -> dict[str, Any]:
     import deepspeed
+    import deepspeed.pipe
 
-    module = _piped()
+    module = piped(deepspeed.pipe)
     start = Stacked().state_dict()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -473,28 +479,29 @@ def _with_pipeline(kind: Kind, folder: Path) -> dict[str, Any]:
         config={**config_of(kind, folder=folder), "gradient_accumulation_steps": 2},
     )
     for step in range(BEFORE):
-        _train_batch(engine, step)
+        train_batch(engine, step)
     engine.save_checkpoint(str(folder / "saved"), client_state={"note": "of the user's"}, **kind.save)
     truth = _of_all_stages(engine, module)
-    losses = [_train_batch(engine, BEFORE + step) for step in range(AFTER)]
+    losses = [train_batch(engine, BEFORE + step) for step in range(AFTER)]
     return {**truth, "losses": losses, "after": _of_all_stages(engine, module)["weights"]}
 
 
-def _train_batch(engine: Any, step: int) -> float:
+def train_batch(engine: Any, step: int) -> float:
+    """Take a step with a pipeline's engine, and return its loss."""
     rank, size = engine.grid.get_data_parallel_rank(), engine.grid.get_data_parallel_world_size()
     parts = tokens_of(step, rank=rank, size=size).chunk(2)
     return float(engine.train_batch(iter([(part, part) for part in parts])))
 
 
 def _of_all_stages(engine: Any, module: nn.Module) -> dict[str, Any]:
-    """Return weights and moments under the names of `Stacked`."""
+    """Return weights and moments of all stages; tied ones under the number of each layer, too."""
     own = _gathered(engine, module)
     stages: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(stages, own)
     found: dict[str, Any] = {}
     for kind in ("weights", "optimizer"):
         together = {name: value for stage in reversed(stages) for name, value in stage[kind].items()}
-        tied = together.pop("tied_modules.embedding.weight")
+        tied = together["tied_modules.embedding.weight"]
         found[kind] = {**together, "0.weight": tied, "4.weight": tied}
     return found
 
@@ -506,14 +513,33 @@ _WRITERS: dict[str, Callable[[Kind, Path], dict[str, Any]]] = {
 }
 
 
-def _on_ranks(names: list[str], out: str) -> list[str]:
-    """Write one kind after the other, and return what went wrong."""
-    failed = []
+def write_all(names: Iterable[str], out: Path) -> dict[str, str]:
+    """Write kinds, as many as can be in each start of ranks, and return what went wrong by name.
+
+    Args:
+        names: of `KINDS`.
+        out: gets a directory for each.
+    """
+    failed: dict[str, str] = {}
+    for ranks, alike in itertools.groupby(sorted(names, key=_ranks_of), key=_ranks_of):
+        together = list(alike)
+        (each, *_) = run_ranks(_on_ranks, ranks, together, out, timeout=120 * len(together), start="spawn")
+        failed |= each
+    return failed
+
+
+def _ranks_of(name: str) -> int:
+    return KINDS[name].ranks
+
+
+def _on_ranks(names: list[str], out: Path) -> dict[str, str]:
+    """Write one kind after the other, and return what went wrong by name."""
+    failed = {}
     for name in names:
         try:
-            write(name, Path(out) / name)
+            write(name, out / name)
         except Exception as error:  # DeepSpeed has errors of all classes for what it cannot do on CPUs
-            failed.append(f"{name}: {type(error).__name__}: {error}")
+            failed[name] = f"{type(error).__name__}: {error}"
             if os.environ.get("SHOW"):
                 import traceback
 
@@ -524,10 +550,8 @@ def _on_ranks(names: list[str], out: str) -> list[str]:
 def main(arguments: list[str]) -> None:
     """Write the kinds that are asked for."""
     out, *names = arguments
-    for ranks, alike in itertools.groupby(names or KINDS, key=lambda name: KINDS[name].ranks):
-        together = list(alike)
-        (failed, *_) = run_ranks(_on_ranks, ranks, together, out, timeout=120 * len(together), start="spawn")
-        print(f"{len(together) - len(failed)} written by {ranks} ranks", *failed, sep="\n", flush=True)
+    failed = write_all(names or KINDS, Path(out))
+    print(*(f"{name}: {why}" for name, why in failed.items()), sep="\n")
 
 
 if __name__ == "__main__":

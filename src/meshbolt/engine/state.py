@@ -281,6 +281,8 @@ def _check_class(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     else:
         # The optimizer's own form does not say the class, but its settings do.
         group = saved["param_groups"][0]
+        if set(group) == {"params"}:
+            return  # DeepSpeed's elastic saves have no settings at all
         lacking = sorted(set(optimizer.defaults) - set(group) - _LATER_SETTINGS)
         decoupled = [settings.get("decoupled_weight_decay", False) for settings in (optimizer.defaults, group)]
         differs = bool(lacking) or ("decoupled_weight_decay" in group and decoupled[0] != decoupled[1])

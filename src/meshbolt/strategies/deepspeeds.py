@@ -5,7 +5,7 @@ The tensors stay in their files; each rank reads of them what its shards need, w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from meshbolt.checkpoint.directory import is_remote
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.errors import CheckpointError
 from meshbolt.plugins import MeshPrecision
+from meshbolt.strategies.compat import plain_optimizer
 from meshbolt.strategies.directories import Loaded, LoadInto
 from meshbolt.strategies.files import check_schedules
 
@@ -142,6 +143,25 @@ def _for(target: Any, opened: DeepSpeedCheckpoint, renamed: Callable[[str], str]
     if isinstance(target, MeshPrecision):
         return "loss scale", {} if opened.loss_scaler is None else opened.loss_scaler.as_state()
     return "", None
+
+
+def take_rates(states: Iterable[Mapping[str, Any]], optimizers: Iterable[Any], schedulers: Collection[Any]) -> None:
+    """Give optimizers whose settings were not saved the rates that their schedulers, which were, stand at.
+
+    DeepSpeed's elastic saves are such: without this the first step would be taken at the rates of a new run.
+
+    Args:
+        states: the saved state of each optimizer.
+        optimizers: of this run, with that state.
+        schedulers: of this run, with their state.
+    """
+    for state, optimizer in zip(states, optimizers, strict=False):
+        if any("lr" in group for group in state["param_groups"]):
+            continue
+        own = plain_optimizer(optimizer)
+        for scheduler in (each for each in schedulers if plain_optimizer(each.optimizer) is own):
+            for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
 
 
 def renaming(saved: Collection[str], module: nn.Module, *, within: bool) -> Callable[[str], str]:

@@ -30,7 +30,7 @@ from meshbolt.strategies.agreement import trainer_rows
 from meshbolt.strategies.checks import check_trainer, refuse_compiled, refuse_skipped_batch
 from meshbolt.strategies.compat import look_before_dividing, plain_optimizer, trainer_of
 from meshbolt.strategies.core import MeshCore
-from meshbolt.strategies.deepspeeds import tree_for_trainer
+from meshbolt.strategies.deepspeeds import take_rates, tree_for_trainer
 from meshbolt.strategies.directories import Loaded, LoadInto, buffers_of, left_out_of
 from meshbolt.strategies.entry import redirect_entries
 from meshbolt.strategies.examples import example_of_run
@@ -300,6 +300,8 @@ class MeshStrategy(OwnProgress, AfterExceptions, DeepSpeedSettings, MeshCore, Pa
         if not self._has_loaded:
             agree_on_path(None, group=self._control_group)
         elif self._resumes:
+            schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+            take_rates(self._loaded.tree["optimizer_states"], self.optimizers, schedulers)
             self._take_random_state(self._loaded)
             self._position.resume(self._loaded.notes.get("position", {}))
         self._loaded = Loaded(tree={})  # its memory is needed from now on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import meshbolt
+from meshbolt.checkpoint.deepspeed.pieces import Pieces
 from meshbolt.deepspeed import WarmupLR
 from meshbolt.fabric import MeshStrategy as FabricStrategy
 from meshbolt.testing import run_ranks
@@ -169,6 +170,32 @@ def test_a_fit_takes_only_weights_where_that_is_asked_for(tmp_path: Path) -> Non
     expected = run()
     write_rows(tmp_path, expected)
     run_ranks(only_weights, 2, tmp_path, expected)
+
+
+def elements_read(path: Path) -> int:
+    counts = []
+    read = Pieces.read
+
+    def counted(self: Pieces, start: int, stop: int) -> Iterator[Tensor]:
+        for part in read(self, start, stop):
+            counts.append(part.numel())
+            yield part
+
+    Pieces.read = counted  # type: ignore[method-assign]  # of this rank, a process of its own
+    fitted(path, zero=3)
+    return sum(counts)
+
+
+def test_each_rank_reads_its_shards_and_nothing_else(tmp_path: Path) -> None:
+    expected = run()
+    write_shards(tmp_path, expected, pieces=50)
+    found = run_ranks(elements_read, 2, tmp_path)
+    trained_ones = sum(value.numel() for value in expected.masters.values())
+    tied, buffers = expected.masters["words.weight"].numel(), 3
+    frozen = sum(value.numel() for value in expected.frozen.values())
+    # Weights and two moments once in all; a tied weight under both names; buffers, which every rank has.
+    assert sum(found) == 3 * trained_ones + tied + frozen + 2 * buffers
+    assert max(found) < 0.55 * sum(found)
 
 
 def in_fabric(path: Path, expected: Trained) -> None:

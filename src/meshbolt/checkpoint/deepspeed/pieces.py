@@ -110,6 +110,8 @@ def as_stored(tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> Stor
         tensor: as it was read.
         dtype: to which values are cast when they are read; None: their own.
     """
+    if isinstance(tensor, StoredTensor):
+        return tensor.as_dtype(dtype or tensor.dtype)
     tensor, dtype = tensor.detach(), dtype or tensor.dtype
     store = Pieces([tensor.reshape(-1)], dtype=dtype) if tensor.is_contiguous() else _Strided(tensor, dtype)
     return StoredTensor(store, shape=tensor.shape, dtype=dtype, keeps_parts=False)
