@@ -110,11 +110,27 @@ def as_stored(tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> Stor
         tensor: as it was read.
         dtype: to which values are cast when they are read; None: their own.
     """
+    dtype = dtype or tensor.dtype
     if isinstance(tensor, StoredTensor):
-        return tensor.as_dtype(dtype or tensor.dtype)
-    tensor, dtype = tensor.detach(), dtype or tensor.dtype
-    store = Pieces([tensor.reshape(-1)], dtype=dtype) if tensor.is_contiguous() else _Strided(tensor, dtype)
+        if tensor.dtype == dtype:
+            return tensor
+        store: _Cast | Pieces | _Strided = _Cast(tensor, dtype)
+    else:
+        tensor = tensor.detach()
+        store = Pieces([tensor.reshape(-1)], dtype=dtype) if tensor.is_contiguous() else _Strided(tensor, dtype)
     return StoredTensor(store, shape=tensor.shape, dtype=dtype, keeps_parts=False)
+
+
+class _Cast:
+    """The values of a tensor in another dtype."""
+
+    def __init__(self, tensor: StoredTensor, dtype: torch.dtype) -> None:
+        self._tensor, self._dtype = tensor, dtype
+
+    def read(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Cast each run."""
+        for run in self._tensor.runs(start, stop):
+            yield run.to(self._dtype)
 
 
 class _Strided:

@@ -12,7 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.deepspeed_fixtures import (
     Trained,
+    deepspeeds_classes,
     trained,
+    write,
     write_pipeline,
     write_plain,
     write_rows,
@@ -39,6 +41,7 @@ def run(**options: Any) -> Trained:
                 "norm.running_mean": torch.randn(7, dtype=torch.float64),
                 "norm.num_batches_tracked": torch.tensor(12),
                 "mask": torch.tensor([True, False, True]),
+                "table": torch.randn(3, dtype=torch.bfloat16),
             },
             "tied": {"head.weight": "embedding.weight"},
             "client": {"epoch_of_mine": 4},
@@ -156,13 +159,38 @@ def test_torchs_own_state_keeps_its_numbers(tmp_path: Path) -> None:
     assert all(torch.equal(opened.optimizer["state"][number]["exp_avg"], moments[number]) for number in range(6))
 
 
-def test_master_weights_are_told_apart_by_their_values_in_any_order(tmp_path: Path) -> None:
-    shapes = [{"b": (4,), "a": (4,)}, {"d": (2, 2), "c": (4,)}]
+@pytest.mark.parametrize("kind", ["flat", "each"])
+def test_master_weights_are_told_apart_by_their_values_in_any_order(kind: str, tmp_path: Path) -> None:
+    shapes = [{"b": (4,), "a": (4,)}, {"d": (2, 2), "c": (4,), "e": (3,)}]
     expected = trained(shapes)
-    expected.groups[0]["b"].zero_()  # equal to nothing else
-    write_plain(tmp_path, expected, kind="flat")
+    for name in ("b", "e"):  # what begins alike is told apart by what follows
+        expected.masters[name].zero_()
+    place = write_plain(tmp_path, expected, kind=kind)
+    file = place / "mp_rank_00_model_states.pt"
+    content = torch.load(file)
+    content["module"] = {name: content["module"][name] for name in "ecadb"}
+    torch.save(content, file)
+    assert_holds(open_deepspeed(tmp_path), expected)
+
+
+def test_what_has_not_been_stepped_has_no_state_and_the_rest_keeps_its_own(tmp_path: Path) -> None:
+    expected = run(world=3)
+    place = write_shards(tmp_path, expected, pieces=9)
+    for file in place.glob("*_optim_states.pt"):
+        with deepspeeds_classes():
+            content = torch.load(file, weights_only=False)
+        content["optimizer_state_dict"]["optimizer_state_dict"]["state"].pop(
+            1
+        )  # elements 9 to 17 of each rank's first row
+        write(file, content)
     opened = open_deepspeed(tmp_path)
-    assert_holds(opened, expected)
+    assert opened.optimizer is not None
+    state = opened.optimizer["state"]
+    assert "exp_avg" not in state.get("embedding.weight", {})
+    kept = {name: values["exp_avg"] for name, values in state.items() if "exp_avg" in values}
+    assert_same(
+        values(kept), {name: each for name, each in expected.moments["exp_avg"].items() if name != "embedding.weight"}
+    )
 
 
 def test_frozen_weights_of_stage_1_are_there(tmp_path: Path) -> None:
