@@ -168,14 +168,26 @@ def read_models(layout: Layout, *, weights_only: bool) -> Models:
             f"it has the files of {len(files)} model-parallel ranks and none of layers: slices of tensor parallelism, which do "
             "not say how they belong together. Make it universal with DeepSpeed's ds_to_universal.py, and import that"
         )
-    return Models(files=files, state=_same_in_all(modules, buffers), buffers=frozenset(buffers))
+    made = Models(files=files, state={})
+    trained = {name for slot in files for group in made.shapes(slot) for name in group}
+    return Models(files=files, state=_same_in_all(modules, trained), buffers=frozenset(buffers))
 
 
-def _same_in_all(modules: Mapping[int, Any], buffers: set[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of the first slot; of others, those that it has not."""
+def _same_in_all(modules: Mapping[int, Any], trained: set[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of the first slot; of others, those that it has not.
+
+    Raises:
+        UnsupportedError: slots have parts of one that no other file has whole.
+    """
     found: dict[str, torch.Tensor] = {}
     for module in modules.values():
-        found = {**(module or {}), **found}
+        for name, value in (module or {}).items():
+            if name in found and name not in trained and not torch.equal(found[name], value):
+                raise UnsupportedError(
+                    f"its model-parallel ranks have different values of {name!r}, which is not trained: of such a tensor no file "
+                    "has the whole. Save the model's whole state dict with DeepSpeed, and import that"
+                )
+            found.setdefault(name, value)
     return found
 
 

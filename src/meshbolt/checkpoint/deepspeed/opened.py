@@ -13,7 +13,7 @@ from meshbolt.checkpoint.agreement import in_words
 from meshbolt.checkpoint.deepspeed.files import read_file
 from meshbolt.checkpoint.deepspeed.layout import Layout, find_layout
 from meshbolt.checkpoint.deepspeed.models import OWN_KEYS, Models, read_models
-from meshbolt.checkpoint.deepspeed.pipeline import tied_first
+from meshbolt.checkpoint.deepspeed.pipeline import tied_first, without_copies
 from meshbolt.checkpoint.deepspeed.plain import is_wrapped, numbered_by_layer, trained_without_names
 from meshbolt.checkpoint.deepspeed.settings import LossScale, loss_scale_of, optimizer_of
 from meshbolt.checkpoint.deepspeed.trained import Trained, merged, stage_of, trained_by
@@ -258,13 +258,25 @@ def _without_zero(models: Models, *, kind: str) -> _Found:
             if each is None:
                 return _Found(kind=kind, stage=0, trained=Trained(), saved=saved, notes=(_NOT_TOLD,))
             found.append(each)
-            rest = {name: tensor for name, tensor in rest.items() if name not in each.masters}
+            # What other stages train comes last: only tied layers are found there.
+            taken = {name: rest.pop(name) for name in each.masters}
+            rest = {**rest, **taken}
         return _Found(kind=kind, stage=0, trained=merged(found), saved=saved)
     if kind == "plain":
         return _Found(kind=kind, stage=0, trained=Trained(), saved=saved, numbered=dict(saved))
-    named = numbered_by_layer(states, models.own_weights())
+    weights = without_copies(models.own_weights())
+    named = numbered_by_layer(states, weights)
     notes = () if named is not None else (_NOT_TOLD,)
+    used = sum(len(group["params"]) for state in states for group in state["param_groups"])
+    if named is not None and used > len(named.states):
+        notes = (_TIED_WITHOUT_KEY,)
     return _Found(kind=kind, stage=0, trained=named or Trained(), saved=saved, notes=notes)
+
+
+_TIED_WITHOUT_KEY = (
+    "It has a layer that several stages use, and without ZeRO no file has its key: in the place of tied_modules.<key> its "
+    "weights have the number of its first use before them."
+)
 
 
 _NOT_TOLD = (

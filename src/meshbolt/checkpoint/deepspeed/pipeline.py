@@ -78,6 +78,27 @@ def _is_same(state: Mapping[str, Any], found: Mapping[str, torch.Tensor], *, pre
     return all(torch.equal(found[f"{prefix}{key}"], value) for key, value in state.items() if f"{prefix}{key}" in found)
 
 
+def without_copies(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return weights without the layers that have the same values as one before them: a tied layer has a file for each use.
+
+    Args:
+        weights: by name, in the order of layers, each of which has its number before its names.
+    """
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in weights.items():
+        number, _, local = name.partition(".")
+        layers.setdefault(number, {})[local] = value
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for number, layer in layers.items():
+        if not any(_is_equal(layer, other) for other in kept.values()):
+            kept[number] = layer
+    return {f"{number}.{local}": value for number, layer in kept.items() for local, value in layer.items()}
+
+
+def _is_equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
 def tied_first(names: Collection[str]) -> list[str]:
     """Return names in the order in which a whole `PipelineModule` has them: tied layers, then the others by number."""
     return sorted(names, key=lambda name: (not name.startswith(_TIED), _number(name)))

@@ -248,6 +248,19 @@ def test_a_conversion_that_was_not_finished_is_refused(tmp_path: Path) -> None:
         open_deepspeed(tmp_path)
 
 
+def test_a_universal_save_of_tensor_parallel_ranks_is_read_if_what_is_not_trained_is_whole(tmp_path: Path) -> None:
+    expected = trained(SHAPES, frozen={"old": torch.randn(4)})
+    place = write_universal(tmp_path, expected, stage=2)
+    second = place / "mp_rank_01_model_states.pt"
+    shutil.copy(place / "mp_rank_00_model_states.pt", second)
+    changed(second, lambda content: content["module"].update({"a.weight": torch.zeros(2, 3)}))
+    opened = open_deepspeed(tmp_path)
+    assert torch.equal(opened.weights["a.weight"], expected.masters["a.weight"])
+    changed(second, lambda content: content["module"].update(old=torch.zeros(2)))
+    with pytest.raises(UnsupportedError, match="different values of 'old', which is not trained"):
+        open_deepspeed(tmp_path)
+
+
 def test_what_deepspeeds_converter_mixes_up_is_refused(tmp_path: Path) -> None:
     place = write_universal(tmp_path, trained(SHAPES), stage=2)
     path = place / "mp_rank_00_model_states.pt"

@@ -257,6 +257,28 @@ def test_a_pipeline_is_read_under_the_names_of_its_module(world: int, tmp_path: 
     ]
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_without_zero_a_tied_layer_has_the_number_of_its_first_use(again: bool, tmp_path: Path) -> None:
+    both = [
+        trained([{"0.weight": (6, 4), "1.weight": (4, 4)}, {"1.bias": (4,)}], dtype=torch.float32),
+        trained([{"0.weight": (6, 4), "3.weight": (2, 4)}, {"3.bias": (2,)}], dtype=torch.float32),
+    ]
+    both[1].groups[0]["0.weight"] = both[0].groups[0]["0.weight"]
+    for key in both[1].moments:
+        both[1].moments[key]["0.weight"] = both[0].moments[key]["0.weight"]
+    layers = {0: "0.", 1: "1.", 3: "3.", **({4: "0."} if again else {})}
+    write_pipeline(tmp_path, both, layers, zero=False)
+    opened = open_deepspeed(tmp_path)
+    assert opened.optimizer is not None
+    assert [group["params"] for group in opened.optimizer["param_groups"]] == [
+        ["0.weight", "1.weight", "3.weight"],
+        ["1.bias", "3.bias"],
+    ]
+    assert torch.equal(opened.optimizer["state"]["0.weight"]["exp_avg"], both[0].moments["exp_avg"]["0.weight"])
+    assert "without ZeRO no file has its key" in opened.notes[0]
+    assert ("4.weight" in opened.weights) == again
+
+
 def test_a_frozen_layer_that_looks_like_a_tied_one_keeps_its_number(tmp_path: Path) -> None:
     first, second = stages()
     first.frozen = {"2.weight": torch.randn(6, 4)}
