@@ -6,11 +6,15 @@ Each round fits the same model with monitors and without, in one process a rank;
 machine that slows down or speeds up favours nobody. A ratio is the median over rounds of the ratio of median steps: of time on
 the wall, which spreads by more than monitors cost where ranks wait for each other, and of the processor's time of the thread
 that trains. The last figure is the time inside of hooks of monitors, the mean over steps.
+
+The C library keeps what is freed (`mallopt`): else it gives the top of the heap back to the system in one fit and not in the
+next, by chance, and steps differ by up to 3000 page faults, which is five times what monitors cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import statistics
 import tempfile
@@ -26,6 +30,8 @@ from meshbolt.demos import ByteGPT
 from meshbolt.testing import run_ranks
 
 WARMUP = 5
+# glibc's options, and values with which it neither gives memory back nor maps each large piece by itself.
+KEEP_FREED = {-1: 2**31 - 1, -3: 32 * 2**20}
 
 
 class Steps(pl.Callback):
@@ -87,6 +93,8 @@ def fit(arguments: argparse.Namespace, directory: str, monitors: list[pl.Callbac
 def rank(arguments: argparse.Namespace, directory: str) -> list[dict[bool, tuple[float, float, float]]]:
     """Return what each round has measured, without monitors and with them."""
     torch.set_num_threads(1)
+    for option, value in KEEP_FREED.items():
+        ctypes.CDLL(None).mallopt(option, value)
     names = arguments.monitors.split(",")
     rounds = []
     for number in range(arguments.rounds):
