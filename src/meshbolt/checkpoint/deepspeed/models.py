@@ -53,12 +53,15 @@ class Models:
             that one.
         state: tensors as the model had them, by name. Of stage 3 only buffers are real.
         notes: what the user should know, as sentences.
+        buffers: names of those among the tensors.
+        others: what else modules have in their state, by name, and is no tensor.
     """
 
     files: Mapping[int, Sequence[Mapping[str, Any]]]
     state: Mapping[str, torch.Tensor]
     notes: tuple[str, ...] = ()
     buffers: frozenset[str] = field(default=frozenset())
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def first(self) -> Mapping[str, Any]:
@@ -110,10 +113,10 @@ class Models:
                 found[name] = masters[owner]
             elif name in self.buffers:
                 found[name] = as_stored(self.state[name])
-            else:
+            elif owner in frozen or owner in self.state:
                 found[name] = _wide(frozen[owner] if owner in frozen else self.state[owner], wide)
         self._check_values(found, masters)
-        return found
+        return {**found, **self.others}
 
     def _check_values(self, found: Mapping[str, torch.Tensor], masters: Mapping[str, torch.Tensor]) -> None:
         """Check that no weight is what stage 3 has in its place in the model's file: a tensor without elements."""
@@ -162,7 +165,7 @@ def read_models(layout: Layout, *, weights_only: bool) -> Models:
         known |= {name: tuple(shape) for slot in files for group in made.shapes(slot) for name, shape in group.items()}
         named = known if len(known) > len(buffers) else {}
         state, notes = layer_weights(layout.layers, named, weights_only=weights_only)
-        return Models(files=files, state=state, notes=notes, buffers=frozenset(buffers))
+        return _models(files, state, buffers, notes=notes)
     if len(files) > 1 and layout.universal is None:
         raise UnsupportedError(
             f"it has the files of {len(files)} model-parallel ranks and none of layers: slices of tensor parallelism, which do "
@@ -170,19 +173,32 @@ def read_models(layout: Layout, *, weights_only: bool) -> Models:
         )
     made = Models(files=files, state={})
     trained = {name for slot in files for group in made.shapes(slot) for name in group}
-    return Models(files=files, state=_same_in_all(modules, trained), buffers=frozenset(buffers))
+    return _models(files, _same_in_all(modules, trained), buffers)
 
 
-def _same_in_all(modules: Mapping[int, Any], trained: set[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of the first slot; of others, those that it has not.
+def _models(
+    files: Mapping[int, Sequence[Mapping[str, Any]]],
+    state: Mapping[str, Any],
+    buffers: set[str],
+    *,
+    notes: tuple[str, ...] = (),
+) -> Models:
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    others = {name: value for name, value in state.items() if name not in tensors}
+    return Models(files=files, state=tensors, notes=notes, buffers=frozenset(buffers & tensors.keys()), others=others)
+
+
+def _same_in_all(modules: Mapping[int, Any], trained: set[str]) -> dict[str, Any]:
+    """Return the entries of the first slot; of others, those that it has not.
 
     Raises:
         UnsupportedError: slots have parts of one that no other file has whole.
     """
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     for module in modules.values():
         for name, value in (module or {}).items():
-            if name in found and name not in trained and not torch.equal(found[name], value):
+            is_same = not isinstance(value, torch.Tensor) or name not in found or torch.equal(found[name], value)
+            if name not in trained and not is_same:
                 raise UnsupportedError(
                     f"its model-parallel ranks have different values of {name!r}, which is not trained: of such a tensor no file "
                     "has the whole. Save the model's whole state dict with DeepSpeed, and import that"

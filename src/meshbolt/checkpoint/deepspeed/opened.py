@@ -189,7 +189,8 @@ def _find(layout: Layout, models: Models, *, weights_only: bool) -> _Found:
         if (first_config.get("zero_optimization") or {}).get("round_robin_gradients"):
             raise CheckpointError(_MIXED_UP)
         trained, common = trained_universal(layout.universal, _shapes_of_all(models), weights_only=weights_only)
-        lost = sorted(models.buffers - models.state.keys())
+        named = {name for ranks in models.files.values() for name in ranks[0].get("buffer_names") or ()}
+        lost = sorted(named - models.state.keys())
         notes = (
             f"Buffers ({', '.join(lost[:3])}) are in no file: DeepSpeed's converter leaves out those of a pipeline.",
         )

@@ -75,7 +75,8 @@ def _fits(state: Mapping[str, Any], known: Mapping[str, tuple[int, ...] | None],
 
 def _is_same(state: Mapping[str, Any], found: Mapping[str, torch.Tensor], *, prefix: str) -> bool:
     """Return whether what was found under a prefix, if anything, is what a layer has."""
-    return all(torch.equal(found[f"{prefix}{key}"], value) for key, value in state.items() if f"{prefix}{key}" in found)
+    tensors = {f"{prefix}{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return all(torch.equal(found[name], value) for name, value in tensors.items() if name in found)
 
 
 def without_copies(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from meshbolt.checkpoint.deepspeed import DeepSpeedCheckpoint
 from meshbolt.units import format_bytes
 
@@ -17,6 +19,7 @@ def described(opened: DeepSpeedCheckpoint, *, tensors: bool) -> dict[str, Any]:
         opened: the checkpoint.
         tensors: list every weight.
     """
+    weights = {name: each for name, each in opened.weights.items() if isinstance(each, torch.Tensor)}
     optimizer = opened.optimizer or {"state": {}, "param_groups": []}
     states = [value for state in optimizer["state"].values() for value in state.values() if hasattr(value, "nbytes")]
     content: dict[str, Any] = {
@@ -29,7 +32,7 @@ def described(opened: DeepSpeedCheckpoint, *, tensors: bool) -> dict[str, Any]:
         "global_steps": opened.global_steps,
         "skipped_steps": opened.skipped_steps,
         "entries": {
-            "weights": {"tensors": len(opened.weights), "bytes": sum(each.nbytes for each in opened.weights.values())},
+            "weights": {"tensors": len(weights), "bytes": sum(each.nbytes for each in weights.values())},
             "optimizer": {"tensors": len(states), "bytes": sum(each.nbytes for each in states)},
         },
         "objects": {key: type(value).__name__ for key, value in opened.client_state.items()},
@@ -38,7 +41,7 @@ def described(opened: DeepSpeedCheckpoint, *, tensors: bool) -> dict[str, Any]:
     if tensors:
         content["tensors"] = {
             name: {"dtype": str(each.dtype).removeprefix("torch."), "shape": list(each.shape), "bytes": each.nbytes}
-            for name, each in opened.weights.items()
+            for name, each in weights.items()
         }
     return content
 

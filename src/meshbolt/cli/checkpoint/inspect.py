@@ -72,7 +72,11 @@ def _show_deepspeeds(path: str, *, tensors: bool, as_json: bool) -> None:
     rows = [(key, str(each["tensors"]), format_bytes(each["bytes"])) for key, each in content["entries"].items()]
     print_table("tensors by entry", columns=("entry", "tensors", "size"), rows=rows)
     if tensors:
-        infos = {name: TensorInfo(shape=tuple(each.shape), dtype=each.dtype) for name, each in opened.weights.items()}
+        infos = {
+            name: TensorInfo(shape=tuple(each.shape), dtype=each.dtype)
+            for name, each in opened.weights.items()
+            if isinstance(each, torch.Tensor)
+        }
         listed = [(name, _dtype(info), _shape(info), format_bytes(_bytes(info))) for name, info in infos.items()]
         print_table("tensors", columns=_TENSOR_COLUMNS, rows=listed)
 

@@ -342,6 +342,40 @@ def test_a_module_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
     assert list(open_deepspeed(tmp_path).weights) == ["module.weight"]
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_modules_keep_beside_tensors_stays_as_it_is(stage: int, tmp_path: Path) -> None:
+    expected = run()
+    place = write_shards(tmp_path, expected) if stage == 3 else write_rows(tmp_path, expected, stage=stage)
+    for file in place.glob("*model_states.pt"):
+        content = torch.load(file)
+        content["module"]["net._extra_state"] = {"version": 2}
+        torch.save(content, file)
+    opened = open_deepspeed(tmp_path)
+    assert dict(opened.weights).pop("net._extra_state") == {"version": 2}
+    assert_same(values({k: v for k, v in opened.weights.items() if "_extra" not in k}), expected.weights())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_save_without_frozen_weights_is_read_without_them(stage: int, tmp_path: Path) -> None:
+    expected = run()
+    place = write_shards(tmp_path, expected) if stage == 3 else write_rows(tmp_path, expected, stage=stage)
+    for file in place.glob("*model_states.pt"):
+        content = torch.load(file)
+        content |= {"frozen_param_shapes": None, "frozen_param_fragments": None}
+        content["module"] = {k: v for k, v in content["module"].items() if not k.startswith("old.")}
+        torch.save(content, file)
+    expected.frozen = {}
+    assert_holds(open_deepspeed(tmp_path), expected)
+
+
+def test_files_of_early_releases_are_found_by_their_names(tmp_path: Path) -> None:
+    expected = run()
+    place = write_rows(tmp_path, expected)
+    for file in place.glob("*_optim_states.pt"):
+        file.rename(file.with_name(file.name.replace("_optim_states", "optim_states")))
+    assert_holds(open_deepspeed(tmp_path), expected)
+
+
 def test_the_save_is_found_from_its_own_directory_and_from_the_one_above(tmp_path: Path) -> None:
     write_rows(tmp_path, run(), tag="one")
     write_rows(tmp_path, trained([{"other": (2,)}]), tag="two")
