@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import random
 import re
 from collections import Counter
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from meshbolt.blocks import Recompute, recompute_blocks
@@ -28,6 +26,7 @@ from meshbolt.deepspeed.topology import (
     PipelineParallelGrid,
     PipeModelDataParallelTopology,
     ProcessTopology,
+    rank_and_world,
 )
 from meshbolt.engine.random_state import Snapshot
 from meshbolt.errors import ConfigError, UnsupportedError, did_you_mean
@@ -223,7 +222,7 @@ class PipelineModule(nn.Module):
     @property
     def stage_id(self) -> int:
         """The stage of this rank."""
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         return rank * self.num_stages // max(world, self.num_stages)
 
     def partitions(self) -> list[int]:
@@ -251,11 +250,11 @@ class PipelineModule(nn.Module):
         """Return where each rank stands."""
         if self._topo is not None:
             return self._topo
-        return PipeDataParallelTopology(self.num_stages, max(_rank_and_world()[1] // self.num_stages, 1))
+        return PipeDataParallelTopology(self.num_stages, max(rank_and_world()[1] // self.num_stages, 1))
 
     def mpu(self) -> PipelineParallelGrid:
         """Return who asks where this rank stands."""
-        return PipelineParallelGrid(self.topology(), rank=_rank_and_world()[0])
+        return PipelineParallelGrid(self.topology())
 
     def plan_of_stages(self) -> PipelinePlan:
         """Return which stages use each parameter."""
@@ -367,7 +366,7 @@ def _stages(num_stages: int | None, topology: ProcessTopology | None) -> int:
         )
     if isinstance(num_stages, bool) or not isinstance(num_stages, int) or num_stages < 1:
         raise ConfigError(f"PipelineModule(num_stages={num_stages!r}) is not a number of stages. Use 1 or more.")
-    world = _rank_and_world()[1]
+    world = rank_and_world()[1]
     if world > 1 and world % num_stages:
         fitting = [count for count in range(1, world + 1) if world % count == 0]
         raise ConfigError(
@@ -437,12 +436,6 @@ def _repeated(layers: Sequence[nn.Module]) -> list[str]:
     """Return the classes of the layers that are repeated and more than one layer of torch's, which are sharded one by one."""
     counts = Counter(type(layer) for layer in layers if next(layer.children(), None) is not None)
     return sorted({kind.__name__ for kind, count in counts.items() if count > 1})
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _seed_all(seed: int) -> None:

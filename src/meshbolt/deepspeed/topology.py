@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import namedtuple
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from meshbolt.errors import ConfigError, UnsupportedError
 
 _ORDER = ("pipe", "data", "model")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Return the number of this rank and how many there are, as far as is known before ranks are connected."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class ProcessTopology:
@@ -151,13 +161,14 @@ class PipelineParallelGrid:
         data_parallel_size: number of ranks that see different samples.
     """
 
-    def __init__(self, topology: ProcessTopology, *, rank: int) -> None:
+    def __init__(self, topology: ProcessTopology, *, rank: int | None = None) -> None:
         """Look the rank up.
 
         Args:
             topology: of all ranks.
-            rank: global.
+            rank: global; None: this one.
         """
+        rank = rank_and_world()[0] if rank is None else rank
         self._topo, self.global_rank, self.world_size = topology, rank, topology.world_size()
         place = topology.get_coord(rank)
         self.stage_id, self.data_parallel_id = place.pipe, getattr(place, "data", 0)

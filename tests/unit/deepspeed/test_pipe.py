@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from meshbolt import ConfigError, UnsupportedError
-from meshbolt.deepspeed import PipelineModule
+from meshbolt.deepspeed import DeepSpeedEngine, PipelineModule
 from meshbolt.deepspeed.partition import partition_balanced, partition_uniform
 from meshbolt.deepspeed.pipe import (
     LayerSpec,
@@ -21,6 +21,8 @@ from meshbolt.deepspeed.pipe import (
     ProcessTopology,
     TiedLayerSpec,
 )
+from meshbolt.deepspeed.runtime import pipe as runtime_pipe
+from meshbolt.deepspeed.topology import PipelineParallelGrid
 
 
 def head(embedding: nn.Module, x: Tensor) -> Tensor:
@@ -231,3 +233,20 @@ def test_arguments_that_make_no_sense_are_refused(make: Callable[[], object], me
 def test_what_is_not_there_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         make()
+
+
+def test_names_are_where_scripts_import_them_from() -> None:
+    assert runtime_pipe.module.PipelineModule is runtime_pipe.PipelineModule is PipelineModule
+    assert runtime_pipe.topology.ProcessTopology is runtime_pipe.ProcessTopology is ProcessTopology
+    assert issubclass(runtime_pipe.engine.PipelineEngine, DeepSpeedEngine)
+
+
+def test_a_grid_tells_where_this_rank_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    grid = PipelineParallelGrid(topology=PipeDataParallelTopology(2, 4))
+    assert (grid.get_stage_id(), grid.get_data_parallel_id(), grid.is_last_stage) == (1, 1, True)
+    assert (grid.stage_to_global(0), grid.stage_to_global(1, data=3)) == (1, 7)
+    assert PipelineModule(language(), num_stages=2).mpu().get_data_parallel_world_size() == 4
+    with pytest.raises(ConfigError, match=r"num_stages=3\): 8 ranks are no multiple of 3. Use one of \[1, 2, 4, 8\]"):
+        PipelineModule(language(), num_stages=3)

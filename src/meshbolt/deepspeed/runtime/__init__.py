@@ -1,5 +1,5 @@
 """`deepspeed.runtime`: names that scripts import from there."""
 
-from meshbolt.deepspeed.runtime import config, engine, lr_schedules, utils
+from meshbolt.deepspeed.runtime import config, engine, lr_schedules, pipe, utils
 
-__all__ = ["config", "engine", "lr_schedules", "utils"]
+__all__ = ["config", "engine", "lr_schedules", "pipe", "utils"]
