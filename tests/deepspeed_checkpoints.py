@@ -205,7 +205,7 @@ def _with_engine(kind: Kind, folder: Path) -> dict[str, Any]:
     import deepspeed
 
     module = Net(affine=kind.dtype == "fp32")
-    groups = groups_of(module)
+    groups = groups_of(module) if kind.optimizer else list(module.parameters())
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=kind.optimizer and kind.optimizer(groups),

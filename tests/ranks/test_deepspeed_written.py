@@ -18,6 +18,7 @@ from tests.deepspeed_checkpoints import (
     AFTER,
     BEFORE,
     KINDS,
+    SAMPLES,
     Net,
     Wrapped,
     batches_of,
@@ -37,12 +38,13 @@ import meshbolt
 from meshbolt.checkpoint.deepspeed import open_deepspeed
 from meshbolt.checkpoint.formats import import_checkpoint
 from meshbolt.checkpoint.reader import CheckpointReader
-from meshbolt.deepspeed import WarmupLR
+from meshbolt.deepspeed import WarmupLR, trainer_arguments
 from meshbolt.testing import run_ranks
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"),
     pytest.mark.filterwarnings("ignore"),  # DeepSpeed's own
+    pytest.mark.timeout(1800),  # the first one waits till DeepSpeed has compiled its operations and written all kinds
 ]
 
 # What trains in float32 with AdamW, and saves all of it.
@@ -126,11 +128,15 @@ def test_weights_and_moments_are_those_that_deepspeed_gathers(name: str, written
 
 
 class Going(Wrapped):
-    """The same module, that goes on."""
+    """The same module, that goes on.
 
-    def __init__(self, *, plain: bool) -> None:
+    Args:
+        optimizer: "lightning": the one of Lightning's run; "engine": that of an engine's script; None: the JSON's.
+    """
+
+    def __init__(self, *, optimizer: str | None) -> None:
         super().__init__()
-        self.plain = plain
+        self.optimizer = optimizer
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.fill_(9)
@@ -147,11 +153,22 @@ class Going(Wrapped):
         self.losses.append(float(self.trainer.callback_metrics["loss"]))
 
     def configure_optimizers(self) -> Any:
-        if not self.plain:
-            return super().configure_optimizers()
+        if self.optimizer != "engine":
+            return super().configure_optimizers() if self.optimizer else None
         optimizer = torch.optim.AdamW(groups_of(self))
         schedule = WarmupLR(optimizer, warmup_max_lr=2e-2, warmup_num_steps=6, warmup_min_lr=1e-3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "max_epochs": 1,
+    "use_distributed_sampler": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "logger": False,
+}
 
 
 def in_trainer(path: Path, truth: dict[str, Any], settings: dict[str, Any], plain: bool) -> None:
@@ -160,19 +177,8 @@ def in_trainer(path: Path, truth: dict[str, Any], settings: dict[str, Any], plai
     # A loader without a state begins anew, with Lightning as well: what is left comes first.
     batches = batches_of(rank=dist.get_rank() % ranks, size=ranks)
     batches = batches[BEFORE:] + ([] if plain else batches[:BEFORE])
-    trainer = pl.Trainer(
-        strategy=strategy,
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        gradient_clip_val=0.5,
-        max_epochs=1,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        logger=False,
-    )
-    module = Going(plain=plain)
+    trainer = pl.Trainer(strategy=strategy, devices=dist.get_world_size(), gradient_clip_val=0.5, **QUIET)
+    module = Going(optimizer="engine" if plain else "lightning")
     trainer.fit(module, DataLoader(batches, batch_size=None), ckpt_path=path)  # type: ignore[arg-type]
     assert trainer.global_step == BEFORE + AFTER
     assert_losses(module.losses, truth)
@@ -215,6 +221,22 @@ def test_a_fit_goes_on_under_any_plan(name: str, ranks: int, settings: dict[str,
     goes_on(name, written, ranks, settings)
 
 
+def with_json(path: Path, truth: dict[str, Any], stage: int) -> None:
+    config = {**config_of(KINDS["zero1_json"], folder=path.parent), "zero_optimization": {"stage": stage}}
+    trainer = pl.Trainer(**trainer_arguments(config, show=False), devices=dist.get_world_size(), **QUIET)
+    module = Going(optimizer=None)
+    samples = torch.cat(batches_of(rank=dist.get_rank(), size=dist.get_world_size())[BEFORE:])
+    loader = DataLoader(samples, batch_size=SAMPLES // dist.get_world_size())  # type: ignore[arg-type]
+    trainer.fit(module, loader, ckpt_path=path)
+    assert_losses(module.losses, truth)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [full(1, 2), full(2, 0), full(2, 1), full(2, 3)])
+def test_deepspeeds_json_and_its_directory_go_on_in_a_trainer(ranks: int, stage: int, written: Path) -> None:
+    truth = truth_of(written / "zero1_json")
+    run_ranks(with_json, ranks, written / "zero1_json" / "saved", truth, stage, timeout=120)
+
+
 # Beside float32's limits: DeepSpeed reduces gradients in 16 bits, meshbolt in float32, so that they differ by half a unit of the
 # last place (2e-3 in bfloat16, 2.4e-4 in float16), and so do weights and losses.
 LIMITS = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2.5e-4}
@@ -247,7 +269,8 @@ def in_engine(path: Path, name: str, truth: dict[str, Any], stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [full(0), full(1), full(2), full(3)])
 @pytest.mark.parametrize(
-    "name", [*(f"zero{stage}_fp32" for stage in range(4)), "zero2_bf16", "bf16_optimizer", "zero3_fp16"]
+    "name",
+    [*(f"zero{stage}_fp32" for stage in range(4)), "zero2_elastic", "zero2_bf16", "bf16_optimizer", "zero3_fp16"],
 )
 def test_a_loop_of_deepspeeds_goes_on_from_what_it_has_saved(name: str, stage: int, written: Path) -> None:
     truth = truth_of(written / name)

@@ -311,4 +311,4 @@ def _check_shapes(optimizer: Optimizer, saved: Mapping[str, Any], names: Mapping
 def _first_difference(ours: list[list[str]], theirs: list[list[str]]) -> str:
     mine, other = {n for g in ours for n in g}, {n for g in theirs for n in g}
     extra, missing = sorted(mine - other)[:3], sorted(other - mine)[:3]
-    return f" (only here: {extra}; only there: {missing})" if extra or missing else " (in another order)"
+    return f" (only here: {extra}; only there: {missing})" if extra or missing else " (divided among the groups in another way)"

@@ -29,6 +29,15 @@ SHAPES = [
 ]
 
 
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
 class Inner(nn.Module):
     """Uneven sizes, tied weights, a frozen layer and a buffer."""
 
@@ -68,6 +77,9 @@ class Net(pl.LightningModule):
 
     def training_step(self, tokens: Tensor, _index: int) -> Tensor:
         return self.inner(tokens).logsumexp(-1).mean()
+
+    def test_step(self, tokens: Tensor, batch_idx: int) -> None:
+        self.inner(tokens)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(groups_of(self), lr=0.5)
@@ -109,11 +121,7 @@ def fitted(path: Path | str, *, module: Net | None = None, **settings: Any) -> N
         accelerator="cpu",
         devices=dist.get_world_size(),
         max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
+        **QUIET,
     )
     trainer.fit(module, ckpt_path=path)
     return module
@@ -164,9 +172,14 @@ def only_weights(path: Path, expected: Trained) -> None:
     module = fitted(path, checkpoint=meshbolt.Checkpoint(load_weights_only=True))
     assert torch.equal(module.found["weights"]["words.weight"], expected.masters["words.weight"])
     assert (module.found["moments"], module.found["steps"], module.found["rates"]) == ({}, 0, [0.5, 0.5])
+    other = Net()
+    trainer = pl.Trainer(strategy=meshbolt.MeshStrategy(), accelerator="cpu", devices=2, **QUIET)
+    trainer.test(other, DataLoader(torch.arange(8).view(2, 4)), ckpt_path=path)  # type: ignore[arg-type]
+    with trainer.strategy.gathered(other):  # type: ignore[attr-defined]
+        assert torch.equal(other.inner.layers[0].weight, expected.masters["layers.0.weight"])
 
 
-def test_a_fit_takes_only_weights_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_a_fit_takes_only_weights_where_that_is_asked_for_and_so_does_a_test(tmp_path: Path) -> None:
     expected = run()
     write_rows(tmp_path, expected)
     run_ranks(only_weights, 2, tmp_path, expected)
