@@ -16,6 +16,7 @@ from tests.cli.support import CONFIGS, SMALL, meshbolt
 from meshbolt.cli.launch import run
 from meshbolt.errors import ConfigError
 
+FAULTS = Path(__file__).parents[1] / "faults"
 SCRIPT = """
 import os, signal, sys, time
 rank, what = os.environ["RANK"], sys.argv[1]
@@ -62,7 +63,7 @@ def test_the_exit_code_is_that_of_the_first_failure(folder: Path, what: str, cod
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_ranks_that_do_not_listen_end_with_the_launcher(folder: Path, number: signal.Signals) -> None:
     words = [sys.executable, "-m", "meshbolt", "launch", "--nproc-per-node", "2", "--grace", "1", "job.py", "hang"]
     process = subprocess.Popen(words, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -82,7 +83,7 @@ def test_ranks_that_do_not_listen_end_with_the_launcher(folder: Path, number: si
 
 @pytest.mark.full
 def test_a_fit_that_fails_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
-    shutil.copy(Path(__file__).parents[1] / "faults" / "launched.py", tmp_path / "train.py")
+    shutil.copy(FAULTS / "launched.py", tmp_path / "train.py")
 
     result = meshbolt("launch", "--nproc-per-node", "2", "--max-restarts", "1", "train.py", "--fail", cwd=tmp_path)
 
@@ -136,6 +137,83 @@ def test_a_dry_run_on_one_machine_is_a_call_of_torchrun(
     assert line.startswith("localhost: torchrun --standalone --nproc-per-node=2")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # The forms of DeepSpeed's command.
+        (("--num_gpus", "2", "--master_port", "29511"), "torchrun --master-port=29511 --nproc-per-node=2"),
+        (
+            ("--num_accelerators=3", "--num_nodes=1", "--no_local_rank", "-q", "--log_level", "error"),
+            "--nproc-per-node=3",
+        ),
+        (("-i", "localhost:0", "--launcher", "pdsh", "--no_ssh_check", "--force_multi"), "--nproc-per-node=1"),
+        (("--enable_each_rank_log", "None"), "torchrun --standalone"),
+        # And of torchrun's.
+        (("--nproc_per_node=2", "--max_restarts=3"), "--nproc-per-node=2 --max-restarts=3"),
+        (
+            ("--no_ssh", "--nnodes=3", "--node_rank=1", "--master_addr=a", "--max-restarts=1", "--min-nodes=2"),
+            "node 1 of 3: torchrun --nnodes=2:3 --rdzv-backend=c10d --rdzv-endpoint=a:29500",
+        ),
+    ],
+)
+def test_flags_of_other_launchers_mean_the_same(
+    arguments: tuple[str, ...],
+    words: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+
+    (line,) = dry(capsys, *arguments, "job.py")
+
+    assert words in line
+
+
+def test_hosts_are_chosen_by_number_as_by_deepspeed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "hosts").write_text("a slots=4\nb slots=4\nc slots=4\n")
+    call = ("-H", "hosts", "--num_nodes", "2", "--num_gpus", "2", "--ssh_port", "22", "--pass_local_rank", "job.py")
+
+    first, second = dry(capsys, *call)
+
+    assert first.startswith("a: ssh -p 22 -o")
+    assert "CUDA_VISIBLE_DEVICES=0,1 " in first
+    assert "--nnodes 2 --node-rank 1 --nproc-per-node 2" in second
+    assert second.endswith("--pass-local-rank job.py'\n".strip())
+
+
+def test_hosts_meet_at_the_address_that_ssh_has_for_the_first(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "hosts").write_text("a slots=1\nb slots=1\n")
+    (folder / "ssh").write_text("#!/bin/sh\necho user x\necho hostname $ADDRESS\n")
+    (folder / "ssh").chmod(0o755)
+    monkeypatch.setenv("ADDRESS", "10.0.0.1")
+
+    assert (
+        "--master-addr 10.0.0.1 --master-port 29500"
+        in dry(capsys, "--hostfile", "hosts", "--ssh", "./ssh", "job.py")[1]
+    )
+    monkeypatch.setenv("ADDRESS", "localhost")
+    with pytest.raises(ConfigError, match="Other hosts cannot meet at localhost, which is what the first host, 'a'"):
+        run(["launch", "--hostfile", "hosts", "--ssh", "./ssh", "job.py"])
+    assert (
+        "--master-addr b" in dry(capsys, *("--hostfile", "hosts", "--ssh", "./ssh", "--master-addr", "b", "job.py"))[0]
+    )
+
+
+def test_the_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["launch", "--help"])
+
+    assert ended.value.code == 0
+    assert "meshbolt launch --hostfile hosts --include node1@node2:0,1" in capsys.readouterr().out
+
+
 def test_inside_of_torchrun_only_the_program_runs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +221,7 @@ def test_inside_of_torchrun_only_the_program_runs(
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
 
-    assert dry(capsys, "job.py", "a") == [f"{sys.executable} job.py a"]
+    assert dry(capsys, "job.py", "a") == [f"rank 0 of 2: {sys.executable} job.py a"]
     with pytest.raises(
         ConfigError, match="--nproc-per-node was given, and torchrun has started this process as rank 0"
     ):
@@ -161,6 +239,25 @@ def test_inside_of_torchrun_only_the_program_runs(
         (("--no-ssh", "--nnodes", "2", "--node-rank", "2", "--master-addr", "a", "job.py"), "is none of 2 nodes"),
         (("--nproc-per-node", "0", "job.py"), "--nproc-per-node 0 is below 1"),
         (("--include", "c:0", "job.py"), "there is no host 'c'"),
+        (("--nnodes", "2", "job.py"), "--nnodes 2: which nodes these are must be told: by --hostfile"),
+        (
+            ("--no-ssh", "--nnodes=2", "--node-rank=0", "--master-addr=a", "--min-nodes=3", "job.py"),
+            "above the 2 nodes",
+        ),
+        (
+            ("--no-ssh", "--nnodes=2", "--node-rank=0", "--master-addr=a", "--min-nodes=1", "job.py"),
+            "Add --max-restarts",
+        ),
+        (
+            ("--nproc-per-nod", "2", "job.py"),
+            "--nproc-per-nod is no flag of meshbolt launch .did you mean '--nproc-per-node'",
+        ),
+        (("--bind_cores_to_rank", "job.py"), "--bind_cores_to_rank is no flag.*`taskset`"),
+        (("--rdzv-endpoint=a:1", "job.py"), "--rdzv-endpoint is no flag.*nodes meet at --master-addr"),
+        (("--launcher", "slurm", "job.py"), "under SLURM call `srun --ntasks-per-node=1 meshbolt launch"),
+        (("--launcher", "pdhs", "job.py"), "is not known .did you mean 'pdsh'"),
+        (("--ssh", "ssh -i k", "--ssh_port", "1", "job.py"), "Give --ssh 'ssh -i k -p 1'"),
+        (("--pass-local-rank", "fit"), "fit has no such flag"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -17,6 +17,7 @@ import meshbolt  # registers the strategies
 
 BATCH, STEPS = 8, 8
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+SLOW_SECONDS = next((float(word.partition("=")[2] or "60") for word in sys.argv if word.startswith("--slow")), 0.0)
 
 
 class Model(pl.LightningModule):
@@ -48,8 +49,8 @@ class Watch(Callback):
         )
         if first and "--fail" in sys.argv and trainer.global_step == 4 and trainer.global_rank == WORLD - 1:
             raise ValueError(f"on purpose on rank {trainer.global_rank}")
-        if first and "--slow" in sys.argv and trainer.global_step >= 3:
-            time.sleep(0.5 if trainer.global_step < 5 else 60)
+        if first and SLOW_SECONDS and trainer.global_step >= 3:
+            time.sleep(0.5 if trainer.global_step < 5 else SLOW_SECONDS)
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def main() -> None:
     x = torch.randn(BATCH * STEPS, 8, generator=generator)
     data = TensorDataset(x, x.sum(1, keepdim=True))
     trainer = pl.Trainer(
-        strategy=meshbolt.MeshStrategy(zero=2) if WORLD > 1 else "auto",
+        strategy=meshbolt.MeshStrategy(zero=2) if "RANK" in os.environ else "auto",
         accelerator="cpu",
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),

@@ -54,15 +54,21 @@ class NetworkHosts:
         """Return the address of a host."""
         return f"{NETWORK}.{host + 1}"
 
-    def processes(self, host: int) -> list[int]:
-        """Return the processes of a host, but for its ssh server."""
-        found = subprocess.run(["ip", "netns", "pids", f"mbl-{host}"], capture_output=True, text=True, check=False)
-        return sorted(set(map(int, found.stdout.split())) - {server.pid for server in self.servers})
+    def processes(self, host: int, *, but_for_sessions: bool = False) -> list[int]:
+        """Return the processes of a host, but for its ssh server.
 
-    def all_have_ended(self, seconds: float = 5.0) -> bool:
+        Args:
+            host: its number.
+            but_for_sessions: leave out what the server has started for its connections, until it knows that they are dead.
+        """
+        found = subprocess.run(["ip", "netns", "pids", f"mbl-{host}"], capture_output=True, text=True, check=False)
+        pids = set(map(int, found.stdout.split())) - {server.pid for server in self.servers}
+        return sorted(pid for pid in pids if not (but_for_sessions and _is_session(pid)))
+
+    def all_have_ended(self, seconds: float = 5.0, *, but_for_sessions: bool = False) -> bool:
         """Return whether nothing runs on any host within some time."""
         until = time.monotonic() + seconds
-        while any(self.processes(host) for host in range(1, self.number + 1)):
+        while any(self.processes(host, but_for_sessions=but_for_sessions) for host in range(1, self.number + 1)):
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)
@@ -88,6 +94,13 @@ class NetworkHosts:
         for process in [*self.processes(host), self.servers[host - 1].pid]:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+
+def _is_session(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
+    except OSError:  # it has ended
+        return True
 
 
 @contextmanager
@@ -125,6 +138,7 @@ def _write_keys(folder: Path) -> None:
     (folder / "config").write_text(
         f"Host *\n  User root\n  IdentityFile {folder / 'user'}\n  StrictHostKeyChecking no\n"
         "  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+        + "".join(f"Host host{number}\n  HostName {NETWORK}.{number + 1}\n" for number in range(1, 10))
     )
     (folder / "sshd_config").write_text(
         f"HostKey {folder / 'host'}\nAuthorizedKeysFile {folder / 'user.pub'}\nStrictModes no\nPermitRootLogin yes\n"

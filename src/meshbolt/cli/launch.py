@@ -9,23 +9,23 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from meshbolt.cli.commands import DONE
+from meshbolt.cli.launch_flags import PORT, read_flags
 from meshbolt.environment import RESTARTS, SAVES
 from meshbolt.errors import ConfigError, TopologyError
-from meshbolt.launch.cluster import Cluster, Outcome, run_on
+from meshbolt.launch.cluster import Cluster, run_on
 from meshbolt.launch.ending import hold_on_to
 from meshbolt.launch.failures import Failure, describe
-from meshbolt.launch.hosts import Host, choose, first_slots, ranks_on_each, read_hosts
+from meshbolt.launch.hosts import Host, choose, first_hosts, first_slots, ranks_on_each, read_hosts
 from meshbolt.launch.program import Program, read_program
 from meshbolt.launch.surroundings import Node as SlurmNode
 from meshbolt.launch.surroundings import Rank, look_around
-from meshbolt.launch.variables import FILE_NAME, find_file, forwarded
+from meshbolt.launch.variables import DEEPSPEED_FILE_NAME, find_file, forwarded
 
-_PORT = 29500
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _WAIT_SECONDS = 60.0
 _PAUSE_SECONDS = 5.0
@@ -41,9 +41,8 @@ def run(arguments: Sequence[str]) -> int:
         ConfigError: flags, a hostfile or the surroundings contradict each other.
         TopologyError: hosts cannot be reached or do not meet.
     """
-    options = _parser().parse_args(list(arguments[1:]))
-    program = read_program(options.program, is_module=options.module)
-    _check(options)
+    options = read_flags(arguments[1:])
+    program = read_program(options.program, is_module=options.module, is_told_local_rank=options.pass_local_rank)
     around = None if options.no_ssh or options.hostfile else look_around(os.environ)
     if isinstance(around, Rank):
         return _run_here(program, around, options)
@@ -58,101 +57,9 @@ def run(arguments: Sequence[str]) -> int:
     return _run_cluster(program, hosts, options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="meshbolt launch",
-        usage="meshbolt launch [options] SCRIPT | -m MODULE | fit|validate|test|predict [arguments of the program]",
-        description="Run a program on every rank, through torch's own launcher: on this machine, on the hosts of a hostfile "
-        "through ssh, or, called once on each node, with --no-ssh. Inside of torchrun or srun, which have started the ranks, it "
-        "runs the program only. When a rank fails, all end; the first failure is shown first, and its exit code is returned.",
-        epilog="example: meshbolt launch --hostfile hosts --include node1@node2:0,1 --max-restarts 3 train.py --lr 1e-4",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("-m", dest="module", action="store_true", help="the program is a module")
-    add(
-        "--nproc-per-node", type=int, metavar="N", help="ranks on each node; else its slots, its GPUs, or 1 without any"
-    )
-    add(
-        "--hostfile",
-        type=Path,
-        metavar="FILE",
-        help="lines `HOST slots=N`; the same folder and Python must be on all hosts",
-    )
-    add(
-        "--include",
-        default="",
-        metavar="HOSTS",
-        help="these alone: HOST[:SLOT,SLOT...][@HOST...]; without a file localhost",
-    )
-    add("--exclude", default="", metavar="HOSTS", help="all but these, written likewise")
-    add(
-        "--max-restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="starts after a failure (0): a Trainer with a strategy of "
-        "meshbolt's goes on from the newest checkpoint of the run that is whole",
-    )
-    add(
-        "--min-nodes",
-        type=int,
-        metavar="N",
-        help="restart with so few nodes when others are gone; all of them by default",
-    )
-    add(
-        "--master-addr",
-        default="",
-        metavar="ADDRESS",
-        help="where nodes meet, as all reach it; the first host by default",
-    )
-    add("--master-port", type=int, metavar="PORT", help=f"there ({_PORT}); each restart through ssh takes the next one")
-    add("--no-ssh", action="store_true", help="run the ranks of this node only; call it on each node")
-    add("--nnodes", type=int, metavar="N", help="with --no-ssh: how many nodes; else those of the hostfile")
-    add("--node-rank", type=int, metavar="N", help="with --no-ssh: which node this is, from 0")
-    add(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="a variable for other hosts, beside NCCL*, PYTHON*, "
-        f"MESHBOLT*, GLOO*, TORCH*, OMP_*, MKL_* and lines NAME=VALUE of {FILE_NAME} in this folder or at home",
-    )
-    add("--ssh", default="ssh", metavar="COMMAND", help="ssh with options, such as 'ssh -p 2222 -i key'")
-    add(
-        "--grace",
-        type=int,
-        default=10,
-        metavar="SECONDS",
-        help="that ranks have to end by themselves before they are killed (10)",
-    )
-    add(
-        "--meet", type=int, default=300, metavar="SECONDS", help="how long nodes wait for each other at the start (300)"
-    )
-    add("--log-dir", type=Path, metavar="DIR", help="keep the output of each rank there, on its host")
-    add("--dry-run", action="store_true", help="print what would run on each node, and run nothing")
-    add("--lifeline", action="store_true", help=argparse.SUPPRESS)
-    add("--run-id", default="", help=argparse.SUPPRESS)
-    add("program", nargs=argparse.REMAINDER, metavar="...", help="what every rank runs, with its arguments")
-    return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    numbers = {"nproc_per_node": 1, "max_restarts": 0, "min_nodes": 1, "master_port": 1, "nnodes": 1, "node_rank": 0}
-    for name, least in {**numbers, "grace": 0, "meet": 1}.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} is below {least}. Give {least} or more.")
-    alone = [name for name in ("nnodes", "node_rank") if getattr(options, name) is not None and not options.no_ssh]
-    if alone:
-        name = alone[0].replace("_", "-")
-        raise ConfigError(
-            f"--{name} {getattr(options, alone[0])} is for --no-ssh, which is called once on each node. Add it."
-        )
-
-
 def _run_here(program: Program, rank: Rank, options: argparse.Namespace) -> int:
-    given = [name for name in ("nproc_per_node", "include", "exclude", "max_restarts") if getattr(options, name)]
+    names = ("nproc_per_node", "include", "exclude", "nnodes", "max_restarts", "min_nodes")
+    given = [name for name in names if getattr(options, name)]
     if given:
         raise ConfigError(
             f"--{given[0].replace('_', '-')} was given, and {rank.launcher} has started this process as rank {rank.rank} of "
@@ -160,13 +67,12 @@ def _run_here(program: Program, rank: Rank, options: argparse.Namespace) -> int:
         )
     if rank.rank == 0:
         _say(f"{rank.launcher} has started {rank.size} ranks; this one runs the program only.")
-    words = [*program.as_written()]
-    if program.kind == "command":
-        words = ["-m", "meshbolt", *words]
+    seen = {**os.environ, **rank.variables}
+    words = program.as_run(int(seen["LOCAL_RANK"]))
     sys.stdout.flush()
     if not options.dry_run:
-        os.execv(sys.executable, [sys.executable, *words])
-    sys.stdout.write(f"{shlex.join([sys.executable, *words])}\n")
+        os.execve(words[0], words, seen)
+    _show(f"rank {rank.rank} of {rank.size}", _with(rank.variables, words))
     return DONE
 
 
@@ -180,6 +86,8 @@ def _hosts(options: argparse.Namespace) -> tuple[Host, ...]:
     else:
         here = Host("localhost", tuple(range(_slots_here(options))))
         hosts = choose([here], include=options.include, exclude=options.exclude)
+    if options.nnodes is not None and options.hostfile is not None:
+        hosts = first_hosts(hosts, options.nnodes)
     return hosts if options.nproc_per_node is None else first_slots(hosts, options.nproc_per_node)
 
 
@@ -202,13 +110,7 @@ def _visible(host: Host) -> str:
 def _run_alone(program: Program, host: Host, options: argparse.Namespace) -> int:
     seen = {} if host.is_whole else {_VISIBLE: _visible(host)}
     if options.dry_run:
-        _show(
-            host.name,
-            [
-                *(["env", *(f"{name}={value}" for name, value in seen.items())] if seen else []),
-                *_torchrun(program, len(host.slots), options),
-            ],
-        )
+        _show(host.name, _with(seen, _torchrun(program, len(host.slots), options)))
         return DONE
     os.environ.update(seen)
     return _run_agent(program, options, num_ranks=len(host.slots), rank=0, nodes=(1, 1))
@@ -224,6 +126,7 @@ def _run_node(program: Program, options: argparse.Namespace) -> int:
         )
     if options.node_rank >= number:
         raise ConfigError(f"--node-rank {options.node_rank} is none of {number} nodes. They are 0 to {number - 1}.")
+    _check_least(options, number)
     options.master_addr = options.master_addr or (hosts[0].name if hosts else "")
     num_ranks = ranks_on_each(hosts) if hosts else options.nproc_per_node or _slots_here(options)
     if options.dry_run:
@@ -244,8 +147,11 @@ def _run_agent(
     if options.lifeline:
         hold_on_to(sys.stdin.fileno())
         tell("begun")
-    run_id = options.run_id or ("meshbolt" if nodes[1] > 1 else uuid.uuid4().hex[:8])
+    port = options.master_port or (PORT if nodes[1] > 1 else 0)
+    run_id = options.run_id or (f"{options.master_addr}_{port}" if nodes[1] > 1 else uuid.uuid4().hex[:8])
     saves = _remember_saves(run_id) if options.max_restarts else None
+    if saves is not None and rank == 0:
+        saves.unlink(missing_ok=True)  # of a run before, which was killed
 
     def report(failures: list[Failure], restarts: int) -> None:
         if options.lifeline:
@@ -259,8 +165,8 @@ def _run_agent(
         rank=rank,
         min_nodes=nodes[0],
         max_nodes=nodes[1],
-        address=options.master_addr,
-        port=options.master_port or (_PORT if nodes[1] > 1 else 0),
+        address=options.master_addr or ("localhost" if nodes[1] == 1 else ""),
+        port=port,
         run_id=run_id,
         max_restarts=options.max_restarts,
         meet_seconds=options.meet,
@@ -276,15 +182,11 @@ def _run_agent(
 
 def _run_cluster(program: Program, hosts: tuple[Host, ...], options: argparse.Namespace) -> int:
     ranks_on_each(hosts)
+    _check_least(options, len(hosts))
     least = options.min_nodes or len(hosts)
-    if least > len(hosts):
-        raise ConfigError(
-            f"--min-nodes {least} is above the {len(hosts)} hosts that were chosen. Give {len(hosts)} or fewer."
-        )
     run_id = options.run_id or uuid.uuid4().hex[:8]
     saves = _remember_saves(run_id) if options.max_restarts and not options.dry_run else None
-    file = find_file(Path.cwd(), Path.home())
-    variables = forwarded(os.environ, asked=options.env, file=file)
+    variables = _variables(options)
     try:
         for attempt in range(options.max_restarts + 1):
             cluster = Cluster(
@@ -293,16 +195,17 @@ def _run_cluster(program: Program, hosts: tuple[Host, ...], options: argparse.Na
                 variables={**variables, RESTARTS: str(attempt)} if options.max_restarts else variables,
                 grace_seconds=options.grace,
             )
+            there = _left_of(hosts, cluster, least) if attempt else hosts
+            address = options.master_addr or cluster.address_of(there[0])
+            agents = _agents(program, there, options, address=address, run_id=run_id, attempt=attempt)
             if options.dry_run:
-                for host, words in _agents(program, hosts, options, run_id=run_id, attempt=0).items():
+                for host, words in agents.items():
                     _show(host.name, cluster.call(host, words))
                 return DONE
-            if attempt:
-                hosts = _left_of(hosts, cluster, least)
-            outcome = run_on(cluster, _agents(program, hosts, options, run_id=run_id, attempt=attempt))
+            outcome = run_on(cluster, agents)
             if outcome.failures:
                 _report(outcome.failures, attempt, options.max_restarts)
-            if not _may_restart(outcome, hosts, least):
+            if not outcome.code or outcome.asked_to_end:
                 break
         return outcome.code
     finally:
@@ -310,8 +213,22 @@ def _run_cluster(program: Program, hosts: tuple[Host, ...], options: argparse.Na
             saves.unlink(missing_ok=True)
 
 
-def _may_restart(outcome: Outcome, hosts: Sequence[Host], least: int) -> bool:
-    return bool(outcome.code) and not outcome.asked_to_end
+def _variables(options: argparse.Namespace) -> dict[str, str]:
+    file = find_file(Path.cwd(), Path.home())
+    if file is not None and file.name == DEEPSPEED_FILE_NAME:
+        _say(f"other hosts are given the variables of {file}")
+    return forwarded(os.environ, asked=options.env, file=file)
+
+
+def _check_least(options: argparse.Namespace, number: int) -> None:
+    if options.min_nodes is not None and options.min_nodes > number:
+        raise ConfigError(
+            f"--min-nodes {options.min_nodes} is above the {number} nodes of the run. Give {number} or fewer."
+        )
+    if options.min_nodes is not None and not options.max_restarts:
+        raise ConfigError(
+            f"--min-nodes {options.min_nodes} is for restarts, of which there are none. Add --max-restarts N."
+        )
 
 
 def _left_of(hosts: tuple[Host, ...], cluster: Cluster, least: int) -> tuple[Host, ...]:
@@ -334,11 +251,10 @@ def _left_of(hosts: tuple[Host, ...], cluster: Cluster, least: int) -> tuple[Hos
 
 
 def _agents(
-    program: Program, hosts: tuple[Host, ...], options: argparse.Namespace, *, run_id: str, attempt: int
+    program: Program, hosts: tuple[Host, ...], options: argparse.Namespace, *, address: str, run_id: str, attempt: int
 ) -> dict[Host, list[str]]:
     """Return what is called on each host, which could be called there by hand."""
-    address = options.master_addr or hosts[0].name
-    port = (options.master_port or _PORT) + attempt
+    port = (options.master_port or PORT) + attempt
     commands: dict[Host, list[str]] = {}
     for rank, host in enumerate(hosts):
         flags: dict[str, Any] = {
@@ -367,16 +283,17 @@ def _agents(
 
 
 def _torchrun(program: Program, num_ranks: int, options: argparse.Namespace, *, nodes: int = 1) -> list[str]:
-    where = (
-        [
-            f"--nnodes={nodes}",
-            f"--node-rank={options.node_rank}",
-            f"--master-addr={options.master_addr}",
-            f"--master-port={options.master_port or _PORT}",
-        ]
-        if nodes > 1
-        else ["--standalone"]
-    )
+    """Return the call of torchrun that does the same on one node, but for what is said and for how all of it ends."""
+    meeting = f"{options.master_addr}:{options.master_port or PORT}"
+    if nodes > 1 and options.max_restarts:
+        least = options.min_nodes or nodes
+        where = [f"--nnodes={least}:{nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}"]
+    elif nodes > 1:
+        address, _, port = meeting.rpartition(":")
+        where = [f"--nnodes={nodes}", f"--node-rank={options.node_rank}"]
+        where += [f"--master-addr={address}", f"--master-port={port}"]
+    else:
+        where = [f"--master-port={options.master_port}" if options.master_port else "--standalone"]
     return [
         *("torchrun", *where, f"--nproc-per-node={num_ranks}", f"--max-restarts={options.max_restarts}", "--no-python"),
         *program.as_started(),
@@ -395,6 +312,10 @@ def _report(failures: list[Failure], restarts: int, max_restarts: int) -> None:
     _say(describe(failures))
     if restarts < max_restarts:
         _say(f"restart {restarts + 1} of {max_restarts}")
+
+
+def _with(variables: Mapping[str, str], words: Sequence[str]) -> list[str]:
+    return [*(["env", *(f"{name}={value}" for name, value in variables.items())] if variables else []), *words]
 
 
 def _show(where: str, words: Sequence[str]) -> None:

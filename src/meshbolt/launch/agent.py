@@ -27,6 +27,9 @@ from meshbolt.launch.program import Program
 
 PREFIX = "[rank ${rank}] "
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+# Where the agents' store is shared with ranks, those of a restart find in it what the ranks before them have left: gloo then
+# connects to processes that are gone, when it comes to read an address before its owner has written a new one.
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,8 @@ def run_ranks_of(node: Node, report: Report) -> int:
     """
     _check_gpus(node.num_ranks)
     os.environ[_GRACE] = str(node.grace_seconds)
+    # Each would compute with all cores otherwise, which are slower together than one.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // node.num_ranks)))
     folder = node.log_dir or Path(tempfile.mkdtemp(prefix="meshbolt_launch_"))
     logs = _Logs(folder, report)
     command = node.program.as_started()
@@ -108,7 +113,9 @@ def _run(node: Node, logs: _Logs, command: list[str]) -> int:
 
 def _config_of(node: Node, logs: _Logs) -> LaunchConfig:
     is_alone, may_restart = node.max_nodes == 1, node.max_restarts > 0 or node.min_nodes < node.max_nodes
-    meeting: dict[str, Any] = {"timeout": node.meet_seconds}
+    meeting: dict[str, Any] = {"timeout": node.meet_seconds, "join_timeout": node.meet_seconds}
+    if may_restart:
+        os.environ[_OWN_STORE] = "1"
     if is_alone and not node.port:
         backend, endpoint, local = "c10d", "localhost:0", "localhost"
     elif may_restart:
@@ -144,6 +151,11 @@ def _own_address(node: Node) -> str:
         return str(probe.getsockname()[0])
 
 
+def _num_cores() -> int:
+    is_told = hasattr(os, "sched_getaffinity")  # on Linux, where it is those that this process may use
+    return len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
+
+
 def _check_gpus(num_ranks: int) -> None:
     number = torch.cuda.device_count()
     if 0 < number < num_ranks and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
@@ -154,7 +166,7 @@ def _check_gpus(num_ranks: int) -> None:
 
 
 def _not_met(node: Node, error: Exception) -> Exception:
-    why = str(error).splitlines()[0]
+    why = (str(error).splitlines() or ["no others came"])[0]
     if "EADDRINUSE" in str(error):
         return ConfigError(f"--master-port {node.port} is taken on {node.address}: {why}. Give another one.")
     return TopologyError(

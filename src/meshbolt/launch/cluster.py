@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from meshbolt.errors import ConfigError
 from meshbolt.launch.ending import ALIVE, BEAT_SECONDS, END, INTERRUPT
 from meshbolt.launch.failures import MARK, Failure, in_order
 from meshbolt.launch.hosts import Host
@@ -25,6 +27,9 @@ SSH_OPTIONS = (
     *("-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3"),
 )
 _UNREACHABLE = 255
+# Lines of ranks, and warnings of torch's launcher, which say nothing of why a host is gone.
+_OF_TORCH = re.compile(r"\[rank |\[?[IW]\d{4} ")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LOOK_SECONDS = 0.1
 # For the others to say what they met, once one has failed; and to be gone, beyond their grace, once they were told to end.
 _LATER_SECONDS, _GONE_SECONDS = 3.0, 6.0
@@ -59,6 +64,27 @@ class Cluster:
         pairs = [f"{name}={value}" for name, value in {**seen, **self.variables}.items()]
         there = f"cd {shlex.quote(str(self.folder))} && exec env {shlex.join([*pairs, *words])}"
         return [*self.ssh, *SSH_OPTIONS, host.name, there]
+
+    def address_of(self, host: Host) -> str:
+        """Return the address of a host as ssh knows it: that of its settings where the name stands for another.
+
+        Args:
+            host: where all are to meet.
+
+        Raises:
+            ConfigError: it is an address which means another machine on each.
+        """
+        asked = subprocess.run(
+            [*self.ssh, "-G", host.name], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        lines = [line.split() for line in asked.stdout.splitlines()] if asked.returncode == 0 else []
+        found = next((words[1] for words in lines if len(words) == 2 and words[0] == "hostname"), host.name)
+        if found in _LOOPBACK:
+            raise ConfigError(
+                f"Other hosts cannot meet at {found}, which is what the first host, {host.name!r}, is called: it means another "
+                "machine on each. Give it a name that all know, or --master-addr."
+            )
+        return found
 
     def reachable(self, hosts: Sequence[Host]) -> dict[str, str]:
         """Return, by name, why hosts cannot be reached: what ssh says; those that can be are left out.
@@ -265,7 +291,7 @@ class _Remote:
                 if line.startswith(MARK):
                     self._hear(json.loads(line.removeprefix(MARK)))
                     continue
-                if target is sys.stderr:
+                if target is sys.stderr and not _OF_TORCH.match(line):
                     self._last_words = [*self._last_words[-4:], line.rstrip()]
                 with suppress(ValueError, OSError):
                     target.write(line if line.startswith("[rank ") else f"[{self.host.name}] {line}")

@@ -162,3 +162,19 @@ def first_slots(hosts: tuple[Host, ...], number: int) -> tuple[Host, ...]:
     return tuple(
         Host(host.name, host.slots[:number], is_whole=host.is_whole and len(host.slots) == number) for host in hosts
     )
+
+
+def first_hosts(hosts: tuple[Host, ...], number: int) -> tuple[Host, ...]:
+    """Return the first hosts alone.
+
+    Args:
+        hosts: all of them.
+        number: how many are wanted.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    if number > len(hosts):
+        names = ", ".join(host.name for host in hosts)
+        raise ConfigError(f"--nnodes {number}: there are {len(hosts)} hosts to choose from, {names}. Ask for fewer.")
+    return hosts[:number]

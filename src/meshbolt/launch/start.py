@@ -73,8 +73,9 @@ def run(kind: str, name: str, arguments: list[str]) -> None:
     sys.path[0] = str(Path.cwd())
     if kind == "command":
         # The launcher has decided how many ranks there are, and on a restart perhaps anew.
-        devices, nodes = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
-        arguments = [name, *arguments, f"--trainer.devices={devices}", f"--trainer.num_nodes={nodes}"]
+        devices, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE")
+        told = [f"--trainer.devices={devices}", f"--trainer.num_nodes={nodes}"] if devices and nodes else []
+        arguments = [name, *arguments, *told]
         name = "meshbolt"
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)

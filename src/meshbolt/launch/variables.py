@@ -9,7 +9,12 @@ from pathlib import Path
 from meshbolt.errors import ConfigError
 
 FILE_NAME = ".meshbolt_env"
-BEGINNINGS = ("NCCL", "PYTHON", "MESHBOLT", "GLOO", "TORCH", "OMP_", "MKL_")
+DEEPSPEED_FILE_NAME = ".deepspeed_env"
+BEGINNINGS = (
+    *("NCCL", "PYTHON", "MESHBOLT", "GLOO", "TORCH", "OMP_", "MKL_", "UCX_", "MLFLOW_"),
+    # Non-interactive shells of other hosts know neither; compilers and tools of the environment are found by them.
+    *("PATH", "LD_LIBRARY_PATH"),
+)
 # Of this process alone, which was perhaps started by torchrun or a test.
 _NOT = ("TORCHELASTIC", "PYTHONSTARTUP", "PYTHONINSPECT")
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -68,8 +73,9 @@ def read_variables(text: str, *, origin: str) -> dict[str, str]:
 
 
 def find_file(*folders: Path) -> Path | None:
-    """Return the file with variables in the first folder that has one; None: no folder has."""
-    return next((folder / FILE_NAME for folder in folders if (folder / FILE_NAME).is_file()), None)
+    """Return the file with variables in the first folder that has one, else that of DeepSpeed's; None: no folder has."""
+    places = [folder / name for name in (FILE_NAME, DEEPSPEED_FILE_NAME) for folder in folders]
+    return next((place for place in places if place.is_file()), None)
 
 
 def _check(name: str, *, where: str) -> None:

@@ -27,6 +27,7 @@ from meshbolt.environment import SAVES, restarts
 _PATIENCE = timedelta(hours=2)
 _log = logging.getLogger(__name__)
 _fits = 0
+_stores: list[TCPStore] = []
 
 
 def begin_fit() -> int:
@@ -84,12 +85,19 @@ def from_newest(
 
 def _agreed(fit: int) -> str | None:
     """Return what rank 0 has chosen, on every rank."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return newest_of(fit)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=_PATIENCE)
+    is_first = os.environ["RANK"] == "0"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        # Where it is not the launcher's, rank 0 serves it, and serves the process group with it later.
+        is_master=is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=_PATIENCE,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    _stores.append(store)  # others may come to read it late
     key = f"meshbolt/resuming/{restarts()}/{fit}"
-    if os.environ["RANK"] == "0":
+    if is_first:
         store.set(key, newest_of(fit) or "")
     return store.get(key).decode() or None
 

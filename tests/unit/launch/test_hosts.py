@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from meshbolt.errors import ConfigError
-from meshbolt.launch.hosts import Host, choose, first_slots, ranks_on_each, read_hosts
+from meshbolt.launch.hosts import Host, choose, first_hosts, first_slots, ranks_on_each, read_hosts
 
 TWO = (Host("a", (0, 1, 2, 3)), Host("b", (0, 1, 2, 3)))
 
@@ -87,3 +87,9 @@ def test_hosts_with_different_numbers_of_slots_are_refused() -> None:
 def test_more_ranks_than_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match="--nproc-per-node 5: host 'a' has 4 slots"):
         first_slots(TWO, 5)
+
+
+def test_more_hosts_than_there_are_are_refused() -> None:
+    assert first_hosts(TWO, 1) == TWO[:1]
+    with pytest.raises(ConfigError, match="--nnodes 3: there are 2 hosts to choose from, a, b"):
+        first_hosts(TWO, 3)

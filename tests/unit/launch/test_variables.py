@@ -30,6 +30,14 @@ def test_a_file_overrides_what_is_set_here_and_a_flag_overrides_the_file(tmp_pat
     assert (found["NCCL_DEBUG"], found["B"], found["A"], found["C"]) == ("WARN", "c d", "b", "1=2")
 
 
+def test_the_file_of_deepspeed_s_launcher_is_read_where_there_is_no_own_one(tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("A=1\n")
+    assert find_file(tmp_path / "nowhere", tmp_path) == tmp_path / ".deepspeed_env"
+
+    (tmp_path / ".meshbolt_env").write_text("A=2\n")
+    assert find_file(tmp_path) == tmp_path / ".meshbolt_env"
+
+
 @pytest.mark.parametrize(
     ("text", "words"), [("A=1\nB", "env, line 2: 'B' is not NAME=VALUE"), ("1A=2", "env, line 1: '1A' is no name")]
 )
