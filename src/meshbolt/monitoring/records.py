@@ -62,7 +62,7 @@ class Records:
 
         Args:
             kind: which monitor it comes from, or what has happened.
-            step: of the optimizer.
+            step: how many updates of parameters there were, each optimizer's counted.
             values: metrics by name.
             further: what else belongs to the record; anything that JSON knows.
 

@@ -150,8 +150,8 @@ def test_a_pass_behind_an_update_is_no_part_of_the_optimizer(tmp_path: Path) -> 
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
             optimizer: Any = self.optimizers()
-            for _ in range(2):
-                time.sleep(STEP)
+            for steps in (1, 6):
+                time.sleep(steps * STEP)
                 loss = self.out(self.embedding(batch[0])).square().mean()
                 self.manual_backward(loss)
                 optimizer.step()
@@ -163,9 +163,8 @@ def test_a_pass_behind_an_update_is_no_part_of_the_optimizer(tmp_path: Path) -> 
     monitor = ThroughputMonitor(every=6, flops=lambda _: 1.0)
     records, _ = fit(tmp_path, TwoUpdates(), tokens(6), monitor)
     assert [(each["step"], each["steps"]) for each in records] == [(6, 2), (12, 3)]
-    last = records[-1]
-    for part, steps in {"forward": 2, "optimizer": 4}.items():
-        assert steps * STEP <= value(last, f"{part}_seconds") < (steps + 1) * STEP, part
+    assert value(records[-1], "forward_seconds") >= 7 * STEP
+    assert 4 * STEP <= value(records[-1], "optimizer_seconds") < 8 * STEP, "and not 10"
 
 
 def test_mfu_is_what_the_formula_says_over_the_time_and_the_peak(tmp_path: Path) -> None:
