@@ -124,6 +124,9 @@ def by_hand() -> None:
         for index in range(3):
             engine.set_gradient_accumulation_boundary(index == 2)
             engine.backward(F.mse_loss(engine(batch(index, dist.get_rank())[0]), batch(index, dist.get_rank())[1]))
+            # In stages 0 and 1 nothing is reduced before the window's end.
+            gradient = engine.optimizer.param_groups[0]["params"][0].grad
+            assert any(each.is_partial() for each in gradient.placements) is (stage < 2 and index < 2)
         engine.step()
         assert_equal(engine, reference.module)
         assert (engine.global_steps, engine.micro_steps) == (1, 1)
@@ -367,6 +370,44 @@ def parameters_whole_for_a_while() -> None:
 
 def test_parameters_can_be_read_and_changed_whole_by_whoever_holds_them() -> None:
     run_ranks(parameters_whole_for_a_while, 2, timeout=60)
+
+
+def parameters_inside_of_a_window() -> None:
+    for stage in STAGES:
+        records: list[logging.LogRecord] = []
+        handler = logging.Handler()
+        handler.emit = records.append  # type: ignore[method-assign]
+        logging.getLogger("meshbolt.deepspeed.engine").addHandler(handler)
+        engine, reference = made(Net(), config=config(stage, window=2)), Reference(window=2)
+        held = dict(engine.module.named_parameters())
+        expected = {name: parameter.detach().clone() for name, parameter in Net().named_parameters()}
+        train(engine, range(1))
+        for parameters in (held, dict(engine.module.named_parameters())):
+            for name, parameter in parameters.items():
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    assert torch.equal(parameter.data.clone(), expected[name]), (stage, name)
+            with deepspeed.zero.GatheredParameters([parameters["scale"]], modifier_rank=0):
+                parameters["scale"].data.add_(1.0)
+            expected["scale"] += 1.0
+        with torch.no_grad():
+            reference.module.scale.add_(2.0)
+        torch.testing.assert_close(whole(engine), expected, rtol=0, atol=0)
+        gradients = {name: deepspeed.utils.safe_get_full_grad(parameter) for name, parameter in held.items()}
+        assert not [name for name, gradient in gradients.items() if gradient is None]
+        engine.zero_grad()
+        assert {deepspeed.utils.safe_get_full_grad(parameter) for parameter in held.values()} == {None}
+        engine.module.scale.grad = None
+        train(engine, range(1, 2))
+        for rank in range(2):
+            x, y = batch(1, rank)
+            (F.mse_loss(reference.module(x), y) / 4).backward()
+        reference.step()
+        assert_equal(engine, reference.module)
+        assert len(records) == 1, stage
+
+
+def test_parameters_are_whole_and_gradients_droppable_inside_of_a_window() -> None:
+    run_ranks(parameters_inside_of_a_window, 2, timeout=60)
 
 
 def data_of_each_rank(folder: str) -> None:

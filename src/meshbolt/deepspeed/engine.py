@@ -64,6 +64,7 @@ class DeepSpeedEngine(Answers):
         self._has_run = self._has_warned = False
         self._is_stepping = self._is_inside_no_sync = self._step_applied = False
         self._norm: torch.Tensor | None = None
+        self._copies: dict[int, str] = {}
         self._set_up()
         _living.add(self)
 
@@ -141,6 +142,9 @@ class DeepSpeedEngine(Answers):
             self._run.strategy.backward(inside, None, retain_graph=retain_graph)
         self._backwards += 1
         self._has_run = False
+        if not is_last:
+            # Until the window's end the module has copies in the places of shards, which a script may hold on to.
+            self._copies |= {id(parameter): name for name, parameter in self.module.named_parameters()}
         return loss.detach()
 
     def _look_at_window(self) -> None:
@@ -265,7 +269,8 @@ class DeepSpeedEngine(Answers):
         Args:
             set_to_none: without effect: they are dropped, not filled with zeros.
         """
-        for parameter in self.module.parameters():
+        # Inside of a window the module has whole copies, and the shards the gradients.
+        for parameter in (*self.module.parameters(), *self._core.parameters_by_name.values()):
             parameter.grad = None
 
     def get_global_grad_norm(self) -> float | None:
@@ -401,6 +406,20 @@ class DeepSpeedEngine(Answers):
 
     save_fp16_model = save_16bit_model
 
+    def names_by_id(self) -> dict[int, str]:
+        """Return the name of each parameter, by the identity of the shard and of what stands for it inside of a window."""
+        now = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        return {id(shard): name for name, shard in self._core.parameters_by_name.items()} | self._copies | now
+
+    def shard_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Return the shard of a parameter of the module.
+
+        Args:
+            parameter: the shard, or what stands for it in the module now.
+        """
+        shard: nn.Parameter = self._core.parameters_by_name[self.names_by_id()[id(parameter)]]
+        return shard
+
     def destroy(self) -> None:
         """End the run: wait for the checkpoint that is being written, and free what the engine held."""
         _living.discard(self)
@@ -419,13 +438,10 @@ class DeepSpeedEngine(Answers):
 
 
 def engine_of(parameters: Sequence[nn.Parameter]) -> DeepSpeedEngine | None:
-    """Return the engine whose shards some parameters are; None where there is none.
+    """Return the engine that has sharded some parameters; None where there is none.
 
     Args:
         parameters: of one module.
     """
     wanted = {id(parameter) for parameter in parameters}
-    for engine in _living:
-        if any(id(parameter) in wanted for parameter in engine.module.parameters()):
-            return engine
-    return None
+    return next((engine for engine in _living if not wanted.isdisjoint(engine.names_by_id())), None)

@@ -57,20 +57,25 @@ def mark(module: nn.Module) -> None:
 
 
 @contextmanager
-def answering_as(pairs: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-    """Let shards answer as whole parameters: scripts hold the parameter that they ask for, and look at that.
+def answering_as(pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[None]:
+    """Let parameters answer as whole ones: scripts hold the parameter that they ask for, and look at that.
 
     Args:
-        pairs: by shard, the whole one.
+        pairs: what a script holds, a shard or what stood for it inside of a window of batches; and the whole one.
     """
-    every: list[tuple[Any, Any]] = list(pairs.items())
-    taken = [(shard, whole) for shard, whole in every if type(shard) is DTensor and shard is not whole]
-    for shard, whole in taken:
+    every: list[tuple[Any, nn.Parameter]] = [(held, whole) for held, whole in pairs if held is not whole]
+    shards = [(held, whole) for held, whole in every if type(held) is DTensor]
+    copies = [(held, whole, held.data) for held, whole in every if not isinstance(held, DTensor)]
+    for shard, whole in shards:
         _wholes[id(shard)] = whole
         shard.__class__ = _Whole
+    for held, whole, _ in copies:
+        held.data = whole.data
     try:
         yield
     finally:
-        for shard, _ in taken:
+        for shard, _ in shards:
             shard.__class__ = DTensor
             del _wholes[id(shard)]
+        for held, _, freed in copies:
+            held.data = freed

@@ -154,12 +154,12 @@ def GatheredParameters(  # noqa: N802 - DeepSpeed's name
         yield
         return
     strategy: Any = engine.fabric.strategy
-    own = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    sharded = {own[id(parameter)]: parameter for parameter in parameters if id(parameter) in own}
-    with strategy.gathered(list(sharded.values())):
-        whole = {name: engine.module.get_parameter(name) for name in sharded}
+    names = engine.names_by_id()
+    asked = [(names[id(parameter)], parameter) for parameter in parameters if id(parameter) in names]
+    with strategy.gathered([engine.module.get_parameter(name) for name, _ in asked]):
+        whole = {name: engine.module.get_parameter(name) for name, _ in asked}
         before = {name: parameter._version for name, parameter in whole.items()}
-        with answering_as({shard: whole[name] for name, shard in sharded.items()}):
+        with answering_as([(parameter, whole[name]) for name, parameter in asked]):
             yield
         changed = [name for name, parameter in whole.items() if parameter._version != before[name]]
         if modifier_rank is not None:

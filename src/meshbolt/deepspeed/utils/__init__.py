@@ -89,7 +89,8 @@ def safe_get_full_grad(param: nn.Parameter) -> torch.Tensor | None:
     Args:
         param: of a module that `initialize` has sharded; None where it has no gradient.
     """
-    gradient = param.grad
+    engine = engine_of([param])
+    gradient = param.grad if engine is None else engine.shard_of(param).grad
     if gradient is None:
         return None
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).detach().clone()
@@ -105,8 +106,8 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
     engine = engine_of([param])
     if engine is None or engine.optimizer is None:
         return None
-    name = next(name for name, each in engine.module.named_parameters() if each is param)
-    with engine.fabric.strategy.gathered([param], optimizer=engine.optimizer) as state:  # type: ignore[attr-defined]
+    name = engine.names_by_id()[id(param)]
+    with engine.fabric.strategy.gathered([engine.module.get_parameter(name)], optimizer=engine.optimizer) as state:  # type: ignore[attr-defined]
         found = state.get(name, {}).get(optim_state_key)
         return None if found is None else found.detach().clone()
 
