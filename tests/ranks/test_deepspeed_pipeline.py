@@ -421,6 +421,27 @@ def test_an_iterator_at_its_end_ends_the_loop_on_every_rank() -> None:
     assert run_ranks(ends, 2, Row()) == [[*expected, "1"]] * 2
 
 
+def breaks(row: Row) -> list[str]:
+    engine = engine_of(row)
+    own = batches(1, row.window, row.data_ranks, 0)
+
+    def on_rank_1() -> Any:
+        yield own[0]
+        if dist.get_rank() == 1:
+            raise ValueError("only here")
+        yield from own[1:]
+
+    with pytest.raises(ValueError, match="only here"):
+        engine.train_batch(on_rank_1())
+    return [str(float(engine.train_batch(iter(own)))), str(engine.global_steps)]
+
+
+def test_an_error_of_one_ranks_iterator_is_raised_on_every_rank_and_another_may_go_on() -> None:
+    first, second = run_ranks(breaks, 2, Row())
+    assert first == second
+    assert first[1] == "1"
+
+
 def evaluations(row: Row) -> dict[str, Any]:
     engine = engine_of(row)
     own = batches(1, row.window, row.data_ranks, engine.get_data_parallel_rank())
@@ -565,6 +586,7 @@ def refusals(row: Row) -> list[str]:
         "backward": lambda: engine.backward(torch.zeros(())),
         "step": engine.step,
         "nothing": engine.train_batch,
+        "a loader": lambda: engine.train_batch(own),
         "no pair": lambda: engine.train_batch(iter([own[0][0]])),
         "reduction": lambda: engine.eval_batch(iter(own), reduce_output="sum"),
         "number": lambda: engine.eval_batch(iter(own), num_micro_batches=0),
@@ -588,6 +610,7 @@ def test_single_passes_and_batches_of_another_form_are_refused_with_what_to_call
                 "UnsupportedError: engine.backward was called .*engine.train_batch",
                 "UnsupportedError: engine.step was called .*engine.train_batch",
                 "ConfigError: There is no iterator .*training_data",
+                "ConfigError: data_iter is a list.*iter.loader",
                 r"ConfigError: A microbatch is a Tensor, .*\(inputs, labels\)",
                 "ConfigError: eval_batch.reduce_output='sum'",
                 "ConfigError: eval_batch.num_micro_batches=0",

@@ -104,16 +104,28 @@ class PipelineEngine(DeepSpeedEngine):
         Raises:
             StopIteration: on every rank, where one of them has too few.
             ConfigError: no rank of the pipeline has an iterator.
+            Exception: what the iterator of a rank has raised, on every rank.
         """
         parts: list[Any] = []
-        found = _HAS if data_iter is not None else _NONE
-        try:
-            while data_iter is not None and len(parts) < count:
-                parts.append(self._in_form(next(data_iter)))
-        except StopIteration:
-            found = _ENDED
+
+        def draw() -> str:
+            if data_iter is None:
+                return _NONE
+            if not hasattr(data_iter, "__next__"):
+                raise ConfigError(
+                    f"data_iter is a {type(data_iter).__name__}, which begins again with every use. Give iter(loader), "
+                    "the same one for each step."
+                )
+            for _ in range(count):
+                try:
+                    batch = next(data_iter)
+                except StopIteration:
+                    return _ENDED
+                parts.append(self._in_form(batch))
+            return _HAS
+
         strategy = self._run.strategy
-        by_rank = strategy.told_by_ranks(found)
+        by_rank = strategy.told_by_ranks(draw)
         if _ENDED in by_rank:
             short = [rank for rank, each in enumerate(by_rank) if each == _ENDED]
             raise StopIteration(f"The iterator of rank {short[0]} has fewer than the {count} microbatches of a step.")

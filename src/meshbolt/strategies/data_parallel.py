@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
 
-from meshbolt.collectives import same_on_all_ranks
+from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.config import Plan
 from meshbolt.engine.debug import SameBatch
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
@@ -163,13 +164,18 @@ class DataParallelRanks:
         dist.broadcast_object_list(box, group=self._copies_group, group_src=0)
         restore_random_state(box[0], self.root_device)
 
-    def told_by_ranks(self, value: Any) -> list[Any]:
-        """Return what every rank says, by rank; all ranks together.
+    def told_by_ranks(self, find: Callable[[], Any]) -> list[Any]:
+        """Return what every rank finds, by rank; all ranks together.
 
         Args:
-            value: this rank's, small and such that it can be pickled.
+            find: returns this rank's, small and such that it can be pickled.
+
+        Raises:
+            Exception: that of the first rank on which finding fails, on every rank.
         """
-        return same_on_all_ranks(value, group=self._control_group)[1]
+        found: list[Any] = []
+        agree_on_error(lambda: found.append(find()), group=self._control_group)
+        return same_on_all_ranks(found[0], group=self._control_group)[1]
 
     def given_to_copies(self, value: Any, *, source: int) -> Any:
         """Return what one rank has on all that see the same samples; they call it together.
