@@ -103,6 +103,9 @@ def nothing_there(folder: str) -> None:
             engine.save_checkpoint(folder, tag=tag)
     with pytest.raises(ConfigError, match="empty save_dir"):
         engine.save_checkpoint("")
+    for call in (engine.save_checkpoint, engine.load_checkpoint):
+        with pytest.raises(UnsupportedError, match="is a URL"):
+            call("s3://bucket/run")
     with pytest.raises(ConfigError, match="dictionary"):
         engine.save_checkpoint(folder, client_state=3)
     with pytest.raises(UnsupportedError, match="custom_load_fn"):
@@ -163,6 +166,7 @@ def test_parts_of_a_checkpoint_can_be_loaded_and_what_it_lacks_is_named(tmp_path
 def in_the_background(folder: str) -> None:
     block = config(2, checkpoint={"writer": {"type": "FAST", "decoupled": True}})
     engine = made(Net(), config=block)
+    folder += "/not/there/yet"
     train(engine, range(2))
     engine.save_checkpoint(folder, tag="first")
     weights = whole(engine)

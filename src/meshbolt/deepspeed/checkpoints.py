@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
+from meshbolt.checkpoint.directory import is_remote
 from meshbolt.deepspeed.answers import Answers
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
-from meshbolt.errors import CheckpointError, ConfigError
+from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 
 _log = logging.getLogger(__name__)
 LATEST = "latest"
@@ -54,6 +55,7 @@ def save_checkpoint(
     """
     if not str(save_dir):
         raise ConfigError("save_checkpoint was given an empty save_dir. Give a directory.")
+    _refuse_url(save_dir)
     if not isinstance(client_state, Mapping):
         raise ConfigError(f"save_checkpoint(client_state={client_state!r}): give a dictionary of your own values.")
     name = _name_of(f"global_step{engine.global_steps}" if tag is None else str(tag))
@@ -105,6 +107,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: it cannot be read, does not fit, or has not what is asked for.
     """
+    _refuse_url(load_dir)
     strategy: Any = engine.fabric.strategy
     strategy.wait_for_checkpoint()
     folder, name = strategy.broadcast((str(load_dir), tag if tag is not None else _latest(Path(load_dir), engine)))
@@ -228,6 +231,14 @@ def _name_of(tag: str) -> str:
             f"tag={tag!r} is no name of a checkpoint's directory. Give a name without slashes, such as 'step100'."
         )
     return tag
+
+
+def _refuse_url(place: str | Path) -> None:
+    if is_remote(place):
+        raise UnsupportedError(
+            f"{str(place)!r} is a URL, where the file {LATEST!r} cannot be replaced in one step. Give a directory, or save by "
+            "engine.fabric.save(url, {...})."
+        )
 
 
 def _latest(folder: Path, engine: Answers) -> str | None:
