@@ -239,6 +239,11 @@ def test_inside_of_torchrun_only_the_program_runs(
         (("--no-ssh", "--nnodes", "2", "--node-rank", "2", "--master-addr", "a", "job.py"), "is none of 2 nodes"),
         (("--nproc-per-node", "0", "job.py"), "--nproc-per-node 0 is below 1"),
         (("--include", "c:0", "job.py"), "there is no host 'c'"),
+        (("--hostfile", "bytes", "job.py"), "--hostfile bytes is no text"),
+        (("--hostfile", "two", "--ssh", "no-such-ssh", "job.py"), "there is no command 'no-such-ssh' here"),
+        (("--hostfile", "two", "--ssh", "ssh 'x", "job.py"), "is no command: No closing quotation"),
+        (("--master-port", "65535", "--max-restarts", "1", "job.py"), "above 65535"),
+        (("--log-dir", "job.py/x", "job.py"), "--log-dir job.py/x cannot be made"),
         (("--nnodes", "2", "job.py"), "--nnodes 2: which nodes these are must be told: by --hostfile"),
         (
             ("--no-ssh", "--nnodes=2", "--node-rank=0", "--master-addr=a", "--min-nodes=3", "job.py"),
@@ -264,6 +269,8 @@ def test_what_cannot_be_is_refused(
     arguments: tuple[str, ...], words: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
+    (folder / "bytes").write_bytes(b"\xff\xfe slots=4")
+    (folder / "two").write_text("a slots=1\nb slots=1\n")
 
     with pytest.raises(ConfigError, match=words):
         run(["launch", *arguments])

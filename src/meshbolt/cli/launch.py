@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -24,7 +25,7 @@ from meshbolt.launch.hosts import Host, choose, first_hosts, first_slots, ranks_
 from meshbolt.launch.program import Program, read_program
 from meshbolt.launch.surroundings import Node as SlurmNode
 from meshbolt.launch.surroundings import Rank, look_around
-from meshbolt.launch.variables import DEEPSPEED_FILE_NAME, find_file, forwarded
+from meshbolt.launch.variables import DEEPSPEED_FILE_NAME, find_file, forwarded, read_text
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _WAIT_SECONDS = 60.0
@@ -78,10 +79,7 @@ def _run_here(program: Program, rank: Rank, options: argparse.Namespace) -> int:
 
 def _hosts(options: argparse.Namespace) -> tuple[Host, ...]:
     if options.hostfile is not None:
-        try:
-            text = options.hostfile.read_text()
-        except OSError as error:
-            raise ConfigError(f"--hostfile {options.hostfile} cannot be read: {error.strerror}.") from error
+        text = read_text(options.hostfile, asked="--hostfile ")
         hosts = choose(read_hosts(text, origin=str(options.hostfile)), include=options.include, exclude=options.exclude)
     else:
         here = Host("localhost", tuple(range(_slots_here(options))))
@@ -186,11 +184,11 @@ def _run_cluster(program: Program, hosts: tuple[Host, ...], options: argparse.Na
     least = options.min_nodes or len(hosts)
     run_id = options.run_id or uuid.uuid4().hex[:8]
     saves = _remember_saves(run_id) if options.max_restarts and not options.dry_run else None
-    variables = _variables(options)
+    variables, ssh = _variables(options), _ssh(options)
     try:
         for attempt in range(options.max_restarts + 1):
             cluster = Cluster(
-                ssh=tuple(shlex.split(options.ssh)),
+                ssh=ssh,
                 folder=Path.cwd(),
                 variables={**variables, RESTARTS: str(attempt)} if options.max_restarts else variables,
                 grace_seconds=options.grace,
@@ -211,6 +209,16 @@ def _run_cluster(program: Program, hosts: tuple[Host, ...], options: argparse.Na
     finally:
         if saves is not None:
             saves.unlink(missing_ok=True)
+
+
+def _ssh(options: argparse.Namespace) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(options.ssh))
+    except ValueError as error:
+        raise ConfigError(f"--ssh {options.ssh!r} is no command: {error}. Close it.") from error
+    if not options.dry_run and shutil.which(words[0]) is None:
+        raise ConfigError(f"--ssh {options.ssh!r}: there is no command {words[0]!r} here. Install it, or use --no-ssh.")
+    return words
 
 
 def _variables(options: argparse.Namespace) -> dict[str, str]:

@@ -13,6 +13,7 @@ from meshbolt.errors import ConfigError, did_you_mean
 from meshbolt.launch.variables import FILE_NAME
 
 PORT = 29500
+_LAST_PORT = 65535
 _SSH = "ssh"
 _LEAST = MappingProxyType(
     {
@@ -239,6 +240,12 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is below {least}. Give {least} or more.")
+    last = (options.master_port or PORT) + options.max_restarts
+    if last > _LAST_PORT:
+        raise ConfigError(
+            f"--master-port {last - options.max_restarts} with {options.max_restarts} restarts, each of which may take the next, "
+            f"is above {_LAST_PORT}, the last port. Give a lower one."
+        )
     if options.node_rank is not None and not options.no_ssh:
         raise ConfigError(
             f"--node-rank {options.node_rank} is for --no-ssh, which is called once on each node. Add it."

@@ -77,15 +77,20 @@ def run_ranks_of(node: Node, report: Report) -> int:
         report: is called for failures, also where ranks are started again.
 
     Raises:
-        ConfigError: there are not as many GPUs as ranks, or the port is taken.
+        ConfigError: there are not as many GPUs as ranks, the port is taken, or there is no place for output.
         TopologyError: the nodes have not found each other.
     """
     _check_gpus(node.num_ranks)
+    folder = node.log_dir or Path(tempfile.mkdtemp(prefix="meshbolt_launch_"))
+    try:
+        logs = _Logs(folder, report)
+    except OSError as error:
+        raise ConfigError(
+            f"--log-dir {folder} cannot be made on {socket.gethostname()}: {error}. Give another."
+        ) from error
     os.environ[_GRACE] = str(node.grace_seconds)
     # Each would compute with all cores otherwise, which are slower together than one.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // node.num_ranks)))
-    folder = node.log_dir or Path(tempfile.mkdtemp(prefix="meshbolt_launch_"))
-    logs = _Logs(folder, report)
     command = node.program.as_started()
     try:
         with surely_ending(grace_seconds=node.grace_seconds):

@@ -74,10 +74,11 @@ class Cluster:
         Raises:
             ConfigError: it is an address which means another machine on each.
         """
-        asked = subprocess.run(
-            [*self.ssh, "-G", host.name], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        lines = [line.split() for line in asked.stdout.splitlines()] if asked.returncode == 0 else []
+        lines: list[list[str]] = []
+        with suppress(OSError, subprocess.CalledProcessError):  # none, or one that cannot tell
+            asked = [*self.ssh, "-G", host.name]
+            told = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
+            lines = [line.split() for line in told.splitlines()]
         found = next((words[1] for words in lines if len(words) == 2 and words[0] == "hostname"), host.name)
         if found in _LOOPBACK:
             raise ConfigError(
@@ -242,7 +243,12 @@ class _Remote:
             words = f"Nothing could be started there (exit code {self.code}): {said}"
         code = 1 if self.code == _UNREACHABLE else self.code
         rank_is_known = self._has_begun and not self.is_lost
-        return [Failure(rank=None, host=self.host.name, code=code, words=words, is_of_another=rank_is_known)]
+        summary = words.partition("\n")[0]
+        return [
+            Failure(
+                rank=None, host=self.host.name, code=code, words=words, summary=summary, is_of_another=rank_is_known
+            )
+        ]
 
     def end(self, word: bytes) -> None:
         """Tell the ranks there to end.

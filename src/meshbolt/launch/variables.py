@@ -37,7 +37,7 @@ def forwarded(environment: Mapping[str, str], *, asked: Iterable[str], file: Pat
         if name.startswith(BEGINNINGS) and not name.startswith(_NOT) and _NAME.fullmatch(name)
     }
     if file is not None:
-        found |= read_variables(file.read_text(), origin=str(file))
+        found |= read_variables(read_text(file), origin=str(file))
     for words in asked:
         name, equals, value = words.partition("=")
         _check(name, where=f"--env {words!r}")
@@ -45,6 +45,24 @@ def forwarded(environment: Mapping[str, str], *, asked: Iterable[str], file: Pat
             raise ConfigError(f"--env {name}: the variable is not set here. Set it, or give --env {name}=VALUE.")
         found[name] = value if equals else environment[name]
     return found
+
+
+def read_text(file: Path, *, asked: str = "") -> str:
+    """Return what stands in a file.
+
+    Args:
+        file: its path.
+        asked: the flag that names it, for messages.
+
+    Raises:
+        ConfigError: it cannot be read, or is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{asked}{file} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{asked}{file} is no text: {error}. Save it as UTF-8.") from error
 
 
 def read_variables(text: str, *, origin: str) -> dict[str, str]:
