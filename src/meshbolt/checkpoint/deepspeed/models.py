@@ -10,7 +10,7 @@ import torch
 
 from meshbolt.checkpoint.deepspeed.files import read_file
 from meshbolt.checkpoint.deepspeed.layout import Layout
-from meshbolt.checkpoint.deepspeed.pieces import as_stored, joined
+from meshbolt.checkpoint.deepspeed.pieces import Row, as_stored, joined
 from meshbolt.checkpoint.deepspeed.pipeline import layer_weights
 from meshbolt.checkpoint.deepspeed.trained import Shapes, Trained
 from meshbolt.errors import CheckpointError, UnsupportedError
@@ -137,8 +137,10 @@ class Models:
             for name, shape in shapes.items():
                 whole = self.state.get(name)
                 if name in fragments and (whole is None or tuple(whole.shape) != tuple(shape)):
-                    pieces = [rank["frozen_param_fragments"][name].reshape(-1) for rank in ranks]
-                    found[name] = joined(pieces, shape=shape, name=name)
+                    parts = [rank["frozen_param_fragments"][name] for rank in ranks]
+                    numel = sum(part.numel() for part in parts)
+                    made = joined([Row(parts)], start=0, count=numel, shape=shape, name=name)
+                    found |= {} if made is None else {name: made}
         return found
 
 

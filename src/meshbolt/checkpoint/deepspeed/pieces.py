@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
 
 from meshbolt.compat import StoredTensor
 from meshbolt.errors import CheckpointError
-
-
-class Pieces:
-    """Values of one tensor in row-major order, in parts of flat tensors that stay in their files."""
-
-    def __init__(self, pieces: Iterable[torch.Tensor], *, dtype: torch.dtype) -> None:
-        """Take the pieces in their order.
-
-        Args:
-            pieces: each with one dim.
-            dtype: to which values are cast when they are read.
-        """
-        self._pieces, self._dtype = [piece for piece in pieces if piece.numel()], dtype
-        self._ends = list(accumulate(piece.numel() for piece in self._pieces))
-
-    @property
-    def numel(self) -> int:
-        """How many elements there are."""
-        return self._ends[-1] if self._ends else 0
-
-    def read(self, start: int, stop: int) -> Iterator[torch.Tensor]:
-        """Yield what of each piece lies between."""
-        for piece, end in zip(self._pieces, self._ends, strict=True):
-            begin = end - piece.numel()
-            first, last = max(start, begin), min(stop, end)
-            if first < last:
-                yield piece[first - begin : last - begin].to(self._dtype)
 
 
 class Row:
@@ -59,42 +32,99 @@ class Row:
         """How many elements there are."""
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parts."""
+        return next((part.dtype for part in self._parts if part is not None), torch.float32)
+
     def at(self, start: int) -> int:
         """Return the number of the part that has an element."""
         return bisect_right(self._ends, start)
 
-    def cut(self, start: int, count: int) -> list[torch.Tensor] | None:
-        """Return the pieces that some elements lie in; None where one of them is not there.
+    def holds(self, start: int, count: int) -> bool:
+        """Return whether no element of some is in a part that is not there.
 
         Args:
             start: the first element.
             count: how many.
         """
-        found: list[torch.Tensor] = []
+        for number in range(self.at(start), len(self._parts)):
+            part, begin, end = self._parts[number], self._begins[number], self._ends[number]
+            last = min(start + count, end)
+            if max(start, begin) >= last:
+                break
+            if part is None or part.numel() < last - begin:
+                return False
+        return True
+
+    def count(self, start: int, count: int) -> int:
+        """Return how many of some elements there are."""
+        return max(0, min(start + count, self.numel) - start)
+
+    def cut(self, start: int, count: int) -> Iterator[torch.Tensor]:
+        """Yield the pieces that some elements lie in.
+
+        Args:
+            start: the first element.
+            count: how many.
+        """
         for number in range(self.at(start), len(self._parts)):
             part, begin, end = self._parts[number], self._begins[number], self._ends[number]
             first, last = max(start, begin), min(start + count, end)
             if first >= last:
-                break
-            if part is None or part.numel() < last - begin:
-                return None
-            found.append(part[first - begin : last - begin])
-        return found
+                return
+            if part is not None:
+                yield part[first - begin : last - begin]
 
 
-def joined(pieces: Sequence[torch.Tensor], *, shape: Sequence[int], name: str) -> StoredTensor:
-    """Return the tensor that pieces make up, in order; nothing is read.
+class Pieces:
+    """Values of one tensor in row-major order: of each of several rows the same elements, one after the other."""
+
+    def __init__(self, rows: Sequence[Row], *, start: int, count: int, dtype: torch.dtype) -> None:
+        """Take the place; it is cut when it is read, since there may be as many pieces as tensors and ranks.
+
+        Args:
+            rows: in the order of the pieces.
+            start: the first element in each row.
+            count: how many in each row.
+            dtype: to which values are cast when they are read.
+        """
+        self._rows, self._start, self._count, self._dtype = rows, start, count, dtype
+
+    @property
+    def numel(self) -> int:
+        """How many elements there are."""
+        return sum(row.count(self._start, self._count) for row in self._rows)
+
+    def read(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Yield what of each row lies between."""
+        begin = 0
+        for row in self._rows:
+            end = begin + row.count(self._start, self._count)
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                for piece in row.cut(self._start + first - begin, last - first):
+                    yield piece.to(self._dtype)
+            begin = end
+
+
+def joined(rows: Sequence[Row], *, start: int, count: int, shape: Sequence[int], name: str) -> StoredTensor | None:
+    """Return the tensor that the same elements of several rows make up; None where one of them is in a part that is not there.
 
     Args:
-        pieces: each with one dim; of those behind the end nothing is used.
+        rows: in the order of the pieces.
+        start: the first element in each row.
+        count: how many in each row; of the last ones, those behind the end are not used.
         shape: of the whole.
         name: of the tensor, for the message.
 
     Raises:
         CheckpointError: there are too few elements.
     """
-    dtype = pieces[0].dtype if pieces else torch.float32
-    whole, numel = Pieces(pieces, dtype=dtype), torch.Size(shape).numel()
+    if not all(row.holds(start, count) for row in rows):
+        return None
+    dtype = rows[0].dtype
+    whole, numel = Pieces(rows, start=start, count=count, dtype=dtype), torch.Size(shape).numel()
     if whole.numel < numel:
         raise CheckpointError(
             f"the parts of {name!r} have {whole.numel} elements, and its shape {tuple(shape)} has {numel}: a file is damaged, or "
@@ -117,7 +147,10 @@ def as_stored(tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> Stor
         store: _Cast | Pieces | _Strided = _Cast(tensor, dtype)
     else:
         tensor = tensor.detach()
-        store = Pieces([tensor.reshape(-1)], dtype=dtype) if tensor.is_contiguous() else _Strided(tensor, dtype)
+        whole = tensor.is_contiguous()
+        store = (
+            Pieces([Row([tensor])], start=0, count=tensor.numel(), dtype=dtype) if whole else _Strided(tensor, dtype)
+        )
     return StoredTensor(store, shape=tensor.shape, dtype=dtype, keeps_parts=False)
 
 

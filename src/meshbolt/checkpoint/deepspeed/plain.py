@@ -56,23 +56,23 @@ class _Masters:
         self.index, self.is_flat = index, isinstance(masters, torch.Tensor)
         self.row = Row([masters] if isinstance(masters, torch.Tensor) else list(masters))
 
-    def piece(self, start: int, shape: Sequence[int], *, name: str) -> torch.Tensor:
+    def piece(self, start: int, shape: Sequence[int], *, name: str) -> Any:
         """Return the tensor of one parameter."""
-        return joined(self.row.cut(start, torch.Size(shape).numel()) or [], shape=shape, name=name)
+        return joined([self.row], start=start, count=torch.Size(shape).numel(), shape=shape, name=name)
 
     def state(self, value: Any, start: int, shape: Sequence[int], *, name: str) -> Any:
         """Return what the optimizer keeps for one parameter."""
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return value
-        pieces = Row([value]).cut(start if self.is_flat else 0, torch.Size(shape).numel()) or []
-        return joined(pieces, shape=shape, name=name)
+        count = torch.Size(shape).numel()
+        return joined([Row([value])], start=start if self.is_flat else 0, count=count, shape=shape, name=name)
 
     def is_at(self, start: int, weight: torch.Tensor) -> bool:
         """Return whether a weight's values begin at a place."""
         if start + weight.numel() > self.row.numel:
             return False
         at = 0
-        for piece in self.row.cut(start, weight.numel()) or []:
+        for piece in self.row.cut(start, weight.numel()):
             part = weight.reshape(-1)[at : at + piece.numel()]
             if not torch.equal(piece.to(weight.dtype), part):
                 return False

@@ -205,31 +205,20 @@ def _take(found: Trained, places: Sequence[_Place], rows: Sequence[Sequence[_Par
             ]
             spread[key] = [Row(each, lengths=counts) for each, counts in zip(values, lengths, strict=True)]
     for place in places:
-        pieces = _pieces(masters, place)
-        if pieces is not None:
-            found.masters[place.name] = joined(pieces, shape=place.shape, name=place.name)
+        master = _cut(masters, place)
+        if master is not None:
+            found.masters[place.name] = master
         state = {}
         for key in keys:
-            value = _value(spread[key], place) if key in spread else _number(rows, masters, place, key, found)
+            value = _cut(spread[key], place) if key in spread else _number(rows, masters, place, key, found)
             if value is not None:
                 state[key] = value
         if state:
             found.states[place.name] = state
 
 
-def _pieces(rows: Sequence[Row], place: _Place) -> list[torch.Tensor] | None:
-    found: list[torch.Tensor] = []
-    for row in rows:
-        pieces = row.cut(place.start, place.count)
-        if pieces is None:
-            return None
-        found += pieces
-    return found
-
-
-def _value(rows: Sequence[Row], place: _Place) -> torch.Tensor | None:
-    pieces = _pieces(rows, place)
-    return None if pieces is None else joined(pieces, shape=place.shape, name=place.name)
+def _cut(rows: Sequence[Row], place: _Place) -> torch.Tensor | None:
+    return joined(rows, start=place.start, count=place.count, shape=place.shape, name=place.name)
 
 
 def _number(
