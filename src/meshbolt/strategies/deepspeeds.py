@@ -80,15 +80,12 @@ def read_deepspeed(path: str, into: LoadInto, *, weights_only: bool | None, grou
     return found[0]
 
 
-def tree_for_trainer(
-    opened: DeepSpeedCheckpoint, module: nn.Module, *, precision: MeshPrecision, resumes: bool
-) -> dict[str, Any]:
+def tree_for_trainer(opened: DeepSpeedCheckpoint, module: nn.Module, *, resumes: bool) -> dict[str, Any]:
     """Return Lightning's dictionary of what DeepSpeed has saved, under Lightning or without it.
 
     Args:
         opened: the checkpoint.
         module: of this run, with nothing gathered.
-        precision: of this run.
         resumes: the run goes on from there; else the optimizer's state is left out.
     """
     tree: dict[str, Any] = opened.as_lightning()
@@ -97,8 +94,6 @@ def tree_for_trainer(
     states = tree.pop("optimizer_states", [])
     if resumes:
         tree["optimizer_states"] = [_renamed(state, renamed) for state in states]
-    if opened.loss_scaler is not None:
-        tree[type(precision).__qualname__] = opened.loss_scaler.as_state()
     return tree
 
 

@@ -408,9 +408,7 @@ class MeshStrategy(OwnProgress, AfterExceptions, DeepSpeedSettings, MeshCore, Pa
             check=check,
             leave_out=frozenset() if self._resumes else frozenset({"optimizer_states"}),
             resumes=self._resumes,
-            of_deepspeeds=lambda opened: tree_for_trainer(
-                opened, module, precision=self.precision_plugin, resumes=self._resumes
-            ),
+            of_deepspeeds=lambda opened: tree_for_trainer(opened, module, resumes=self._resumes),
         )
 
     def _check(self, checkpoint: Mapping[str, Any], notes: Mapping[str, Any], *, strict: bool) -> str:

@@ -21,6 +21,7 @@ import meshbolt
 from meshbolt.checkpoint.deepspeed.pieces import Pieces
 from meshbolt.deepspeed import WarmupLR
 from meshbolt.fabric import MeshStrategy as FabricStrategy
+from meshbolt.plugins import MixedPrecision
 from meshbolt.testing import run_ranks
 
 SHAPES = [
@@ -96,6 +97,7 @@ class Net(pl.LightningModule):
                 "moments": {name: {key: value.clone() for key, value in kept.items()} for name, kept in state.items()},
                 "steps": self.trainer.global_step,
                 "rates": [group["lr"] for group in optimizer.param_groups],
+                "scale": self.trainer.precision_plugin.state_dict(),
                 "schedule": self.trainer.lr_scheduler_configs[0].scheduler.last_epoch,
             }
 
@@ -166,6 +168,26 @@ def test_a_fit_takes_up_what_deepspeed_has_saved_under_any_plan(
     write_rows(tmp_path / "two", expected, stage=2)
     paths = {"rows": tmp_path / "two", "shards": write_shards(tmp_path / "three", expected, pieces=50)}
     run_ranks(taken_up, ranks, paths, expected, settings, timeout=60)
+
+
+def scaled(path: Path) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", hysteresis=2)
+    trainer = pl.Trainer(
+        strategy=meshbolt.MeshStrategy(zero=2), accelerator="cpu", devices=2, max_epochs=1, plugins=[plugin], **QUIET
+    )
+    module = Net()
+    trainer.fit(module, ckpt_path=path)
+    assert module.found["scale"] == {
+        **module.found["scale"],
+        "scale": 64.0,
+        "_growth_tracker": 3,
+        "_hysteresis_tracker": 1,
+    }
+
+
+def test_a_fit_in_16_bits_takes_up_the_loss_scale_and_its_counters(tmp_path: Path) -> None:
+    write_rows(tmp_path, run(dtype=torch.float16, loss_scale=64.0))
+    run_ranks(scaled, 2, tmp_path)
 
 
 def only_weights(path: Path, expected: Trained) -> None:
