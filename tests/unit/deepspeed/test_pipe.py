@@ -236,9 +236,9 @@ def test_what_is_not_there_is_refused(make: Callable[[], object], message: str) 
 
 
 def test_names_are_where_scripts_import_them_from() -> None:
-    assert runtime_pipe.module.PipelineModule is runtime_pipe.PipelineModule is PipelineModule
-    assert runtime_pipe.topology.ProcessTopology is runtime_pipe.ProcessTopology is ProcessTopology
-    assert issubclass(runtime_pipe.engine.PipelineEngine, DeepSpeedEngine)
+    assert runtime_pipe.PipelineModule is PipelineModule
+    assert runtime_pipe.ProcessTopology is ProcessTopology
+    assert issubclass(runtime_pipe.PipelineEngine, DeepSpeedEngine)
 
 
 def test_a_grid_tells_where_this_rank_stands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
-"""`deepspeed.runtime.pipe.topology`."""
+"""`deepspeed.runtime.pipe`, and what is in its modules there."""
 
+from meshbolt.deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from meshbolt.deepspeed.pipe_engine import PipelineEngine
 from meshbolt.deepspeed.topology import (
     PipeDataParallelTopology,
     PipelineParallelGrid,
@@ -8,8 +10,12 @@ from meshbolt.deepspeed.topology import (
 )
 
 __all__ = [
+    "LayerSpec",
     "PipeDataParallelTopology",
     "PipeModelDataParallelTopology",
+    "PipelineEngine",
+    "PipelineModule",
     "PipelineParallelGrid",
     "ProcessTopology",
+    "TiedLayerSpec",
 ]
