@@ -52,7 +52,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     ("name", "stage", "then"),
     [
         ("fp32", 0, 3),
-        ("fp32", 3, 1),
+        full("fp32", 3, 1),
         ("fp16", 2, 2),
         full("fp32", 1, 2),
         full("fp32", 2, 0),
