@@ -92,6 +92,7 @@ def an_overflow() -> None:
     torch.testing.assert_close(whole(engine), before, rtol=0, atol=0)
     assert (engine.skipped_steps, engine.global_steps, engine.was_step_applied()) == (1, 3, False)
     assert (engine.optimizer.overflow, engine.cur_scale, engine.get_lr()) == (True, 8.0, rates)
+    assert engine.get_global_grad_norm() == float("inf")
     train(engine, range(3, 4), dtype=torch.float16)
     assert engine.was_step_applied()
     assert engine.get_lr() != rates

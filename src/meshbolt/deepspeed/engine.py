@@ -34,13 +34,13 @@ class DeepSpeedEngine(Answers):
     Attributes:
         module: the caller's own, sharded.
         optimizer: on the shards; `step` of the engine steps it.
-        lr_scheduler: stepped by `step`, but not where an overflow skips the update.
+        lr_scheduler: stepped by `step`, but not where the update is skipped.
         training_dataloader: of `training_data`; None without.
         fabric: what all of it runs in.
         global_steps: windows so far.
         global_samples: samples in them, on all ranks.
         micro_steps: calls of `step` so far.
-        skipped_steps: windows in which an overflow has skipped the update.
+        skipped_steps: windows whose gradients were not finite, so that the update was skipped.
     """
 
     def __init__(self, module: nn.Module, *, run: Run, optimizer: Optimizer | None, lr_scheduler: Any = None) -> None:
@@ -211,19 +211,29 @@ class DeepSpeedEngine(Answers):
             self._norm = strategy.clip_gradients_norm(self.module, optimizer, self._run.clip, **options)
         else:
             self._norm = self._core.grad_norm(self._trained())
-        self._is_stepping = True
-        try:
-            strategy.optimizer_step(optimizer)
-        finally:
-            self._is_stepping = False
+        # Of all ranks, so that all of them skip or none does.
+        is_skipped = self._run.skips_nonfinite and not bool(torch.isfinite(self._norm))
+        if is_skipped:
+            self._core.settle()
+        else:
+            self._step_optimizer()
+            is_skipped = strategy.precision.skipped_last_step
         self.zero_grad()
         self._backwards = 0
-        self._count(overflow=strategy.precision.skipped_last_step, lr_kwargs=lr_kwargs or {})
+        self._count(overflow=is_skipped, lr_kwargs=lr_kwargs or {})
+
+    def _step_optimizer(self) -> None:
+        self._is_stepping = True
+        try:
+            self._run.strategy.optimizer_step(self.optimizer)
+        finally:
+            self._is_stepping = False
 
     def _count(self, *, overflow: bool, lr_kwargs: Mapping[str, Any]) -> None:
         self._step_applied = not overflow
         self._tell_scale(overflow=overflow)
         if overflow:
+            self._norm = torch.tensor(float("inf"))
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
@@ -274,7 +284,11 @@ class DeepSpeedEngine(Answers):
             parameter.grad = None
 
     def get_global_grad_norm(self) -> float | None:
-        """Return the norm of the gradients of the last update over all ranks, before clipping; None before the first."""
+        """Return the norm of the gradients of the last update over all ranks, before clipping.
+
+        Returns:
+            The norm; infinity where the update was skipped, and None before the first.
+        """
         return None if self._norm is None else float(self._norm)
 
     # Modes and data ---------------------------------------------------------------------------------------------------

@@ -60,6 +60,9 @@ def _reworded(row: Row, run: Run, *, unused: Mapping[str, str]) -> Row:
         return _with(row, becomes=row.becomes.replace("configure_optimizers", f"engine.{block}"), why=why.strip("; "))
     if row.key == "dataloader_drop_last":
         return _with(row, outcome=HONOURED, becomes="deepspeed_io, training_data", why="")
+    if row.key == "bf16.check_grad_overflow":
+        said = "engine.step() skips" if run.skips_nonfinite else "engine.step() skips no update"
+        return _with(row, outcome=HONOURED, becomes=said, why="an update whose gradients are not finite")
     if row.key == "steps_per_print":
         return _with(row, outcome=HONOURED, becomes="the logger 'meshbolt.deepspeed.engine', at INFO", why="")
     if block in _MONITORS:

@@ -79,6 +79,14 @@ class Run:
             value = value[name]
         return default if value == AUTO else value
 
+    @property
+    def skips_nonfinite(self) -> bool:
+        """Whether an update is skipped whose gradients are not finite, where no loss scale decides that: as DeepSpeed does."""
+        if self.strategy.precision.loss_scaler is not None:
+            return False
+        in_bf16 = self.get("bf16.enabled", False)
+        return bool(self.get("bf16.check_grad_overflow", True) if in_bf16 else self.strategy.settings.zero.stage > 0)
+
 
 def begin(config: Config, *, deepspeed_version: str | None, pipeline: PipelineModule | None = None) -> Run:
     """Read a file, and connect Fabric to the ranks under what it asks for.
