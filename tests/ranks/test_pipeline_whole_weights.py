@@ -189,7 +189,7 @@ def look(name: str) -> list[Any]:
     found.append(all(each() is None for each in stand_ins))
     with Sent() as sent, whole(owner, [module.get_parameter(each) for each in asked], moments=False):
         pass
-    flags = len(asked)
+    flags = len(asked) + 1  # which were changed, and whether any was replaced
     return [*found, sent.num_bytes - flags == sum(again[each].numel() * 8 for each in asked)]
 
 

@@ -35,6 +35,7 @@ from meshbolt.engine.misuse import explained, used_outside_of_its_unit
 from meshbolt.engine.offloaded import OffloadedSteps
 from meshbolt.engine.stages import Stages
 from meshbolt.engine.state import load_optimizer_state
+from meshbolt.engine.used import UsedParameters
 from meshbolt.engine.window import Window
 from meshbolt.mesh import data_parallel_group
 from meshbolt.offload.planning import Needs
@@ -119,6 +120,7 @@ class Engine:
             device=device,
             hosted=self._hosted,
         )
+        self._used = None if stages is not None else UsedParameters(self.parameters_by_name, device=device)
         follow_state_dicts(module, before=self._before_state_dict, after=self._after_state_dict)
         self._is_last_batch = True
         self._settled = self._state_dicts = 0
@@ -232,6 +234,9 @@ class Engine:
                     hook(parameter)
         if self._inside:
             self._apply_window()
+        reduces = self._is_last_batch or self.plan.stage.reduces_every_batch
+        if reduces and self._used is not None and not self._offloaded.takes_gradients:
+            self._used.compare()
         self._reenter()
 
     @contextmanager

@@ -81,6 +81,11 @@ class OffloadedSteps:
 
     # Optimizers -------------------------------------------------------------------------------------------------------
 
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether updates begin under the backward pass, so that gradients may be gone at its end."""
+        return self._early
+
     def add(self, optimizer: Optimizer) -> None:
         """Make room for an optimizer's state; all ranks of the world together.
 
