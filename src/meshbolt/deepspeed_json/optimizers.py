@@ -134,6 +134,7 @@ def scheduler_of(given: Given) -> Named | None:
             f"{given.source}: 'scheduler.type' is {kind!r}, which is unknown{did_you_mean(kind, SCHEDULES)}."
         )
     params = given.params("scheduler.params")
+    _take_last_batch(given, params)
     needs = ("warmup_num_steps", "cycle_min_lr", "cycle_max_lr", *LATE)
     named = _named(given, _SCHEDULER, made, params, needs=[name for name in needs if name in _arguments(made)])
     given.note("scheduler.type", f"meshbolt.deepspeed.{made.__name__}")
@@ -143,6 +144,17 @@ def scheduler_of(given: Given) -> Named | None:
     if all(key.rpartition(".")[2] in LATE for key in named.missing):
         _try(named)
     return named
+
+
+def _take_last_batch(given: Given, params: dict[str, Any]) -> None:
+    """Take DeepSpeed's `last_batch_iteration` out where it says that the schedule begins."""
+    value = params.pop("last_batch_iteration", -1)
+    if value != -1 or isinstance(value, bool):
+        raise ConfigError(
+            f"{given.source}: 'scheduler.params.last_batch_iteration' is {value!r}. Leave it out, or write -1: a schedule "
+            "goes on where the checkpoint that is resumed says."
+        )
+    given.note("scheduler.params.last_batch_iteration", "", why="-1: it begins at the beginning", outcome=IGNORED)
 
 
 def _try(named: Named) -> None:
@@ -196,6 +208,11 @@ def _named(
                 f"{given.source}: '{block}.params' has {name!r}, which is no argument of {getattr(kind, '__name__', kind)}"
                 f"{did_you_mean(name, known)}."
             )
+    if lacking := [name for name in _required(kind) if name not in params and f"{block}.params.{name}" not in autos]:
+        raise ConfigError(
+            f"{given.source}: '{block}.params' lacks {', '.join(map(repr, lacking))}, which "
+            f"{getattr(kind, '__name__', kind)} needs. Add it."
+        )
     for name, value in params.items():
         if f"{block}.params.{name}" not in given.autos:
             given.note(f"{block}.params.{name}", f"{name}={value!r}")
@@ -211,6 +228,12 @@ def _named(
         name: tuple(value) if name == "betas" and isinstance(value, list) else value for name, value in params.items()
     }
     return Named(source=given.source, kind=kind, arguments=arguments, missing=missing)
+
+
+def _required(kind: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(kind).parameters.values()
+    plain = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    return [each.name for each in plain[1:] if each.default is each.empty]
 
 
 def _arguments(kind: Callable[..., Any]) -> list[str]:

@@ -201,3 +201,27 @@ def test_yaml_names_the_file_by_class_path() -> None:
     made = parser.instantiate(parser.parse_object({"strategy": given})).strategy
     assert isinstance(made, MeshStrategy)
     assert made.settings.zero.stage == 2
+
+
+def decaying(**params: Any) -> dict[str, Any]:
+    """A file whose schedule ends, as Hugging Face's page writes it."""
+    adam = {"type": "AdamW", "params": {"lr": 0.1}}
+    return {"optimizer": adam, "scheduler": {"type": "WarmupDecayLR", "params": params}}
+
+
+def test_a_schedule_that_begins_may_say_so() -> None:
+    rows = translate(decaying(last_batch_iteration=-1, total_num_steps=10)).receipt.rows
+    (row,) = [row for row in rows if row.key == "scheduler.params.last_batch_iteration"]
+    assert (row.outcome, row.given) == ("ignored", True)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"total_num_steps": 10, "last_batch_iteration": 7}, "'scheduler.params.last_batch_iteration' is 7"),
+        ({}, "'scheduler.params' lacks 'total_num_steps', which WarmupDecayLR needs"),
+    ],
+)
+def test_params_of_a_schedule_that_cannot_be_are_refused(params: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        translate(decaying(**params))
