@@ -14,7 +14,10 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from meshbolt.errors import ConfigError
+from meshbolt.errors import CheckpointError, ConfigError
+
+# The state of DeepSpeed's own schedules.
+_DEEPSPEEDS = {"last_batch_iteration"}
 
 _SECOND_BETA = 0.99  # what OneCycle sets it to, beside the beta that it cycles
 
@@ -35,13 +38,36 @@ class Schedule(LRScheduler):
         return list(self.rates(self.last_epoch - 1))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a state that this class has returned, or DeepSpeed's schedule of the name."""
-        if set(state_dict) != {"last_batch_iteration"}:
+        """Go on from a state that this class has returned, or DeepSpeed's schedule of the name.
+
+        Raises:
+            CheckpointError: it is that of another schedule.
+        """
+        self.check_state(state_dict)
+        if set(state_dict) != _DEEPSPEEDS:
             super().load_state_dict(state_dict)
             return
         self.last_epoch = int(state_dict["last_batch_iteration"]) + 1
         self._step_count = self.last_epoch + 1
         self._last_lr = [*self.get_lr()]
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Check that a state is one that this class has returned, or DeepSpeed's schedule of the name.
+
+        Args:
+            state: as a checkpoint has it.
+
+        Raises:
+            CheckpointError: it is that of another schedule.
+        """
+        # Names that begin with _ are torch's, and others in each of its releases.
+        there, here = ({key for key in each if not key.startswith("_")} for each in (state, self.state_dict()))
+        if there != _DEEPSPEEDS and (strange := sorted((there ^ here) - {"verbose"})):
+            raise CheckpointError(
+                f"The checkpoint has the state of another learning rate schedule than {type(self).__name__}, which this run has: "
+                f"they differ in {', '.join(strange)}. Use the schedule that the checkpoint was written with, or load without "
+                "its state: MeshStrategy(checkpoint=Checkpoint(load_weights_only=True)) in a Trainer; in Fabric leave it out."
+            )
 
     def _each(self, name: str, value: Any) -> list[float]:
         """Return one value for each group, of a number or a list."""

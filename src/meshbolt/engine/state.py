@@ -25,6 +25,12 @@ from meshbolt.errors import CheckpointError
 AVERAGE = "exponential_moving_average"
 """The entry of a checkpoint that holds a moving average of the weights: under "weights", by name."""
 
+ONLY_WEIGHTS = (
+    "load only the weights (in a Trainer by MeshStrategy(checkpoint=Checkpoint(load_weights_only=True)), in Fabric without the "
+    "optimizer in what is loaded into)"
+)
+"""What to do, in an error's message, where weights fit and other state does not."""
+
 _SHOWN = 3
 
 # Settings of torch's optimizers that their first versions did not have.
@@ -114,16 +120,20 @@ def check_optimizer_state(
         ours = [[name for name in group if name in set(names.values())] for group in theirs]
     by_number = _is_by_number(saved)
     if not (_same_lengths(ours, theirs) if by_number else _same_names(ours, theirs, frozen=_frozen(optimizer, names))):
-        difference = "" if by_number else _first_difference(ours, theirs)
+        difference = (
+            _frozen_in(ours, theirs, optimizer, names)
+            if by_number
+            else _first_difference(ours, theirs, _frozen(optimizer, names))
+        )
         raise CheckpointError(
             f"The checkpoint's {type(optimizer).__name__} has parameter groups of {[len(g) for g in theirs]} parameters, this "
             f"run's has {[len(g) for g in ours]}{difference}. Make the optimizer as it was made when the checkpoint was "
-            "written, or load only the weights."
+            f"written, or {ONLY_WEIGHTS}."
         )
     if strangers := sorted(set(saved["state"]) - {key for group in theirs for key in group}):
         raise CheckpointError(
             f"The checkpoint's {type(optimizer).__name__} has state for {strangers[:_SHOWN]}, which are in none of its parameter "
-            "groups: the checkpoint is damaged. Load only the weights."
+            f"groups: the checkpoint is damaged. You can {ONLY_WEIGHTS}."
         )
     if not regrouped and type(optimizer) in ELEMENTWISE:
         _check_shapes(optimizer, saved, names)
@@ -290,7 +300,7 @@ def _check_class(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     if differs:
         raise CheckpointError(
             f"The checkpoint has the state of {theirs}, and this run's optimizer is {own}. Use the optimizer that the "
-            "checkpoint was written with, or load only the weights."
+            f"checkpoint was written with, or {ONLY_WEIGHTS}."
         )
 
 
@@ -304,11 +314,51 @@ def _check_shapes(optimizer: Optimizer, saved: Mapping[str, Any], names: Mapping
     if wrong:
         raise CheckpointError(
             f"The checkpoint's {type(optimizer).__name__} has state of other shapes than this run's parameters: "
-            f"{wrong[:_SHOWN]}. Build the module in its old sizes, or load only the weights."
+            f"{wrong[:_SHOWN]}. {_by_order(saved)}Build the module in its old sizes, or {ONLY_WEIGHTS}."
         )
 
 
-def _first_difference(ours: list[list[str]], theirs: list[list[str]]) -> str:
-    mine, other = {n for g in ours for n in g}, {n for g in theirs for n in g}
-    extra, missing = sorted(mine - other)[:3], sorted(other - mine)[:3]
-    return f" (only here: {extra}; only there: {missing})" if extra or missing else " (divided among the groups in another way)"
+def _by_order(saved: Mapping[str, Any]) -> str:
+    if not _is_by_number(saved):
+        return ""
+    return "The checkpoint has numbers for parameters, no names: groups and parameters must be in the order that they had. "
+
+
+def _first_difference(ours: list[list[str]], theirs: list[list[str]], frozen: set[str]) -> str:
+    other = {n for g in theirs for n in g}
+    ours = [[name for name in group if name in other or name not in frozen] for group in ours]
+    mine = {n for g in ours for n in g}
+    extra, missing = sorted(mine - other)[:_SHOWN], sorted(other - mine)[:_SHOWN]
+    if extra or missing:
+        return f" (only here: {extra}; only there: {missing})"
+    # A scheduler's state has its rates in the order of the groups: they are not put in another one behind its back.
+    places = {name: number for number, group in enumerate(theirs) for name in group}
+    order = [{places[name] for name in group} for group in ours]
+    if len(ours) == len(theirs) and all(len(each) == 1 for each in order):
+        return (
+            f" (the same groups, in another order: those of this run are number {[min(each) for each in order]} there)"
+        )
+    moved = next(iter(_moved(ours, theirs)), "")
+    return f" (divided among the groups in another way{moved})"
+
+
+def _moved(ours: list[list[str]], theirs: list[list[str]]) -> Iterable[str]:
+    here, there = ({name: number for number, g in enumerate(each) for name in g} for each in (ours, theirs))
+    return (
+        f": {name!r} is in group {here[name]} here and {there[name]} there"
+        for name in here
+        if here[name] != there[name]
+    )
+
+
+def _frozen_in(
+    ours: list[list[str]], theirs: list[list[Any]], optimizer: Optimizer, names: Mapping[nn.Parameter, str]
+) -> str:
+    """Return what is said where groups of names and of numbers would be as long as each other without frozen parameters."""
+    frozen = _frozen(optimizer, names)
+    if not frozen or not _same_lengths([[name for name in group if name not in frozen] for group in ours], theirs):
+        return ""
+    return (
+        f" (the checkpoint has numbers for parameters, no names, and none for frozen ones: give the optimizer only parameters "
+        f"that are trained, without {sorted(frozen)[:_SHOWN]})"
+    )

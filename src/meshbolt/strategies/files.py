@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from meshbolt.checkpoint.deepspeed import is_deepspeed
 from meshbolt.collectives import agree_on_error, same_on_all_ranks
 from meshbolt.deepspeed_json.schedules import Schedule
-from meshbolt.engine.state import check_optimizer_state
+from meshbolt.engine.state import ONLY_WEIGHTS, check_optimizer_state
 from meshbolt.errors import CheckpointError, ConfigError
 
 # The state of DeepSpeed's own schedules.
@@ -37,6 +38,7 @@ def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup 
     found: dict[str, Any] = {}
 
     def read() -> None:
+        _check_is_whole(path)
         try:
             found.update(torch.load(path, map_location="cpu", weights_only=weights_only is not False, mmap=True))
         except pickle.UnpicklingError as error:
@@ -55,6 +57,15 @@ def load_file(path: str, *, weights_only: bool | None, group: dist.ProcessGroup 
 
     agree_on_error(read, group=group)
     return found
+
+
+def _check_is_whole(path: str) -> None:
+    """Check that a file is none of those of which DeepSpeed writes several for one save."""
+    file = Path(path)
+    if (file.name == "latest" or file.name.endswith("_states.pt")) and is_deepspeed(file.parent):
+        raise CheckpointError(
+            f"{path} is one of the files of a checkpoint that DeepSpeed has written. Give the directory: {file.parent}."
+        )
 
 
 def check_is_lightnings(checkpoint: Mapping[str, Any], path: str) -> None:
@@ -137,7 +148,7 @@ def check_training_state(
         if there != here:
             raise CheckpointError(
                 f"The checkpoint has the state of {there} {what}s, this run has {here}. Configure as many as when it was "
-                "written, or load only the weights."
+                f"written, or {ONLY_WEIGHTS}."
             )
     check_schedules(checkpoint["lr_schedulers"], schedulers)
     done = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
@@ -151,7 +162,9 @@ def check_training_state(
 
 
 def check_schedules(saved: Sequence[Mapping[str, Any]], schedulers: Sequence[Any]) -> None:
-    """Check that the state of DeepSpeed's own schedules goes to such schedules: others would take no notice of it.
+    """Check that the state of DeepSpeed's own schedules goes to such schedules, and no other state to them.
+
+    Others would take no notice of it, or of what they need.
 
     Args:
         saved: the state of each.
@@ -161,11 +174,13 @@ def check_schedules(saved: Sequence[Mapping[str, Any]], schedulers: Sequence[Any
         CheckpointError: one is another.
     """
     for state, scheduler in zip(saved, schedulers, strict=False):
+        if isinstance(scheduler, Schedule) and state:
+            scheduler.check_state(state)
         if set(state) == {_DEEPSPEEDS} and not isinstance(scheduler, Schedule):
             raise CheckpointError(
                 "The checkpoint has the state of one of DeepSpeed's own learning rate schedules, and this run's "
                 f"is {type(scheduler).__name__}, which cannot go on from it. Use that schedule, such as "
-                "meshbolt.deepspeed.WarmupLR, or load only the weights."
+                f"meshbolt.deepspeed.WarmupLR, or {ONLY_WEIGHTS}."
             )
 
 

@@ -85,7 +85,7 @@ def load_from_checkpoint(
                 f"{', '.join(sorted(map(str, checkpoint)))}. Read one that Fabric saved with fabric.load."
             )
         if renames:
-            checkpoint["state_dict"] = _renamed(module_class, checkpoint, overrides)
+            checkpoint["state_dict"] = _renamed(module_class, checkpoint, overrides, name)
         try:
             module = built_from(module_class, checkpoint, strict=strict, overrides=overrides)
         except RuntimeError as error:
@@ -116,12 +116,12 @@ def _opened(
 
 
 def _renamed(
-    module_class: type[pl.LightningModule], checkpoint: dict[str, Any], overrides: Mapping[str, Any]
+    module_class: type[pl.LightningModule], checkpoint: dict[str, Any], overrides: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
     """Return weights that an engine of DeepSpeed's has saved, under the names that a module has them."""
     saved = checkpoint["state_dict"]
     module = _forgiving(module_class, checkpoint, overrides)
-    name_of = str if module is None else renaming(saved, module, within=True)
+    name_of = str if module is None else renaming(saved, module, within=True, source=source)
     return {name_of(name): value for name, value in saved.items()}
 
 

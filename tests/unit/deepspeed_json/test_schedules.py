@@ -11,6 +11,7 @@ import torch
 from tests.rows import full
 
 from meshbolt.deepspeed_json.schedules import SCHEDULES
+from meshbolt.errors import CheckpointError
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("WarmupLR", {"warmup_num_steps": 5}),
@@ -106,3 +107,23 @@ def test_a_schedule_that_is_resumed_goes_on_where_it_was(case: tuple[str, dict[s
         again.step()
         second.step()
     assert [value for group in again.param_groups for value in (group["lr"], *group["betas"])] == whole[-6:]
+
+
+def test_a_schedule_takes_its_own_state_and_no_other() -> None:
+    own = optimizer()
+    states = {
+        name: SCHEDULES[name](own, **arguments).state_dict()
+        for name, arguments in CASES
+        if name in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    }
+    states["StepLR"] = torch.optim.lr_scheduler.StepLR(own, 2).state_dict()
+    for name, arguments in CASES[:1] + CASES[3:4]:
+        for written_by, state in states.items():
+            schedule = SCHEDULES[name](optimizer(), **arguments)
+            before = schedule.state_dict()
+            if name == written_by:
+                schedule.load_state_dict({**state, "_new_in_torch": 1})
+                continue
+            with pytest.raises(CheckpointError, match=f"another learning rate schedule than {name}.*differ in"):
+                schedule.load_state_dict(state)
+            assert schedule.state_dict() == before

@@ -117,6 +117,30 @@ def test_a_group_may_have_its_parameters_in_another_order_and_frozen_ones_beside
         load_optimizer_state(other, saved, {**others_names, frozen: "frozen"})
 
 
+def test_groups_in_another_order_are_refused_with_that_order_and_others_with_a_name() -> None:
+    optimizer, names = made((2,), (3,))
+    saved = optimizer_state(optimizer, names)
+    first, second = names
+    other = torch.optim.AdamW([{"params": [second]}, {"params": [first]}], lr=0.1)
+    (group,) = saved["param_groups"]
+    saved["param_groups"] = [{**group, "params": ["p0"]}, {**group, "params": ["p1"]}]
+    with pytest.raises(
+        CheckpointError, match=r"same groups, in another order: .* number \[1, 0\] there.*load_weights_only"
+    ):
+        check_optimizer_state(other, saved, names)
+    with pytest.raises(CheckpointError, match=r"another way: 'p1' is in group 0 here and 1 there"):
+        check_optimizer_state(optimizer, saved, names)
+
+
+def test_frozen_parameters_that_numbers_have_no_place_for_are_named() -> None:
+    optimizer, _ = trained_pair(torch.optim.AdamW)
+    other, others_names = made((2, 3), (3,))
+    frozen = nn.Parameter(torch.zeros(4), requires_grad=False)
+    other.param_groups[0]["params"].append(frozen)
+    with pytest.raises(CheckpointError, match=r"only parameters that are trained, without \['still'\]"):
+        check_optimizer_state(other, optimizer.state_dict(), {**others_names, frozen: "still"})
+
+
 def test_state_of_other_shapes_is_refused() -> None:
     optimizer, names = trained_pair(torch.optim.AdamW)
     wider, wider_names = made((2, 4), (3,))
