@@ -119,6 +119,7 @@ def tree_for_trainer(opened: DeepSpeedCheckpoint, module: pl.LightningModule, *,
     if resumes:
         tree["optimizer_states"] = [_renamed(state, renamed) for state in states]
         _say_what_is_not_taken(opened, module.trainer.precision_plugin)
+        _say_what_is_by_number(opened)
     return tree
 
 
@@ -156,6 +157,7 @@ def _for(target: Any, opened: DeepSpeedCheckpoint, renamed: Callable[[str], str]
     if isinstance(target, nn.Module):
         return "module", {renamed(name): value for name, value in opened.weights.items()}
     if isinstance(target, Optimizer):
+        _say_what_is_by_number(opened)
         return "optimizer", opened.optimizer and _renamed(opened.optimizer, renamed)
     if isinstance(target, LRScheduler):
         check_schedules([opened.scheduler or {}], [target])
@@ -175,6 +177,16 @@ def _say_what_is_not_taken(opened: DeepSpeedCheckpoint, precision: Any) -> None:
             "The loss scale of %s (%g) is not taken: this run's precision has none. Use 16-mixed or fp16 to go on with it.",
             opened.name,
             scaler.scale,
+        )
+
+
+def _say_what_is_by_number(opened: DeepSpeedCheckpoint) -> None:
+    groups = [] if opened.optimizer is None else opened.optimizer["param_groups"]
+    if dist.get_rank() == 0 and any(not isinstance(key, str) for group in groups for key in group["params"]):
+        _log.warning(
+            "The optimizer's state in %s has numbers for parameters, no names: it is taken in the order of this run's groups, "
+            "which must be as they were when it was saved.",
+            opened.name,
         )
 
 

@@ -360,20 +360,34 @@ def test_of_a_module_that_has_changed_what_fits_is_loaded_into_the_part_that_is_
     assert all(torch.equal(module.inner.state_dict()[name], value) for name, value in expected.weights().items())
 
 
-def no_scale(path: Path) -> None:
+class InOrder(Net):
+    """With an optimizer whose groups are in the order of the save."""
+
+    def configure_optimizers(self) -> Any:
+        named = dict(self.inner.named_parameters())
+        optimizer = torch.optim.AdamW([{"params": [named[name] for name in group]} for group in SHAPES])
+        return [optimizer], [{"scheduler": self.scheduler(optimizer), "interval": "step"}]
+
+
+def said_of(path: Path, words: str, module: Net) -> None:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("meshbolt").addHandler(handler)
-    fitted(path, zero=2)
-    lines = [each for each in said if "loss scale" in each]
-    assert len(lines) == (dist.get_rank() == 0)
-    assert all("(64) is not taken" in each for each in lines)
+    fitted(path, module=module, zero=2)
+    assert [words in each for each in said if "checkpoint" not in each] == [True] * (dist.get_rank() == 0), said
 
 
-def test_a_loss_scale_that_is_not_taken_is_said_once(tmp_path: Path) -> None:
-    write_rows(tmp_path, run(dtype=torch.float16, loss_scale=64.0))
-    run_ranks(no_scale, 2, tmp_path)
+def said(paths: dict[str, Path]) -> None:
+    said_of(paths["scale"], "(64) is not taken", Net())
+    said_of(paths["numbers"], "has numbers for parameters, no names", InOrder())
+
+
+def test_a_loss_scale_that_is_not_taken_and_state_by_number_are_said_once(tmp_path: Path) -> None:
+    paths = {"scale": tmp_path / "scale", "numbers": tmp_path / "numbers"}
+    write_rows(paths["scale"], run(dtype=torch.float16, loss_scale=64.0))
+    write_plain(paths["numbers"], run(dtype=torch.float32), kind="torch")
+    run_ranks(said, 2, paths)
 
 
 def test_a_module_is_built_from_weights_that_were_those_of_its_attribute(tmp_path: Path) -> None:
