@@ -18,6 +18,8 @@ from meshbolt.deepspeed.checkpoints import load_checkpoint, save_16bit_model, sa
 from meshbolt.deepspeed.data import DeepSpeedDataLoader, loader_of
 from meshbolt.deepspeed.outputs import Outputs
 from meshbolt.deepspeed.run import Run
+from meshbolt.deepspeed.strategy import refuse_shards
+from meshbolt.deepspeed.weights import load_whole, whole_state
 from meshbolt.deepspeed.whole import mark
 from meshbolt.errors import ConfigError, UnsupportedError
 
@@ -76,6 +78,7 @@ class DeepSpeedEngine(Answers):
         self.__dict__["_entry"], self.__dict__["_core"] = entry, strategy.engine
         self._outputs = Outputs(self.module, precision=self._run.translation.precision)
         mark(self.module)
+        refuse_shards(self, strategy)
         for optimizer in optimizers:
             optimizer.register_step_pre_hook(self._refuse_other_steps)
             self._tell_scale(overflow=False)
@@ -419,6 +422,14 @@ class DeepSpeedEngine(Answers):
         return True
 
     save_fp16_model = save_16bit_model
+
+    def module_state_dict(self, *, prefix: str = "", exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """Return the whole weights, in every stage, in the 16 bits of the run or as they are; on every rank. See `weights.py`."""
+        return whole_state(self, prefix=prefix, exclude_frozen_parameters=exclude_frozen_parameters)
+
+    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Load whole weights into the shards; on every rank. See `weights.py`."""
+        load_whole(self, state_dict, strict=strict)
 
     def names_by_id(self) -> dict[int, str]:
         """Return the name of each parameter, by the identity of the shard and of what stands for it inside of a window."""

@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 
 from meshbolt.deepspeed.pipe import PipelineModule
 from meshbolt.deepspeed.ranks import LaunchedRanks, chosen_timeout, device_type, place_of_this_process
+from meshbolt.deepspeed.strategy import LoopStrategy
 from meshbolt.deepspeed_json import Options, Translation, translate
 from meshbolt.deepspeed_json.batch import EACH, TOTAL, Batch
 from meshbolt.deepspeed_json.key import AUTO
@@ -108,7 +109,7 @@ def begin(config: Config, *, deepspeed_version: str | None, pipeline: PipelineMo
         pipeline.take_settings(settings, microbatches=sizes.steps)
     place, kind = place_of_this_process(), device_type()
     plugin = precision_plugin(translation.precision, device_type=kind)
-    strategy = FabricMeshStrategy(**settings, precision_plugin=plugin, timeout=chosen_timeout())
+    strategy = LoopStrategy(**settings, precision_plugin=plugin, timeout=chosen_timeout())
     fabric = Fabric(
         accelerator=kind,
         devices=place.local_world_size,
