@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from meshbolt.deepspeed.alike import compare_optimizers, compare_schedulers, on_all
 from meshbolt.deepspeed.data import DeepSpeedDataLoader
 from meshbolt.deepspeed.engine import DeepSpeedEngine
 from meshbolt.deepspeed.pipe import PipelineModule
@@ -70,6 +71,7 @@ def initialize(
     Raises:
         ConfigError: arguments or keys of the file are missing, wrong, or contradict each other.
         UnsupportedError: something is asked for that is not there.
+        TopologyError: ranks were given different settings; on every rank.
 
     Example:
         >>> engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
@@ -93,10 +95,12 @@ def initialize(
     end_init(model)
     _say(run, optimizer, lr_scheduler)
     module = _in_precision(model, run)
-    made = _optimizer(optimizer, module, model_parameters, run)
+    made = on_all(lambda: _optimizer(optimizer, module, model_parameters, run), run.group)
+    compare_optimizers(made, run.group)
     engine = _engine_class(model, run)(module, run=run, optimizer=made)
     engine.collate_fn = collate_fn
-    engine.lr_scheduler = _scheduler(lr_scheduler, made, run)
+    engine.lr_scheduler = on_all(lambda: _scheduler(lr_scheduler, made, run), run.group)
+    compare_schedulers(engine.lr_scheduler, run.group)
     if training_data is not None:
         engine.take_training_data(training_data)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler

@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.fabric import Fabric
 
+from meshbolt.deepspeed.alike import compare_files, group_of_all, on_all
 from meshbolt.deepspeed.pipe import PipelineModule
 from meshbolt.deepspeed.ranks import LaunchedRanks, chosen_timeout, device_type, place_of_this_process
 from meshbolt.deepspeed.strategy import LoopStrategy
@@ -54,6 +55,7 @@ class Run:
         values: of the file.
         translation: of the file.
         fabric: launched, with the strategy.
+        group: of all ranks, for objects on the CPU.
         sizes: of a step.
         clip: largest norm of gradients; 0.0: any.
     """
@@ -61,6 +63,7 @@ class Run:
     config: Config
     translation: Translation
     fabric: Fabric
+    group: dist.ProcessGroup | None
     sizes: Sizes
     clip: float
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -100,11 +103,14 @@ def begin(config: Config, *, deepspeed_version: str | None, pipeline: PipelineMo
     Raises:
         ConfigError: the file is wrong, or does not fit these ranks.
         UnsupportedError: it asks for what is not there.
+        TopologyError: ranks have different ones.
     """
     stages = None if pipeline is None else pipeline.num_stages
     options = Options(deepspeed_version=deepspeed_version, world_size=dist.get_world_size(), stages=stages)
-    translation = translate(config, options)
-    sizes, settings = _sizes(translation), dict(translation.settings)
+    group = group_of_all(chosen_timeout())
+    translation, sizes = on_all(lambda: _translated(config, options), group)
+    compare_files(translation, group)
+    settings = dict(translation.settings)
     if pipeline is not None:
         pipeline.take_settings(settings, microbatches=sizes.steps)
     place, kind = place_of_this_process(), device_type()
@@ -123,9 +129,15 @@ def begin(config: Config, *, deepspeed_version: str | None, pipeline: PipelineMo
         values=read(config)[0],
         translation=translation,
         fabric=fabric,
+        group=group,
         sizes=sizes,
         clip=translation.clip or 0.0,
     )
+
+
+def _translated(config: Config, options: Options) -> tuple[Translation, Sizes]:
+    translation = translate(config, options)
+    return translation, _sizes(translation)
 
 
 def _sizes(translation: Translation) -> Sizes:
