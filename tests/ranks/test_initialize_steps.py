@@ -1,4 +1,4 @@
-"""The engine of `initialize` where a step is not like others: gradients that are not finite."""
+"""The engine of `initialize` where a step is not like others: gradients that are not finite, a scheduler that is told where."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tests.ranks.initialize_support import Net, batch, config, made, said, train, whole
 from tests.rows import full
 
-from meshbolt import deepspeed
+from meshbolt import ConfigError, deepspeed
 from meshbolt.testing import run_ranks
 
 BF16 = {"bf16": {"enabled": True}}
@@ -70,3 +70,23 @@ def not_checked() -> None:
 
 def test_no_update_is_skipped_in_float32_at_stage_0_or_where_the_file_says_so() -> None:
     run_ranks(not_checked, 2, timeout=60)
+
+
+def told_where() -> None:
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 10, "warmup_type": "linear"}}
+    engine = made(Net(), config=config(1, scheduler=schedule))
+    assert engine.lr_scheduler.last_batch_iteration == -1
+    x, y = batch(0, dist.get_rank())
+    engine.backward(F.mse_loss(engine(x), y))
+    before = whole(engine)
+    with pytest.raises(ConfigError, match=r"WarmupLR does not take that: .*'epochs'"):
+        engine.step(lr_kwargs={"epochs": 7})
+    torch.testing.assert_close(whole(engine), before, rtol=0, atol=0)
+    engine.step(lr_kwargs={"last_batch_iteration": 7})
+    assert (engine.lr_scheduler.last_batch_iteration, engine.get_lr()) == (7, pytest.approx([0.007]))
+    train(engine, range(1))
+    assert engine.get_lr() == pytest.approx([0.008])
+
+
+def test_the_scheduler_goes_where_it_is_told_and_what_it_does_not_take_is_refused_before_the_update() -> None:
+    run_ranks(told_where, 2, timeout=60)

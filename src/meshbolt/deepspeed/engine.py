@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -191,15 +192,27 @@ class DeepSpeedEngine(Answers):
             lr_kwargs: further arguments of the scheduler's step.
 
         Raises:
-            ConfigError: there is no optimizer, or no backward since the last update.
+            ConfigError: there is no optimizer, no backward since the last update, or the scheduler does not take `lr_kwargs`.
         """
         self._need_optimizer("step")
         if self._is_inside_no_sync:
             raise ConfigError("engine.step() was called inside of engine.no_sync(). Leave it before.")
+        self._check_kwargs(lr_kwargs or {})
         self._step_applied = False
         if self.is_gradient_accumulation_boundary():
             self._update(lr_kwargs)
         self.micro_steps += 1
+
+    def _check_kwargs(self, lr_kwargs: Mapping[str, Any]) -> None:
+        if not lr_kwargs or self.lr_scheduler is None:
+            return
+        try:
+            inspect.signature(self.lr_scheduler.step).bind(**lr_kwargs)
+        except TypeError as error:
+            raise ConfigError(
+                f"engine.step(lr_kwargs={dict(lr_kwargs)!r}): the step of {type(self.lr_scheduler).__name__} does not take that: "
+                f"{error}. Correct it, or leave it out."
+            ) from error
 
     def _update(self, lr_kwargs: Mapping[str, Any] | None) -> None:
         if not self._backwards:

@@ -33,6 +33,23 @@ class Schedule(LRScheduler):
         """
         raise NotImplementedError
 
+    @property
+    def last_batch_iteration(self) -> int:
+        """The position of the rates now: steps done, less one."""
+        return int(self.last_epoch) - 1
+
+    def step(self, last_batch_iteration: int | None = None, *, batch_iteration: int | None = None) -> None:
+        """Go on by one step, or to a position.
+
+        Args:
+            last_batch_iteration: optimizer steps done, less one; None: the next.
+            batch_iteration: the same.
+        """
+        position = batch_iteration if last_batch_iteration is None else last_batch_iteration
+        if position is not None:
+            self.last_epoch = position
+        super().step()
+
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """Return the rate of each group now."""
         return list(self.rates(self.last_epoch - 1))

@@ -127,3 +127,19 @@ def test_a_schedule_takes_its_own_state_and_no_other() -> None:
             with pytest.raises(CheckpointError, match=f"another learning rate schedule than {name}.*differ in"):
                 schedule.load_state_dict(state)
             assert schedule.state_dict() == before
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_schedule_that_is_told_its_position_has_the_rates_of_as_many_steps(case: tuple[str, dict[str, Any]]) -> None:
+    name, arguments = case
+    told, stepped = optimizer(), optimizer()
+    jumping, walking = SCHEDULES[name](told, **arguments), SCHEDULES[name](stepped, **arguments)
+    assert jumping.last_batch_iteration == -1
+    for _ in range(6):
+        walking.step()
+
+    jumping.step(5)
+
+    assert (jumping.last_batch_iteration, jumping.get_last_lr()) == (5, walking.get_last_lr())
+    assert told.param_groups[0]["betas"] == stepped.param_groups[0]["betas"]
