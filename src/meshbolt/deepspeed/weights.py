@@ -23,11 +23,7 @@ def whole_state(engine: Answers, *, prefix: str, exclude_frozen_parameters: bool
     Raises:
         UnsupportedError: ranks have different stages of the module.
     """
-    if engine.fabric.strategy.plan.mesh.pp > 1:  # type: ignore[attr-defined]
-        raise UnsupportedError(
-            "engine.module_state_dict(): ranks have different stages of the module. Save by engine.save_checkpoint(dir), and "
-            "make one file of it by `meshbolt checkpoint export`."
-        )
+    refuse_stages(engine, "module_state_dict")
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     dtype = engine.get_data_types()[0]
     state: dict[str, Any] = {}
@@ -40,6 +36,23 @@ def whole_state(engine: Answers, *, prefix: str, exclude_frozen_parameters: bool
         is_cast = parameter is not None and whole.dtype == torch.float32
         state[prefix + name] = whole.detach().to(dtype) if is_cast else whole
     return state
+
+
+def refuse_stages(engine: Answers, call: str) -> None:
+    """Refuse a call that needs the whole module, where ranks have different stages of it.
+
+    Args:
+        engine: whose.
+        call: the method.
+
+    Raises:
+        UnsupportedError: they have.
+    """
+    if engine.fabric.strategy.plan.mesh.pp > 1:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"engine.{call}(): ranks have different stages of the module. Save by engine.save_checkpoint(dir), and make one file "
+            "of it by `meshbolt checkpoint export`."
+        )
 
 
 def load_whole(engine: Answers, state: Any, *, strict: bool) -> None:
