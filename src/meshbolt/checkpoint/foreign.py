@@ -25,6 +25,16 @@ from meshbolt.compat import part_of_file
 from meshbolt.errors import CheckpointError
 
 
+class RefusedClassesError(CheckpointError):
+    """A file holds objects of classes that were not allowed; nothing is known to be wrong with it.
+
+    Attributes:
+        classes: their full names.
+    """
+
+    classes: tuple[str, ...] = ()
+
+
 class DcpReader(TensorReader):
     """Whole tensors, and objects, out of the files of a directory."""
 
@@ -106,6 +116,23 @@ def refusal(error: Exception, file: Path | IO[bytes], *, known: Collection[str] 
         file: what it was to read.
         known: full names of classes that it may hold.
     """
+    if not (classes := refused_classes(error, file, known=known)):
+        return f"cannot be read ({_without_advice(error)})"
+    return (
+        f"holds objects of the classes {', '.join(classes)}, and to build them is to run their code. If you trust it, use "
+        "weights_only=False (of a command: --weights-only false), or allow the classes by "
+        "torch.serialization.add_safe_globals"
+    )
+
+
+def refused_classes(error: Exception, file: Path | IO[bytes], *, known: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the full names of the classes for which `torch.load` has not read a file; none where it was something else.
+
+    Args:
+        error: what it raised.
+        file: what it was to read.
+        known: full names of classes that it may hold.
+    """
     classes: set[str] = set()
     if isinstance(error, pickle.UnpicklingError):
         with contextlib.suppress(
@@ -114,9 +141,13 @@ def refusal(error: Exception, file: Path | IO[bytes], *, known: Collection[str] 
             classes = set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
         named = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
         classes = (classes or {named[1]} if named else classes) - set(known)
-    if not classes:
-        return f"cannot be read ({in_words(error)})"
-    return (
-        f"holds objects of the classes {', '.join(sorted(classes))}, and to build them is to run their code. If you trust it, "
-        "use weights_only=False, or allow the classes by torch.serialization.add_safe_globals"
-    )
+    return tuple(sorted(classes))
+
+
+def _without_advice(error: Exception) -> str:
+    """Return an error in words, without torch's advice to run a damaged file's code."""
+    text = str(error)
+    if "weights_only" not in text:
+        return in_words(error)
+    said = re.search(r"WeightsUnpickler error: (.*)", text)
+    return f"{type(error).__name__}: {said[1].strip() if said else 'torch does not know it as a file of plain data'}"

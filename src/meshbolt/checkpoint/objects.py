@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from meshbolt.checkpoint.storage import Files, read_file, write_file
 from meshbolt.errors import CheckpointError
 
 FILE_NAME = "meta.pt"
+# Scripts keep their arguments in what they save. To build one sets its attributes, and runs nothing.
+PLAIN_CLASSES: tuple[type, ...] = (argparse.Namespace,)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def read_objects(files: Path | Files, *, weights_only: bool | None, record: File
     if record is not None:
         record.check(content, name=FILE_NAME)
     try:
-        objects = torch.load(io.BytesIO(content), map_location="cpu", weights_only=weights_only is not False)
+        with torch.serialization.safe_globals(list(PLAIN_CLASSES)):
+            objects = torch.load(io.BytesIO(content), map_location="cpu", weights_only=weights_only is not False)
     except Exception as error:  # of a damaged file, errors of almost every class
         classes = _refused_classes(content) if isinstance(error, pickle.UnpicklingError) else []
         if not classes:
@@ -103,7 +107,8 @@ def _refuse_sharded(value: object, *, where: str) -> None:
 
 def _refused_classes(content: bytes) -> list[str]:
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
+        with torch.serialization.safe_globals(list(PLAIN_CLASSES)):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
     except Exception:  # it is damaged, and not for its classes that it was refused
         return []
 

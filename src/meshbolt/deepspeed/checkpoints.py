@@ -6,7 +6,6 @@ looks into it. `latest` is replaced in one step after all of it is on the disk.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from collections.abc import Mapping
@@ -127,9 +126,7 @@ def load_checkpoint(
     if scheduler and engine.lr_scheduler is not None:
         wanted[SCHEDULER] = engine.lr_scheduler
     before = None if counters else collect_random_state(engine.device)
-    # Scripts keep their arguments in what they save.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        rest = strategy.load_checkpoint(place, wanted, strict=strict, weights_only=weights_only)
+    rest = strategy.load_checkpoint(place, wanted, strict=strict, weights_only=weights_only)
     if before is not None:
         restore_random_state(before, engine.device)
     saved = _saved(rest, wanted, place)

@@ -16,7 +16,8 @@ from typing import Any, Final
 import torch
 
 from meshbolt.checkpoint.agreement import in_words
-from meshbolt.checkpoint.foreign import refusal
+from meshbolt.checkpoint.foreign import RefusedClassesError, refusal, refused_classes
+from meshbolt.checkpoint.objects import PLAIN_CLASSES
 from meshbolt.errors import CheckpointError
 
 
@@ -47,6 +48,22 @@ _STANDING_IN: Final[Mapping[str, Any]] = MappingProxyType(
     }
 )
 _GETATTR = "builtins.getattr"
+
+
+def _without_factory(*_factory: Any) -> dict[Any, Any]:
+    """Stand in for `collections.defaultdict`: its entries are plain data, and what makes new ones is not saved again."""
+    return {}
+
+
+_PLAIN: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        _GETATTR: _member,
+        "collections.defaultdict": _without_factory,
+        **{f"builtins.{kind.__name__}": kind for kind in (bool, dict, float, int, list, set, str)},
+        **{f"{kind.__module__}.{kind.__qualname__}": kind for kind in PLAIN_CLASSES},
+    }
+)
+"""What else a file that is not trusted may name."""
 
 
 def read_file(path: Path, *, weights_only: bool = True) -> dict[str, Any]:
@@ -80,7 +97,7 @@ def read_any(path: Path, *, weights_only: bool = True) -> Any:
             f"{path} holds objects of a package that is not here ({in_words(error)}). Install {error.name!r} and import again"
         ) from error
     except Exception as error:  # of a damaged file, errors of almost every class
-        raise CheckpointError(f"{path} {_why(error, path)}") from error
+        raise _refused(error, path) from error
 
 
 def _loaded(path: Path, *, weights_only: bool) -> Any:
@@ -88,16 +105,36 @@ def _loaded(path: Path, *, weights_only: bool) -> Any:
     options: dict[str, Any] = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
     if not weights_only:
         return torch.load(path, weights_only=False, pickle_module=_TRUSTING, **options)
-    stubs: list[Any] = [(stub, name) for name, stub in {**_STANDING_IN, _GETATTR: _member}.items()]
+    stubs: list[Any] = [(stub, name) for name, stub in {**_STANDING_IN, **_PLAIN}.items()]
     with torch.serialization.safe_globals(stubs):
         return torch.load(path, weights_only=True, **options)
 
 
-def _why(error: Exception, path: Path) -> str:
+def _refused(error: Exception, path: Path) -> CheckpointError:
+    known = [*_STANDING_IN, *_PLAIN]
+    text = f"{path} {_damage(path) or f'({path.stat().st_size} bytes) {refusal(error, path, known=known)}'}"
+    if not (classes := refused_classes(error, path, known=known)):
+        return CheckpointError(text)
+    refused = RefusedClassesError(text)
+    refused.classes = classes
+    return refused
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with a file as its first bytes and its end show it; empty where they show nothing."""
     size = path.stat().st_size
     if not size:
-        return "is empty: it was not written to its end"
-    return f"({size} bytes) {refusal(error, path, known=[*_STANDING_IN, _GETATTR])}"
+        return f"is empty: it was not written to its end. {_INSTEAD}"
+    with path.open("rb") as file:
+        begins = file.read(4)
+    if begins == b"PK\x03\x04" and not zipfile.is_zipfile(path):
+        return f"({size} bytes) is cut off: it begins as torch.save writes it, and its end is missing. {_INSTEAD}"
+    if begins[:2] != b"PK" and begins[:1] != b"\x80":
+        return f"({size} bytes) is damaged: it begins with the bytes {begins.hex(' ')}, as no file of torch.save. {_INSTEAD}"
+    return ""
+
+
+_INSTEAD = "Copy it once more from where it was written, or take an earlier save"
 
 
 class _TrustingUnpickler(pickle.Unpickler):

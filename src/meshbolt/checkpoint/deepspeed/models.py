@@ -225,10 +225,20 @@ def _check_one_save(files: Mapping[int, Sequence[Mapping[str, Any]]], layout: La
             )
     for slot, ranks in files.items():
         world = ranks[0].get("dp_world_size", len(ranks))
-        if len(ranks) not in (1, world):
-            raise CheckpointError(
-                f"{world} data-parallel ranks have saved it, and there are model files of {len(ranks)} in slot {slot}"
-            )
+        # Of stage 3 each rank has a file, with its name; of others the first has one for all.
+        is_for_all = len(ranks) == 1 and not layout.models_of(slot)[0].name.startswith("zero_")
+        if is_for_all or layout.universal is not None or len(ranks) == world:
+            continue
+        absent = list(range(len(ranks), world))
+        more = (
+            f"those of ranks {absent} are missing"
+            if absent
+            else f"those from rank {world} on are left over from another save"
+        )
+        raise CheckpointError(
+            f"{world} data-parallel ranks have saved it, and there are model files of {len(ranks)} in slot {slot}: {more}. "
+            "Copy the whole directory that DeepSpeed has written"
+        )
 
 
 def _wide(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

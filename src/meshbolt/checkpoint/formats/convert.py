@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshbolt.checkpoint.directory import local_path
-from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source, Writer
+from meshbolt.checkpoint.directory import is_remote, local_path
+from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Readable, Source, SourceReader, Writer
 from meshbolt.checkpoint.formats.output import check_output, check_space, written_aside
 from meshbolt.checkpoint.formats.table import FORMATS, SOURCES, Format
 from meshbolt.checkpoint.lazy import observed
@@ -67,7 +69,7 @@ def export_checkpoint(
     """Write a checkpoint in another format, tensor by tensor, in this process alone.
 
     Args:
-        path: the checkpoint's directory.
+        path: the checkpoint's directory; one of DeepSpeed's, too.
         out: the file or directory to make.
         to: a name in `FORMATS`.
         options: what is exported.
@@ -81,11 +83,12 @@ def export_checkpoint(
     """
     options, watch, target = options or ExportOptions(), watch or Watch(), local_path(out)
     chosen = _format(to)
-    options.refuse_others(chosen.options, to=to)
-    with CheckpointReader(path) as reader:
+    format_read = _exported_as_it_is(path)
+    options.refuse_others(chosen.options | ({"weights_only"} if format_read else set()), to=to)
+    with _opened(path, options, format_read) as (reader, notes, num_bytes_beside):
         check_output(target, source=reader.name, overwrite=overwrite)
         writer = _writer(chosen, reader, options, target)
-        check_space(target, num_bytes=writer.num_bytes + _beside(reader))
+        check_space(target, num_bytes=writer.num_bytes + num_bytes_beside)
         watch.on_total(writer.num_bytes)
         with written_aside(target) as partial:
             writer.write(partial, on_bytes=watch.on_bytes)
@@ -95,8 +98,30 @@ def export_checkpoint(
         format=to,
         num_tensors=writer.num_tensors,
         num_bytes=writer.num_bytes,
-        notes=writer.notes,
+        notes=(*notes, *writer.notes),
     )
+
+
+@contextmanager
+def _opened(
+    path: str | os.PathLike[str], options: ExportOptions, format_read: str | None
+) -> Iterator[tuple[Readable, tuple[str, ...], int]]:
+    """Yield what is exported, what the user should know of it, and room for all in it that is no tensor."""
+    if format_read is None:
+        with CheckpointReader(path) as reader:
+            yield reader, (), _beside(reader)
+        return
+    place = local_path(path)
+    found = SOURCES[format_read].read(place, prefix="", weights_only=options.weights_only)
+    with found.closing:
+        yield SourceReader(found, name=str(place)), found.notes, _ROOM_BYTES
+
+
+def _exported_as_it_is(path: str | os.PathLike[str]) -> str | None:
+    """Return the format of what is no checkpoint of meshbolt's and is exported all the same."""
+    if is_remote(path) or is_checkpoint(path):
+        return None
+    return next((name for name, each in SOURCES.items() if each.is_exported and each.recognises(Path(path))), None)
 
 
 def _beside(reader: CheckpointReader) -> int:
@@ -111,7 +136,7 @@ def _format(name: str) -> Format:
     return FORMATS[name]
 
 
-def _writer(chosen: Format, reader: CheckpointReader, options: ExportOptions, target: Path) -> Writer:
+def _writer(chosen: Format, reader: Readable, options: ExportOptions, target: Path) -> Writer:
     if chosen.file_writer is None or target.suffix != chosen.suffix:
         return chosen.writer(reader, options)
     if options.max_shard_bytes != ExportOptions.max_shard_bytes:

@@ -23,7 +23,7 @@ from meshbolt.checkpoint.agreement import in_words
 from meshbolt.checkpoint.checksum import checksum_of
 from meshbolt.checkpoint.directory import sync_directory
 from meshbolt.checkpoint.foreign import DcpReader
-from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
+from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Readable, Source
 from meshbolt.checkpoint.formats.safetensors import weights_only_objects
 from meshbolt.checkpoint.lazy import LazyTensor
 from meshbolt.checkpoint.local import LocalFiles
@@ -32,7 +32,6 @@ from meshbolt.checkpoint.metadata import FILE_NAME
 from meshbolt.checkpoint.objects import FILE_NAME as OBJECTS_FILE
 from meshbolt.checkpoint.objects import read_objects
 from meshbolt.checkpoint.optimizers import OWN, by_name, sharded_keys
-from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.shard_writer import ShardWriter
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.errors import CheckpointError
@@ -47,7 +46,7 @@ _OPTIMIZER = re.compile(r"optimizer_\d+")
 class DcpWriter:
     """Writes everything that a checkpoint holds as one nested state dict."""
 
-    def __init__(self, reader: CheckpointReader, options: ExportOptions) -> None:
+    def __init__(self, reader: Readable, options: ExportOptions) -> None:
         """Read what is no tensor.
 
         Args:
@@ -60,7 +59,7 @@ class DcpWriter:
         self._reader = reader
         self._objects = reader.objects(weights_only=options.weights_only)
         self.num_tensors = len(reader.tensors)
-        self.num_bytes = sum(reader.lazy(key).nbytes for key in reader.tensors)
+        self.num_bytes = sum(info.num_bytes for info in reader.tensors.values())
         self.notes: tuple[str, ...] = ()
 
     def write(self, out: Path, *, on_bytes: OnBytes) -> None:

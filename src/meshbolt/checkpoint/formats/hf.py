@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 from meshbolt.checkpoint.formats import safetensors
-from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes
+from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Readable
 from meshbolt.checkpoint.formats.weights import exported_names
-from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.errors import ConfigError
 
 OPTIONS = (safetensors.OPTIONS | {"config"}) - {"everything"}
@@ -21,7 +20,7 @@ _BESIDE = (_CONFIG, "generation_config.json", "*token*.json", "*token*.model", "
 class HuggingFaceWriter(safetensors.SafetensorsWriter):
     """Writes a directory that `from_pretrained` takes, given the model's configuration."""
 
-    def __init__(self, reader: CheckpointReader, options: ExportOptions) -> None:
+    def __init__(self, reader: Readable, options: ExportOptions) -> None:
         """Plan the shards, and find the files to copy.
 
         Args:

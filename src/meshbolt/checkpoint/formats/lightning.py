@@ -21,12 +21,11 @@ import torch
 
 from meshbolt.checkpoint.chunks import bytes_of
 from meshbolt.checkpoint.foreign import refusal
-from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
+from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Readable, Source
 from meshbolt.checkpoint.formats.safetensors import weights_only_objects
 from meshbolt.checkpoint.lazy import LazyTensor
 from meshbolt.checkpoint.metadata import TensorInfo
 from meshbolt.checkpoint.optimizers import OWN, by_name, by_number, sharded_keys
-from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.tree import join_tensors, markers, split_tensors
 from meshbolt.compat import storages_without_memory, tensors_without_memory
 from meshbolt.errors import CheckpointError
@@ -39,7 +38,7 @@ _DESCRIPTOR = b"PK\x07\x08"  # follows the content of a record, and has its chec
 class LightningWriter:
     """Writes one file with everything that a checkpoint holds but what is of single ranks: their random states, and buffers."""
 
-    def __init__(self, reader: CheckpointReader, options: ExportOptions) -> None:
+    def __init__(self, reader: Readable, options: ExportOptions) -> None:
         """Read what is no tensor.
 
         Args:
@@ -55,7 +54,7 @@ class LightningWriter:
         self._objects = by_number(objects)
         self._keys = list(dict.fromkeys(markers(self._objects)))
         self.num_tensors = len(self._keys)
-        self.num_bytes = sum(reader.lazy(key).nbytes for key in self._keys)
+        self.num_bytes = sum(reader.tensors[key].num_bytes for key in self._keys)
         self.notes: tuple[str, ...] = ()
 
     def write(self, out: Path, *, on_bytes: OnBytes) -> None:

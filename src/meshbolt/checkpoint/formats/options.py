@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+from meshbolt.checkpoint.metadata import TensorInfo
+from meshbolt.compat import StoredTensor
 from meshbolt.errors import ConfigError, did_you_mean
 from meshbolt.units import MIB
 
@@ -99,6 +101,24 @@ class Writer(Protocol):
         """
 
 
+class Readable(Protocol):
+    """What is exported: a checkpoint of meshbolt's that is open, or another that could be imported.
+
+    Attributes:
+        name: what messages call it.
+        tensors: shape and dtype of every tensor, by key.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return a whole tensor, contiguous."""
+
+    def objects(self, *, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return everything that is no tensor, with markers where tensors belong."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """What is imported: the content of a checkpoint-to-be.
@@ -114,3 +134,38 @@ class Source:
     objects: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     closing: ExitStack = field(default_factory=ExitStack)
+
+
+class SourceReader:
+    """Reads a checkpoint of another format as one of meshbolt's is read, so that it is exported without a copy between.
+
+    Attributes:
+        name: its path.
+        tensors: shape and dtype of every tensor, by key.
+    """
+
+    def __init__(self, source: Source, *, name: str) -> None:
+        """Take what was found.
+
+        Args:
+            source: its content; stays open until the last tensor was read.
+            name: its path.
+        """
+        self.name = name
+        self.tensors: Mapping[str, TensorInfo] = {
+            key: TensorInfo(shape=tuple(tensor.shape), dtype=tensor.dtype) for key, tensor in source.tensors.items()
+        }
+        self._source = source
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return a whole tensor, contiguous."""
+        tensor = self._source.tensors[key]
+        return (tensor.value() if isinstance(tensor, StoredTensor) else tensor).contiguous()
+
+    def objects(self, *, weights_only: bool | None = None) -> dict[str, Any]:
+        """Return everything that is no tensor, with markers where tensors belong.
+
+        Args:
+            weights_only: nothing depends on it: objects were read when the source was.
+        """
+        return dict(self._source.objects)

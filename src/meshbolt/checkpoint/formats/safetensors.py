@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 
 from meshbolt.checkpoint.chunks import bytes_of
 from meshbolt.checkpoint.directory import sync_directory, write_synced
-from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Source
+from meshbolt.checkpoint.formats.options import ExportOptions, OnBytes, Readable, Source
 from meshbolt.checkpoint.formats.weights import exported_infos, exported_names, read_exported
 from meshbolt.checkpoint.lazy import LazyTensor
 from meshbolt.checkpoint.metadata import TensorInfo
 from meshbolt.checkpoint.optimizers import OWN
-from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.checkpoint.tree import MARKER
 from meshbolt.errors import CheckpointError, UnsupportedError
 
@@ -57,7 +56,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 class SafetensorsWriter:
     """Writes one file, or a directory of shards with an index as Hugging Face lays it out."""
 
-    def __init__(self, reader: CheckpointReader, options: ExportOptions) -> None:
+    def __init__(self, reader: Readable, options: ExportOptions) -> None:
         """Plan the shards.
 
         Args:
@@ -78,7 +77,7 @@ class SafetensorsWriter:
             )
         self._max_shard_bytes = options.max_shard_bytes
         self.num_tensors = len(self.infos)
-        self.num_bytes = sum(map(_num_bytes, self.infos.values()))
+        self.num_bytes = sum(info.num_bytes for info in self.infos.values())
 
     def write(self, out: Path, *, on_bytes: OnBytes) -> None:
         """Write a directory."""
@@ -125,7 +124,7 @@ def divide(infos: Mapping[str, TensorInfo], *, max_shard_bytes: int) -> list[lis
     shards: list[list[str]] = []
     room = 0
     for name, info in infos.items():
-        num_bytes = _num_bytes(info)
+        num_bytes = info.num_bytes
         if not shards or num_bytes > room:
             shards.append([])
             room = max_shard_bytes
@@ -150,16 +149,12 @@ def header(infos: Mapping[str, TensorInfo]) -> bytes:
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, info in infos.items():
-        end = at + _num_bytes(info)
+        end = at + info.num_bytes
         content[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _num_bytes(info: TensorInfo) -> int:
-    return torch.Size(info.shape).numel() * info.dtype.itemsize
 
 
 # Import ---------------------------------------------------------------------------------------------------------------

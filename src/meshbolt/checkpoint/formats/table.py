@@ -9,10 +9,9 @@ from types import MappingProxyType
 from typing import Protocol
 
 from meshbolt.checkpoint.formats import dcp, deepspeed, hf, lightning, safetensors
-from meshbolt.checkpoint.formats.options import ExportOptions, Source, Writer
-from meshbolt.checkpoint.reader import CheckpointReader
+from meshbolt.checkpoint.formats.options import ExportOptions, Readable, Source, Writer
 
-MakeWriter = Callable[[CheckpointReader, ExportOptions], Writer]
+MakeWriter = Callable[[Readable, ExportOptions], Writer]
 
 
 class Read(Protocol):
@@ -57,12 +56,14 @@ class SourceFormat:
         recognises: whether a path is of this format.
         read: returns its content.
         read_tag: likewise, of the save of that name, where a directory has several.
+        is_exported: whether it is exported as it is, too. What could be a damaged checkpoint of meshbolt's is not.
     """
 
     help: str
     recognises: Callable[[Path], bool]
     read: Read
     read_tag: ReadTag | None = None
+    is_exported: bool = False
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(
@@ -98,6 +99,7 @@ SOURCES: Mapping[str, SourceFormat] = MappingProxyType(
             recognises=deepspeed.recognises,
             read=deepspeed.read,
             read_tag=deepspeed.read,
+            is_exported=True,
         ),
         "safetensors": SourceFormat(
             help="a .safetensors file, or a directory of them", recognises=safetensors.recognises, read=safetensors.read

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from meshbolt.checkpoint.formats.options import DTYPES, ExportOptions
+from meshbolt.checkpoint.formats.options import DTYPES, ExportOptions, Readable
 from meshbolt.checkpoint.metadata import TensorInfo
 from meshbolt.checkpoint.optimizers import OWN
-from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.errors import ConfigError, did_you_mean
 
 
-def exported_names(reader: CheckpointReader, options: ExportOptions) -> dict[str, str]:
+def exported_names(reader: Readable, options: ExportOptions) -> dict[str, str]:
     """Return the keys of the tensors to export, by the names they get.
 
     Args:
@@ -46,7 +45,7 @@ def exported_names(reader: CheckpointReader, options: ExportOptions) -> dict[str
     return stripped
 
 
-def exported_infos(reader: CheckpointReader, names: Mapping[str, str], options: ExportOptions) -> dict[str, TensorInfo]:
+def exported_infos(reader: Readable, names: Mapping[str, str], options: ExportOptions) -> dict[str, TensorInfo]:
     """Return shape and dtype that tensors have when they are exported, by name."""
     dtype = DTYPES.get(options.dtype or "")
     infos = {name: reader.tensors[key] for name, key in names.items()}
@@ -58,6 +57,6 @@ def exported_infos(reader: CheckpointReader, names: Mapping[str, str], options: 
     }
 
 
-def read_exported(reader: CheckpointReader, key: str, info: TensorInfo) -> torch.Tensor:
+def read_exported(reader: Readable, key: str, info: TensorInfo) -> torch.Tensor:
     """Return a tensor as it is exported, contiguous."""
     return reader.read(key).to(info.dtype)

@@ -37,6 +37,15 @@ def add_output(parser: jsonargparse.ArgumentParser, *, what: str) -> None:
         action="store_true",
         help="replace what is at OUT, if it is a file, or a directory of weights or of a checkpoint, once the new is whole",
     )
+    add_weights_only(parser)
+
+
+def add_weights_only(parser: jsonargparse.ArgumentParser) -> None:
+    """Add whether objects of any class are built.
+
+    Args:
+        parser: of the command.
+    """
     parser.add_argument(
         "--weights-only",
         type=bool,

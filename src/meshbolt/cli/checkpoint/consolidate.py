@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
         "strategy of its own read. The same as export --to lightning.",
         example="run.ckpt whole.ckpt",
     )
-    parser.add_argument("checkpoint", help="its directory")
+    parser.add_argument("checkpoint", help="its directory; one that DeepSpeed has saved, too")
     add_output(parser, what="file")
     given = parser.parse_args(list(arguments[1:]))
     options = ExportOptions(weights_only=None if given.weights_only else False)

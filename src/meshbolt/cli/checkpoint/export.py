@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
         example="run.ckpt weights/ --to safetensors --dtype bfloat16",
     )
     default = ExportOptions()
-    parser.add_argument("checkpoint", help="its directory")
+    parser.add_argument("checkpoint", help="its directory; one that DeepSpeed has saved, too")
     add_output(parser, what="file or directory")
     parser.add_argument("--to", required=True, metavar="FORMAT", help=f"one of {', '.join(FORMATS)}")
     parser.add_argument(

@@ -13,6 +13,7 @@ from typing import Any
 from meshbolt.callbacks.console import print_table, write_line
 from meshbolt.checkpoint import is_checkpoint
 from meshbolt.checkpoint.deepspeed import is_deepspeed_save, open_deepspeed
+from meshbolt.checkpoint.foreign import RefusedClassesError
 from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.cli.checkpoint.arguments import parser_of
 from meshbolt.cli.checkpoint.deepspeed import size_and_time
@@ -38,6 +39,7 @@ class Entry:
         zero: the stage that wrote it; None for an import.
         saved: when.
         fault: why it cannot be read; None where it can.
+        not_allowed: full names of classes in it, for which it was not read; nothing is known to be wrong with it.
         by: what wrote it: "meshbolt" or "deepspeed".
     """
 
@@ -49,6 +51,7 @@ class Entry:
     zero: int | None = None
     saved: str = ""
     fault: str | None = None
+    not_allowed: tuple[str, ...] = ()
     by: str = "meshbolt"
 
 
@@ -121,11 +124,14 @@ def entry_of(path: Path) -> Entry:
 
 
 def _entry_of_deepspeeds(path: Path) -> Entry:
+    num_bytes, saved = size_and_time(path)
     try:
         opened = open_deepspeed(path)
     except MeshboltError as error:
+        if isinstance(error.__cause__, RefusedClassesError):
+            classes = error.__cause__.classes
+            return Entry(path=str(path), num_bytes=num_bytes, saved=saved, not_allowed=classes, by="deepspeed")
         return Entry(path=str(path), fault=str(error), by="deepspeed")
-    num_bytes, saved = size_and_time(path)
     epoch = opened.client_state.get("epoch") if opened.is_lightnings else None
     return Entry(
         path=str(path),
@@ -149,6 +155,9 @@ def _objects(reader: CheckpointReader) -> dict[str, Any]:
 def _row(entry: Entry) -> tuple[str, ...]:
     if entry.fault is not None:
         return (short(entry.path), *["-"] * 5, f"damaged: {entry.fault}")
+    if entry.not_allowed:
+        why = f"by DeepSpeed, not read: classes {', '.join(entry.not_allowed)} (see inspect)"
+        return (short(entry.path), "-", "-", format_bytes(entry.num_bytes), "-", "-", f"{entry.saved} {why}")
     numbers = [
         _known(entry.step),
         _known(entry.epoch),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from meshbolt.callbacks.console import write_line
-from meshbolt.checkpoint import verify_checkpoint
+from meshbolt.checkpoint import is_checkpoint, verify_checkpoint
+from meshbolt.checkpoint.deepspeed import is_deepspeed
 from meshbolt.cli.checkpoint.arguments import parser_of
 from meshbolt.cli.checkpoint.progress import watched
 from meshbolt.cli.checkpoint.told import tell_json
 from meshbolt.cli.commands import DONE, NO
+from meshbolt.errors import UnsupportedError
 from meshbolt.units import format_bytes
 
 
@@ -18,6 +20,9 @@ def run(arguments: Sequence[str]) -> int:
 
     Args:
         arguments: "verify", then the checkpoint and flags.
+
+    Raises:
+        UnsupportedError: it is DeepSpeed's, and has no checksums.
     """
     parser = parser_of(
         "verify",
@@ -27,6 +32,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("checkpoint", help="its directory")
     options = parser.parse_args(list(arguments[1:]))
+    if not is_checkpoint(options.checkpoint) and is_deepspeed(options.checkpoint):
+        raise UnsupportedError(
+            f"{options.checkpoint!r} is DeepSpeed's, whose files have no checksums to compare them with. `meshbolt checkpoint "
+            f"inspect {options.checkpoint}` says whether files are missing, cut off or of another save; what `meshbolt "
+            f"checkpoint import {options.checkpoint} OUT` makes of it has checksums."
+        )
     read = 0
     with watched("verifying", show=not options.json) as watch:
 

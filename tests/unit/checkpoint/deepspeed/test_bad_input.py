@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tests.deepspeed_fixtures import (
 )
 
 from meshbolt.checkpoint.deepspeed import open_deepspeed
+from meshbolt.checkpoint.formats import import_checkpoint
+from meshbolt.checkpoint.reader import CheckpointReader
 from meshbolt.errors import CheckpointError, UnsupportedError
 
 SHAPES = [{"a.weight": (5, 3), "a.bias": (5,)}, {"b.weight": (7,)}]
@@ -66,7 +70,8 @@ def test_a_class_of_a_package_that_is_not_here_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(
-    ("keep", "why"), [(0, "is empty: it was not written to its end"), (700, r"\(700 bytes\) cannot be read")]
+    ("keep", "why"),
+    [(0, "is empty: it was not written to its end"), (700, r"\(700 bytes\) is cut off: .* end is missing. Copy it")],
 )
 def test_a_file_that_was_not_written_to_its_end_is_named(stage: int, keep: int, why: str, tmp_path: Path) -> None:
     place = (write_shards if stage == 3 else write_rows)(tmp_path, trained(SHAPES))
@@ -97,7 +102,53 @@ def test_a_file_that_is_missing_is_named(missing: str, why: str, tmp_path: Path)
 def test_a_models_file_of_stage_3_that_is_missing_is_named(tmp_path: Path) -> None:
     place = write_shards(tmp_path, trained(SHAPES, world=3))
     (place / "zero_pp_rank_2_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match="3 data-parallel ranks have saved it, and there are model files of 2"):
+    why = r"3 data-parallel ranks have saved it, and there are model files of 2 in slot 0: those of ranks \[2\] are missing"
+    with pytest.raises(CheckpointError, match=why):
+        open_deepspeed(tmp_path)
+
+
+def test_models_files_of_stage_3_that_are_missing_but_one_are_named_before_parts_of_a_frozen_weight(
+    tmp_path: Path,
+) -> None:
+    place = write_shards(tmp_path, trained(SHAPES, world=2, frozen={"frozen.weight": torch.randn(5, 7)}))
+    (place / "zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"there are model files of 1 in slot 0: those of ranks \[1\] are missing"
+    ):
+        open_deepspeed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("begins", "why"),
+    [
+        (bytes(4), "is damaged: it begins with the bytes 00 00 00 00"),
+        (b"\x80\x02\x00\x00", "cannot be read"),  # as a pickle does
+    ],
+)
+def test_a_damaged_file_is_said_to_be_so_and_nobody_is_told_to_trust_it(
+    begins: bytes, why: str, tmp_path: Path
+) -> None:
+    place = write_rows(tmp_path, trained(SHAPES))
+    path = place / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    path.write_bytes(begins + bytes(path.stat().st_size - 4))
+    with pytest.raises(CheckpointError, match=rf"zero_pp_rank_1_mp_rank_00_optim_states\.pt .*{why}") as raised:
+        open_deepspeed(tmp_path)
+    assert "weights_only" not in str(raised.value)
+
+
+def test_the_arguments_of_a_script_and_a_defaultdict_are_plain_data(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(lr=0.1, betas=(0.9, 0.95))
+    write_rows(tmp_path / "ds", trained(SHAPES, client={"args": arguments, "seen": defaultdict(list, {"a": [1]})}))
+    client = open_deepspeed(tmp_path / "ds").client_state
+    assert client == {"args": arguments, "seen": {"a": [1]}}
+    import_checkpoint(tmp_path / "ds", tmp_path / "made.ckpt")
+    with CheckpointReader(tmp_path / "made.ckpt") as reader:
+        assert reader.objects()["client_state"] == client
+
+
+def test_a_class_in_the_arguments_of_a_script_is_refused_by_name(tmp_path: Path) -> None:
+    write_rows(tmp_path, trained(SHAPES, client={"args": argparse.Namespace(mine=Custom())}))
+    with pytest.raises(CheckpointError, match=r"classes \S*test_bad_input\.Custom, and .*--weights-only false"):
         open_deepspeed(tmp_path)
 
 
