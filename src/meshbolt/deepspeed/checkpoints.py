@@ -17,6 +17,7 @@ import torch
 
 from meshbolt.checkpoint.directory import is_remote
 from meshbolt.deepspeed.answers import Answers
+from meshbolt.deepspeed.weights import whole_entries
 from meshbolt.engine.random_state import collect_random_state, restore_random_state
 from meshbolt.errors import CheckpointError, ConfigError, UnsupportedError
 
@@ -181,19 +182,13 @@ def save_16bit_model(engine: Answers, path: Path, *, exclude_frozen_parameters: 
     """
     strategy: Any = engine.fabric.strategy
     place = Path(strategy.broadcast(str(path)))
-    left_out = _frozen(engine) if exclude_frozen_parameters else frozenset()
-    dtype = _sixteen_bits(engine)
-    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     weights: dict[str, torch.Tensor] = {}
     is_first = engine.global_rank == 0
-    for name, value in strategy.get_module_state_dict(engine.module).items():
-        if name in left_out or not isinstance(value, torch.Tensor):
-            continue
-        whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-        if is_first:
-            whole = whole.detach().to("cpu", copy=True)
-            is_parameter = dtype is not None and whole.dtype == torch.float32 and name in parameters
-            weights[name] = whole.to(dtype) if is_parameter else whole
+    for name, value in whole_entries(
+        engine, call="save_16bit_model", exclude_frozen_parameters=exclude_frozen_parameters
+    ):
+        if is_first and isinstance(value, torch.Tensor):
+            weights[name] = value.to("cpu", copy=True)
     if is_first:
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = place.with_name(f".{place.name}.{os.getpid()}")
@@ -209,12 +204,6 @@ def _write_weights(weights: dict[str, torch.Tensor], path: Path, *, is_safe: boo
     from safetensors.torch import save_file
 
     save_file({name: value.contiguous() for name, value in weights.items()}, path)
-
-
-def _sixteen_bits(engine: Answers) -> torch.dtype | None:
-    if engine.fp16_enabled():
-        return torch.float16
-    return torch.bfloat16 if engine.bfloat16_enabled() else None
 
 
 def _frozen(engine: Answers) -> frozenset[str]:

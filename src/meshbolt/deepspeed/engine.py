@@ -20,7 +20,7 @@ from meshbolt.deepspeed.data import DeepSpeedDataLoader, loader_of
 from meshbolt.deepspeed.outputs import Outputs
 from meshbolt.deepspeed.run import Run
 from meshbolt.deepspeed.strategy import refuse_shards
-from meshbolt.deepspeed.weights import load_whole, refuse_stages, whole_state
+from meshbolt.deepspeed.weights import load_whole, whole_state
 from meshbolt.deepspeed.whole import mark
 from meshbolt.errors import ConfigError, UnsupportedError
 
@@ -431,7 +431,6 @@ class DeepSpeedEngine(Answers):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Save the whole weights in one file, in the 16 bits of the run or as they are; on every rank. See `checkpoints.py`."""
-        refuse_stages(self, "save_16bit_model")
         save_16bit_model(self, Path(save_dir) / save_filename, exclude_frozen_parameters=exclude_frozen_parameters)
         return True
 

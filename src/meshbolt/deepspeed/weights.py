@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,36 +23,34 @@ def whole_state(engine: Answers, *, prefix: str, exclude_frozen_parameters: bool
     Raises:
         UnsupportedError: ranks have different stages of the module.
     """
-    refuse_stages(engine, "module_state_dict")
+    entries = whole_entries(engine, call="module_state_dict", exclude_frozen_parameters=exclude_frozen_parameters)
+    return {prefix + name: value for name, value in entries}
+
+
+def whole_entries(engine: Answers, *, call: str, exclude_frozen_parameters: bool) -> Iterator[tuple[str, Any]]:
+    """Yield each entry of a module's state by name, whole, one after the other; on every rank.
+
+    Args:
+        engine: whose.
+        call: the method that was asked for them.
+        exclude_frozen_parameters: leave out parameters without gradients.
+
+    Raises:
+        UnsupportedError: ranks have different stages of the module.
+    """
+    _refuse_stages(engine, call)
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     dtype = engine.get_data_types()[0]
-    state: dict[str, Any] = {}
     strategy: Any = engine.fabric.strategy
     for name, value in strategy.get_module_state_dict(engine.module).items():
         parameter = parameters.get(name)
         if exclude_frozen_parameters and parameter is not None and not parameter.requires_grad:
             continue
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        is_cast = parameter is not None and whole.dtype == torch.float32
-        state[prefix + name] = whole.detach().to(dtype) if is_cast else whole
-    return state
-
-
-def refuse_stages(engine: Answers, call: str) -> None:
-    """Refuse a call that needs the whole module, where ranks have different stages of it.
-
-    Args:
-        engine: whose.
-        call: the method.
-
-    Raises:
-        UnsupportedError: they have.
-    """
-    if engine.fabric.strategy.plan.mesh.pp > 1:  # type: ignore[attr-defined]
-        raise UnsupportedError(
-            f"engine.{call}(): ranks have different stages of the module. Save by engine.save_checkpoint(dir), and make one file "
-            "of it by `meshbolt checkpoint export`."
-        )
+        if isinstance(whole, torch.Tensor):
+            whole = whole.detach()
+            whole = whole.to(dtype) if parameter is not None and whole.dtype == torch.float32 else whole
+        yield name, whole
 
 
 def load_whole(engine: Answers, state: Any, *, strict: bool) -> None:
@@ -74,3 +72,11 @@ def load_whole(engine: Answers, state: Any, *, strict: bool) -> None:
             "engine.module_state_dict() returns it."
         )
     engine.module.load_state_dict(inner, strict=strict)
+
+
+def _refuse_stages(engine: Answers, call: str) -> None:
+    if engine.fabric.strategy.plan.mesh.pp > 1:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"engine.{call}(): ranks have different stages of the module. Save by engine.save_checkpoint(dir), and make one file "
+            "of it by `meshbolt checkpoint export`."
+        )
